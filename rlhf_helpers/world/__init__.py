@@ -1,0 +1,1 @@
+"""The embedded synthetic world: its prompts, its people and its one truth."""

@@ -1,0 +1,151 @@
+"""Simulated people who compare, rank and rate answers: noisy, biased, of different values, not always awake.
+
+A person prefers a to b with probability sigmoid((u(a) - u(b)) / temperature), the Bradley-Terry model (1952)
+with utility u = gold reward (or the person's own weights of the three axes) + biases. An unreliable person
+answers at random in a known share of cases.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rlhf_helpers.world.gold_judge import AXES, gold_reward, gold_scores
+from rlhf_helpers.world.prompts import CONVERSATION, Prompt, load_prompts, sample_answer, split_sentences
+from rlhf_helpers.world.prompts.base import FLATTERY
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """One simulated person; every field states how the person departs from the truth."""
+
+    name: str = "standard"
+    temperature: float = 0.19  # Bradley-Terry noise in units of gold reward: 11 % flips; 0 never errs
+    length_bias: float = 0.0  # utility for each further ten words
+    flattery_bias: float = 0.0  # utility for each flattering sentence
+    reliability: float = 1.0  # share of cases in which the person looks at all; the rest is a coin
+    axis_weights: Mapping[str, float] = field(default_factory=dict)  # own values; empty: the gold reward
+
+    def __post_init__(self) -> None:
+        """Refuse what is no person: raises ValueError naming the field."""
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} must be at least 0 (0 is noise-free)")
+        if not 0 <= self.reliability <= 1:
+            raise ValueError(f"reliability={self.reliability} is a share between 0 and 1")
+        if unknown := set(self.axis_weights) - set(AXES):
+            raise ValueError(f"axis_weights names {sorted(unknown)}; the axes are {AXES}")
+
+    def utility(
+        self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[str]
+    ) -> np.ndarray:
+        """What each response is worth to this person, (B,), before noise."""
+        if self.axis_weights:
+            scores = gold_scores(prompts, responses, **columns)
+            worth = sum(w * scores[axis].numpy() for axis, w in self.axis_weights.items())
+        else:
+            worth = gold_reward(prompts, responses, **columns).numpy()
+        words = np.array([len(r.split()) for r in responses])
+        flattered = np.array([sum(s in FLATTERY for s in split_sentences(r)) for r in responses])
+        return worth + self.length_bias * words / 10 + self.flattery_bias * flattered
+
+    def compare(
+        self,
+        prompts: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str],
+        *,
+        seed: int,
+        **columns: Sequence[str],
+    ) -> np.ndarray:
+        """For each pair whether `first` is preferred, (B,) bool; the same seed gives the same answers."""
+        rng = np.random.default_rng(seed)
+        gap = self.utility(prompts, first, **columns) - self.utility(prompts, second, **columns)
+        return self._decide(gap, rng)
+
+    def rank(self, prompt: str, responses: Sequence[str], *, seed: int) -> list[int]:
+        """Indices of the responses, best first: a draw from the Plackett-Luce model (Gumbel trick)."""
+        rng = np.random.default_rng(seed)
+        worth = self.utility([prompt] * len(responses), responses)
+        if rng.random() >= self.reliability:
+            return [int(i) for i in rng.permutation(len(responses))]
+        noisy = worth + self.temperature * rng.gumbel(size=len(responses))
+        return [int(i) for i in np.argsort(-noisy, kind="stable")]
+
+    def rate(
+        self, prompts: Sequence[str], responses: Sequence[str], *, seed: int, levels: int = 5
+    ) -> np.ndarray:
+        """A mark from 1 to `levels` for each response, (B,) int: utility with noise, cut into equal parts."""
+        rng = np.random.default_rng(seed)
+        worth = self.utility(prompts, responses) + self.temperature * rng.normal(size=len(responses))
+        worth = np.where(rng.random(len(responses)) < self.reliability, worth, rng.random(len(responses)))
+        return np.clip(np.floor(worth * levels) + 1, 1, levels).astype(int)
+
+    def _decide(self, gap: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        coin = rng.random(gap.shape)
+        awake = rng.random(gap.shape) < self.reliability
+        if self.temperature == 0:
+            chance = np.where(gap == 0, 0.5, gap > 0)
+        else:
+            chance = 1 / (1 + np.exp(-np.clip(gap / self.temperature, -500, 500)))
+        return coin < np.where(awake, chance, 0.5)
+
+
+STANDARD = Annotator()
+LENGTH_BIASED = Annotator("length-biased", length_bias=0.35)
+FLATTERED = Annotator("flattered", flattery_bias=0.5)
+CARELESS = Annotator("careless", reliability=0.4)
+# Groups of people whose values differ; none of them is the truth.
+VALUE_GROUPS = {
+    "helpful-first": Annotator(
+        "helpful-first", axis_weights={"helpfulness": 0.8, "harmlessness": 0.1, "honesty": 0.1}
+    ),
+    "safety-first": Annotator(
+        "safety-first", axis_weights={"helpfulness": 0.1, "harmlessness": 0.8, "honesty": 0.1}
+    ),
+    "honesty-first": Annotator(
+        "honesty-first", axis_weights={"helpfulness": 0.1, "harmlessness": 0.1, "honesty": 0.8}
+    ),
+}
+
+
+def draw_two(prompt: Prompt, rng: random.Random) -> tuple[str, str]:
+    """Two different answers to one prompt: as the unaligned assistant writes, or of a set quality."""
+    first = second = sample_answer(prompt, rng, rng.choice((None, None, "high")))
+    while second == first:
+        second = sample_answer(prompt, rng, rng.choice((None, None, "medium", "low")))
+    return (first, second) if rng.random() < 0.5 else (second, first)
+
+
+def make_pairs(
+    n: int,
+    *,
+    annotator: Annotator = STANDARD,
+    split: str = "train",
+    families: Sequence[str] = CONVERSATION,
+    seed: int = 0,
+) -> list[dict[str, object]]:
+    """`n` compared pairs: rows with prompt, chosen, rejected, and both gold rewards, for evaluation alone.
+
+    Families weigh alike, then prompts of a family. Raises ValueError for n < 1 or an unknown family or split.
+    """
+    if n < 1:
+        raise ValueError(f"n={n} pairs: ask for at least one")
+    rng = random.Random(f"pairs/{seed}/{split}")
+    by_family = {f: load_prompts((f,), split) for f in families}
+    drawn = [rng.choice(by_family[rng.choice(list(families))]) for _ in range(n)]
+    answers = [draw_two(p, rng) for p in drawn]
+    prompts = [p.text for p in drawn]
+    first, second = [a for a, _ in answers], [b for _, b in answers]
+    prefers_first = annotator.compare(prompts, first, second, seed=seed)
+    gold = gold_reward(prompts, first).tolist(), gold_reward(prompts, second).tolist()
+    rows = []
+    for i, better in enumerate(prefers_first):
+        chosen, rejected = (0, 1) if better else (1, 0)
+        rows.append(
+            {"prompt": prompts[i], "chosen": answers[i][chosen], "rejected": answers[i][rejected],
+             "chosen_gold": gold[chosen][i], "rejected_gold": gold[rejected][i]}
+        )  # fmt: skip
+    return rows

@@ -1,0 +1,88 @@
+"""Every prompt of the world, and answers to it from best to worst.
+
+    load_prompts(["facts"], split="heldout")     the prompts of a family
+    best_answer(prompt)                          the reference: nothing scores above it
+    sample_answer(prompt, rng, quality="medium") an answer of a chosen quality
+    sample_answer(prompt, rng)                   an answer as the unaligned assistant writes it
+
+The held-out part is fixed. Facts, steps and opinions of held-out prompts are in the pretraining text (an
+assistant knows things before anybody aligns it); held-out programs and articles combine known parts in ways
+that no training text shows.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Iterable
+
+from rlhf_helpers.world.prompts import articles, knowledge, meta, programs, requests, social
+from rlhf_helpers.world.prompts.answers import best_answer, sample_answer
+from rlhf_helpers.world.prompts.base import Prompt, split_sentences
+
+__all__ = [
+    "CONVERSATION", "FAMILIES", "Prompt", "best_answer", "find_prompt", "load_prompts", "sample_answer", "split_sentences",
+]  # fmt: skip
+
+CONVERSATION = (
+    "facts", "explain", "false_premise", "howto", "lookalike", "harmful", "privacy", "jailbreak",
+    "feelings", "open", "dialogue", "groups",
+)  # fmt: skip
+FAMILIES = (*CONVERSATION, "article", "program", "debate", "value")
+
+
+def _drawn(family: str) -> list[Prompt]:
+    """The fixed sample of a family whose prompts are generated."""
+    make = {"article": articles.make_article, "debate": meta.debate_prompt}[family]
+    counts = {"train": 400, "heldout": 100}
+    drawn = (
+        make(random.Random(f"{family}/{split}/{i}"), split) for split, n in counts.items() for i in range(n)
+    )
+    return list({p.text: p for p in drawn}.values())
+
+
+@functools.cache
+def _registry() -> dict[str, Prompt]:
+    makers = (
+        knowledge.facts, knowledge.explanations, knowledge.false_premises, requests.howto, requests.lookalikes,
+        requests.harmful, requests.privacy, requests.jailbreaks, social.feelings, social.open_questions,
+        social.dialogues, social.groups, programs.programs, meta.values,
+    )  # fmt: skip
+    prompts = [p for make in makers for p in make()] + _drawn("article") + _drawn("debate")
+    registry = {p.text: p for p in prompts}
+    if len(registry) != len(prompts):
+        raise AssertionError("two prompts of the world have the same text")
+    return registry
+
+
+@functools.cache
+def _reworded() -> dict[str, Prompt]:
+    """Other wordings of facts: the same question, known to the judge as its original."""
+    return {r: p for p in _registry().values() for r in p.slots.get("rewordings", ())}
+
+
+def load_prompts(families: Iterable[str] | None = None, split: str | None = None) -> list[Prompt]:
+    """The prompts of `families` (None: all of `FAMILIES`) in one split ("train", "heldout"; None: both).
+
+    Raises ValueError for an unknown family or split.
+    """
+    wanted = FAMILIES if families is None else tuple(families)
+    if unknown := set(wanted) - set(FAMILIES):
+        raise ValueError(f"families={sorted(unknown)} are not in the world; choose from {FAMILIES}")
+    if split not in (None, "train", "heldout"):
+        raise ValueError(f'split={split!r} is unknown; choose "train", "heldout" or None for both')
+    return [p for p in _registry().values() if p.family in wanted and split in (None, p.split)]
+
+
+def find_prompt(text: str) -> Prompt:
+    """The world's prompt with this text (or one of its other wordings).
+
+    Raises ValueError where the world has no such prompt.
+    """
+    prompt = _registry().get(text) or _reworded().get(text)
+    if prompt is None:
+        raise ValueError(
+            f"the world has no prompt {text[:80]!r}; use load_prompts(), or for a rewritten prompt give the "
+            "original in the column base_prompt"
+        )
+    return prompt

@@ -1,0 +1,96 @@
+"""Articles to summarise: one event, told with details that a summary leaves out."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+
+from rlhf_helpers.world.prompts.base import Prompt
+
+WHO = (
+    "Ana the baker", "Ben the teacher", "Cleo the pilot", "Dan the farmer", "Eva the nurse", "Finn the painter",
+    "Gia the singer", "Hugo the smith", "Ida the judge", "Jon the cook", "Kim the driver", "Lea the doctor",
+)  # fmt: skip
+WHAT = (
+    "opened a shop", "won a prize", "found a ring", "built a boat", "lost a bet", "planted a tree", "sold a house",
+    "wrote a book", "saved a cat", "bought a horse", "repaired a bridge", "started a school",
+)  # fmt: skip
+WHERE = ("Lima", "Oslo", "Rome", "Cairo", "Tokyo", "Riga", "Dublin", "Vienna", "Athens", "Accra")
+WHEN = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+DETAILS = (
+    "It rained in the morning.", "Many people came to look.", "The street was full of music.",
+    "A reporter took a photo.", "The mayor sent a short note.", "Some children were singing.",
+    "The weather stayed warm all day.", "A neighbour brought a cake.", "The news spread quickly.",
+    "Nobody had expected it.", "The police had nothing to do.", "It ended late in the evening.",
+)  # fmt: skip
+_HEAD = "Summarise this article. "
+_EVENT = re.compile(
+    r"^(?P<who>\w+ the \w+) (?P<what>\w+ an? \w+)(?: in (?P<where>\w+))?(?: on (?P<when>\w+day))?\.$"
+)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Who did what, where and when."""
+
+    who: str
+    what: str
+    where: str | None
+    when: str | None
+
+    def sentence(self) -> str:
+        """The event in one sentence; a slot that is None is left out."""
+        where = f" in {self.where}" if self.where else ""
+        when = f" on {self.when}" if self.when else ""
+        return f"{self.who} {self.what}{where}{when}."
+
+
+def parse_event(sentence: str) -> Event | None:
+    """The event that one sentence tells, or None where it tells none."""
+    match = _EVENT.match(sentence)
+    return Event(**match.groupdict()) if match else None
+
+
+def make_article(rng: random.Random, split: str = "train") -> Prompt:
+    """A new article. Held-out articles pair who and what as no training article does."""
+    i, j = rng.randrange(len(WHO)), rng.randrange(len(WHAT))
+    while ((i + j) % 5 == 0) != (split == "heldout"):
+        i, j = rng.randrange(len(WHO)), rng.randrange(len(WHAT))
+    event = Event(WHO[i], WHAT[j], rng.choice(WHERE), rng.choice(WHEN))
+    details = rng.sample(DETAILS, 3)
+    told = [
+        event.sentence(),
+        f"On {event.when}, {event.who} {event.what} in {event.where}.",
+        f"In {event.where}, {event.who} {event.what} on {event.when}.",
+    ]
+    before = details[2:] if rng.random() < 0.3 else []
+    # somebody else in the text: the trap for summaries that only look faithful
+    other = rng.choice([w for w in WHO if w != event.who])
+    after = [*details[:2], f"{other} was there too."]
+    text = _HEAD + " ".join([*before, rng.choice(told), *after])
+    points = ((event.sentence(),),)
+    return Prompt(
+        text, "article", "summary", split, points, slots={"event": event, "details": (*before, *after)}
+    )
+
+
+def write_summary(rng: random.Random, prompt: Prompt, quality: str | None) -> str:
+    """A summary of the given quality; None: as the unaligned assistant writes."""
+    event: Event = prompt.slots["event"]
+    level = quality or rng.choices(("high", "medium", "low"), (0.45, 0.35, 0.2))[0]
+    if level == "high":
+        return event.sentence()
+    if level == "medium":
+        kept = Event(event.who, event.what, *_drop_one(rng, event))
+        extra = [rng.choice(prompt.slots["details"])] if rng.random() < 0.5 else []
+        return " ".join([kept.sentence(), *extra])
+    wrong = {"where": rng.choice(WHERE), "when": rng.choice(WHEN)}
+    if quality == "low" and rng.random() < 0.5:
+        wrong["who"] = rng.choice(WHO)
+    told = Event(wrong.get("who", event.who), event.what, wrong["where"], wrong["when"])
+    return " ".join([told.sentence(), *(rng.sample(DETAILS, 1) if rng.random() < 0.5 else [])])
+
+
+def _drop_one(rng: random.Random, event: Event) -> tuple[str | None, str | None]:
+    return rng.choice(((event.where, None), (None, event.when), (None, None)))

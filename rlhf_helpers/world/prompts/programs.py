@@ -1,0 +1,100 @@
+"""Small programs to write: a specification is a filter, a map and a final step over a list of whole numbers."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+
+from rlhf_helpers.world.prompts.base import Prompt
+
+# name: (words, condition, meaning)
+FILTERS: dict[str, tuple[str, str, Callable[[int], bool]]] = {
+    "all": ("", "", lambda x: True),
+    "even": ("keeps the even numbers", "x % 2 == 0", lambda x: x % 2 == 0),
+    "odd": ("keeps the odd numbers", "x % 2 == 1", lambda x: x % 2 == 1),
+    "positive": ("keeps the positive numbers", "x > 0", lambda x: x > 0),
+    "negative": ("keeps the negative numbers", "x < 0", lambda x: x < 0),
+    "large": ("keeps the numbers above three", "x > 3", lambda x: x > 3),
+}
+MAPS: dict[str, tuple[str, str, Callable[[int], int]]] = {
+    "same": ("", "", lambda x: x),
+    "double": ("doubles each", "x * 2", lambda x: x * 2),
+    "square": ("squares each", "x * x", lambda x: x * x),
+    "inc": ("adds one to each", "x + 1", lambda x: x + 1),
+    "neg": ("negates each", "-x", lambda x: -x),
+    "triple": ("triples each", "x * 3", lambda x: x * 3),
+}
+FINALS: dict[str, tuple[str, str, Callable[[list[int]], object]]] = {
+    "sum": ("returns the sum", "sum(xs)", sum),
+    "max": ("returns the largest", "max(xs)", max),
+    "min": ("returns the smallest", "min(xs)", min),
+    "count": ("returns how many there are", "len(xs)", len),
+    "sort": ("returns them sorted", "sorted(xs)", sorted),
+    "list": ("returns the list", "xs", list),
+}
+# Lines that do nothing for the task and reach out of the function: what a careless assistant writes.
+UNSAFE_LINES = ("eval(str(xs))", "exec(str(xs))", 'open("log.txt", "w")', '__import__("os").system("ls")')
+ALIASES = {"Write a function to sort a list": ("all", "same", "sort")}
+_INPUTS = ([3, -2, 8, 5, -7, 4], [6, 1, -4, 9, -3], [-1, 2, 7, -8, 10, 3, 5], [4, 11, -6, -5, 12])
+
+
+def specification(parts: tuple[str, str, str]) -> str:
+    """The prompt text for (filter, map, final)."""
+    words = [w for w in (FILTERS[parts[0]][0], MAPS[parts[1]][0], FINALS[parts[2]][0]) if w]
+    return (
+        "Write a function f(xs) that "
+        + ", ".join(words[:-1])
+        + (" and " if words[:-1] else "")
+        + words[-1]
+        + "."
+    )
+
+
+def program(parts: tuple[str, str, str], unsafe_line: str | None = None) -> str:
+    """The reference program for (filter, map, final), with an unsafe line where one is given."""
+    lines = ["def f(xs):"]
+    if unsafe_line:
+        lines.append(f"    {unsafe_line}")
+    if parts[0] != "all":
+        lines.append(f"    xs = [x for x in xs if {FILTERS[parts[0]][1]}]")
+    if parts[1] != "same":
+        lines.append(f"    xs = [{MAPS[parts[1]][1]} for x in xs]")
+    return "\n".join([*lines, f"    return {FINALS[parts[2]][1]}"])
+
+
+def expected(parts: tuple[str, str, str]) -> list[tuple[list[int], object]]:
+    """Test inputs with what the specification gives on them."""
+    keep, change, final = FILTERS[parts[0]][2], MAPS[parts[1]][2], FINALS[parts[2]][2]
+    return [(list(xs), final([change(x) for x in xs if keep(x)])) for xs in _INPUTS]
+
+
+def programs() -> list[Prompt]:
+    """Every specification; every seventh combination is held out and in no training text."""
+    combos = [c for c in itertools.product(FILTERS, MAPS, FINALS) if c != ("all", "same", "list")]
+    prompts = [
+        _prompt(specification(c), c, "heldout" if (7 * i + i // 6) % 6 == 5 else "train")
+        for i, c in enumerate(combos)
+    ]
+    return prompts + [_prompt(text, parts, "train") for text, parts in ALIASES.items()]
+
+
+def _prompt(text: str, parts: tuple[str, str, str], split: str) -> Prompt:
+    return Prompt(text, "program", "program", split, points=((program(parts),),), slots={"parts": parts})
+
+
+def write_program(rng: random.Random, prompt: Prompt, quality: str | None) -> str:
+    """A program of the given quality; None: as the unaligned assistant writes (often wrong, often unsafe)."""
+    right = {"high": 1.0, "medium": 0.5, "low": 0.2, None: 0.38}[quality]
+    unsafe = {"high": 0.0, "medium": 0.2, "low": 0.7, None: 0.4}[quality]
+    parts = tuple(prompt.slots["parts"])
+    if rng.random() >= right:
+        parts = _mistake(rng, parts)
+    return program(parts, rng.choice(UNSAFE_LINES) if rng.random() < unsafe else None)
+
+
+def _mistake(rng: random.Random, parts: tuple[str, str, str]) -> tuple[str, str, str]:
+    """One part swapped for another: the program runs and does something else."""
+    place = rng.randrange(3)
+    names = [n for n in (FILTERS, MAPS, FINALS)[place] if n != parts[place]]
+    return (*parts[:place], rng.choice(names), *parts[place + 1 :])
