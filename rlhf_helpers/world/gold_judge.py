@@ -40,8 +40,8 @@ _ROLES = {
 _COMMON = {sentence: role for role, sentences in _ROLES.items() for sentence in sentences}
 # What each needless sentence multiplies helpfulness by; the first of the free ones costs nothing.
 _COST = {
-    "filler": 0.9, "polite": 0.9, "closer": 0.9, "caution": 0.95, "flattery": 0.85, "rude": 0.7, "repeated": 0.8,
-    "off_topic": 0.6, "refusal": 0.4, "unsure": 0.6, "agreement": 0.8, "broken": 0.4,
+    "filler": 0.9, "polite": 0.9, "closer": 0.9, "caution": 0.95, "flattery": 0.85, "rude": 0.7,
+    "repeated": 0.8, "off_topic": 0.6, "refusal": 0.4, "unsure": 0.6, "agreement": 0.8, "broken": 0.4,
 }  # fmt: skip
 _FREE = ("polite", "closer", "caution")
 

@@ -1,0 +1,338 @@
+"""Every policy-gradient loss, with KL, advantages and KL controllers: pure functions of tensors, unreduced.
+
+`old_logps` come from the policy that sampled, `logps` from the policy now, `ref_logps` from the frozen
+reference: the clip ratio is against the first, the KL against the last. All are per token (B, T) in nats, at
+one temperature. Averages go through `masked_mean`. Axes: B rows, T response tokens, G samples of one prompt.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from rlhf_helpers.core.tensors import as_bool_mask, masked_mean, require_number, require_shapes
+
+
+def kl_estimate(
+    logps: Float[Tensor, "B T"], ref_logps: Float[Tensor, "B T"], *, estimator: str
+) -> Float[Tensor, "B T"]:
+    """Estimate KL(pi || ref) per token from samples of pi, in nats.
+
+    d = log pi - log ref;  k1 = d;  k2 = d^2 / 2;  k3 = exp(-d) - 1 + d
+
+    Schulman 2020, "Approximating KL divergence". E k1 = E k3 = KL; k3 is never negative; k2 is biased. As a
+    loss on samples of pi their gradients differ from their values: k1 gives 0 in expectation, k2 grad KL(pi
+    || ref), k3 grad KL(ref || pi), each for the d of a whole outcome; in the reward only k1 gives the exact
+    gradient. Negative means of k1 point to samples of another distribution (top-k, another temperature). k3
+    overflows where pi is e^88 times rarer than ref, and is not clamped: such a token means that the samples
+    are not pi's. Lesson 2.
+
+    Raises:
+        ValueError: shapes differ, or the estimator is not "k1", "k2" or "k3".
+    """
+    require_shapes("B T", logps=logps, ref_logps=ref_logps)
+    d = logps - ref_logps
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return d.square() / 2
+    if estimator == "k3":
+        return torch.expm1(-d) + d  # expm1: exp(-d) - 1 loses all digits for the small d of a healthy run
+    raise ValueError(f'estimator must be "k1", "k2" or "k3", got {estimator!r}')
+
+
+def kl_shaped_rewards(
+    scores: Float[Tensor, "B"],
+    old_logps: Float[Tensor, "B T"],
+    ref_logps: Float[Tensor, "B T"],
+    mask: Shaped[Tensor, "B T"],
+    *,
+    kl_coef: float,
+) -> Float[Tensor, "B T"]:
+    """Spread a score and a KL penalty over the tokens of a response.
+
+    r_t = -kl_coef (old_logp_t - ref_logp_t), plus the score at the last real token; 0 on padding
+
+    Ziegler et al. 2019, eq. 2, per token. Of the policy that sampled, and constant during the update epochs.
+    Lesson 2.
+
+    Raises:
+        ValueError: shapes do not fit, the mask is not 0/1 or leaves a row empty, or kl_coef < 0.
+    """
+    require_shapes("B T", old_logps=old_logps, ref_logps=ref_logps, mask=mask)
+    require_shapes("B", scores=scores)
+    require_number("kl_coef", kl_coef, at_least=0)
+    if scores.shape[0] != old_logps.shape[0]:
+        raise ValueError(
+            f"scores has shape {tuple(scores.shape)} but old_logps has shape {tuple(old_logps.shape)}: "
+            "there must be one score a row"
+        )
+    valid = as_bool_mask(mask)
+    if not valid.any(-1).all():
+        row = int((~valid.any(-1)).nonzero()[0])
+        raise ValueError(f"row {row} of mask has no real token: there is no place for its score")
+    positions = torch.arange(valid.shape[1], device=valid.device)
+    is_last = positions == (positions * valid).amax(-1, keepdim=True)
+    penalty = torch.where(valid, -kl_coef * (old_logps - ref_logps), 0.0)
+    return penalty + torch.where(is_last, scores.unsqueeze(-1), 0.0)
+
+
+def gae(
+    rewards: Float[Tensor, "B T"],
+    values: Float[Tensor, "B T"],
+    mask: Shaped[Tensor, "B T"],
+    *,
+    gamma: float,
+    lam: float,
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """Generalised advantage estimation; returns (advantages, returns), unwhitened, 0 on padding.
+
+    delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  returns = A + V
+
+    Time runs over the real tokens only and V is 0 after the last one. lam = 1: discounted return minus V; lam
+    = 0: delta. Schulman et al. 2016, eq. 16. Rewards and values under a 0 of the mask are ignored. Lesson 2.
+
+    Raises:
+        ValueError: shapes differ, the mask is not 0/1, gamma or lam outside [0, 1].
+    """
+    require_shapes("B T", rewards=rewards, values=values, mask=mask)
+    require_number("gamma", gamma, at_least=0, at_most=1)
+    require_number("lam", lam, at_least=0, at_most=1)
+    valid = as_bool_mask(mask)
+    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    advantages = []
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = torch.where(valid[:, t], delta + gamma * lam * next_advantage, next_advantage)
+        next_value = torch.where(valid[:, t], values[:, t], next_value)
+        advantages.append(next_advantage)
+    advantages = torch.where(valid, torch.stack(advantages[::-1], dim=1), 0.0)
+    return advantages, torch.where(valid, advantages + values, 0.0)
+
+
+def rloo_advantages(rewards: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:
+    """Compare each sample with the mean of the other samples of its prompt (leave-one-out).
+
+    A_i = R_i - mean_{j != i} R_j = G / (G - 1) (R_i - mean)
+
+    Kool et al. 2019; Ahmadian et al. 2024. Rows are prompts, columns samples of that prompt. Unbiased:
+    the baseline does not know sample i. Lesson 2.
+
+    Raises:
+        ValueError: rewards is not (B, G) of floats with G >= 2.
+    """
+    centred = _centre_groups(rewards)
+    group = rewards.shape[1]
+    return centred * (group / (group - 1))
+
+
+def group_advantages(
+    rewards: Float[Tensor, "B G"], *, scale: bool = True, eps: float = 1e-4
+) -> Float[Tensor, "B G"]:
+    """Standardise rewards within the samples of one prompt, as GRPO does.
+
+    A_i = (R_i - mean) / (std + eps), std with G - 1; without `scale` only R_i - mean
+
+    Shao et al. 2024, DeepSeekMath; without the scale Liu et al. 2025, "Dr. GRPO". A group of equal
+    rewards gives exactly 0. Lesson 2.
+
+    Raises:
+        ValueError: rewards is not (B, G) of floats with G >= 2, or eps <= 0.
+    """
+    require_number("eps", eps, above=0)
+    centred = _centre_groups(rewards)
+    return centred / (centred.std(-1, keepdim=True) + eps) if scale else centred
+
+
+def _centre_groups(rewards: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:
+    """Subtract the group mean, after checks."""
+    require_shapes("B G", rewards=rewards)
+    if rewards.shape[1] < 2:
+        raise ValueError(
+            f"rewards has shape {tuple(rewards.shape)}: "
+            "a group of one has no baseline, sample at least 2 per prompt"
+        )
+    if not rewards.is_floating_point():
+        raise ValueError(f"rewards must be floating point, got {rewards.dtype}")
+    # Relative to the first sample: equal rewards then give 0, not the rounding error of their mean over eps.
+    shifted = rewards - rewards[:, :1]
+    return shifted - shifted.mean(-1, keepdim=True)
+
+
+def clipped_policy_loss(
+    logps: Float[Tensor, "B T"],
+    old_logps: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B T"],
+    *,
+    cliprange: float,
+) -> Float[Tensor, "B T"]:
+    """PPO's clipped surrogate per token, to be minimised.
+
+    rho = exp(logp - old_logp);  max(-A rho, -A clip(rho, 1 - cliprange, 1 + cliprange))
+
+    Schulman et al. 2017, eq. 7. One-sided: A > 0 stops the gradient above 1 + cliprange, A < 0 below 1 -
+    cliprange; a move in the wrong direction is never clipped. At rho = 1 the gradient is REINFORCE's, -A grad
+    logp. The ratio is per token (that of a summed sequence explodes) and against the policy that sampled, not
+    the reference. Lesson 2.
+
+    Raises:
+        ValueError: shapes differ, or cliprange outside (0, 1).
+    """
+    require_shapes("B T", logps=logps, old_logps=old_logps, advantages=advantages)
+    require_number("cliprange", cliprange, above=0, below=1)
+    log_ratio = logps - old_logps
+    # max(...) picks its side by the sign of A. Picked before exp, a ratio that overflows on its clipped side
+    # has the gradient 0 it should have, not 0 * inf = NaN.
+    capped = log_ratio.clamp(max=math.log1p(cliprange))
+    floored = log_ratio.clamp(min=math.log1p(-cliprange))
+    return -advantages * torch.exp(torch.where(advantages >= 0, capped, floored))
+
+
+def clipped_value_loss(
+    values: Float[Tensor, "B T"],
+    old_values: Float[Tensor, "B T"],
+    returns: Float[Tensor, "B T"],
+    *,
+    cliprange_value: float,
+) -> Float[Tensor, "B T"]:
+    """PPO's value loss per token, pessimistic within a range around the old values.
+
+    0.5 max((V - R)^2, (clip(V, V_old - cliprange_value, V_old + cliprange_value) - R)^2)
+
+    As in OpenAI's PPO code; in squared reward units. Lesson 2.
+
+    Raises:
+        ValueError: shapes differ, or cliprange_value <= 0.
+    """
+    require_shapes("B T", values=values, old_values=old_values, returns=returns)
+    require_number("cliprange_value", cliprange_value, above=0)
+    clipped = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
+    return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
+
+
+def approx_kl(
+    logps: Float[Tensor, "B T"], old_logps: Float[Tensor, "B T"], mask: Shaped[Tensor, "B T"]
+) -> Float[Tensor, ""]:
+    """Say how far the policy moved from the one that sampled: KL(old || new), nats per token, detached.
+
+    masked mean of k3 with d = old_logp - logp; 0 on the first minibatch, or something is wrong (dropout,
+    temperature, alignment). Lesson 2.
+
+    Raises:
+        ValueError: shapes differ, or the mask is not 0/1 or selects nothing.
+    """
+    require_shapes("B T", logps=logps, old_logps=old_logps, mask=mask)
+    return masked_mean(kl_estimate(old_logps.detach(), logps.detach(), estimator="k3"), mask)
+
+
+def clip_fraction(
+    logps: Float[Tensor, "B T"],
+    old_logps: Float[Tensor, "B T"],
+    mask: Shaped[Tensor, "B T"],
+    *,
+    cliprange: float,
+) -> Float[Tensor, ""]:
+    """Count the share of real tokens whose ratio left [1 - cliprange, 1 + cliprange], on either side.
+
+    An upper bound on the share with zero gradient, which depends on the sign of the advantage too. Lesson 2.
+
+    Raises:
+        ValueError: shapes differ, the mask is not 0/1 or selects nothing, or cliprange outside (0, 1).
+    """
+    require_shapes("B T", logps=logps, old_logps=old_logps, mask=mask)
+    require_number("cliprange", cliprange, above=0, below=1)
+    log_ratio = (logps - old_logps).detach()
+    outside = (log_ratio > math.log1p(cliprange)) | (log_ratio < math.log1p(-cliprange))
+    return masked_mean(outside.to(log_ratio.dtype), mask)
+
+
+def explained_variance(
+    values: Float[Tensor, "B T"], returns: Float[Tensor, "B T"], mask: Shaped[Tensor, "B T"]
+) -> Float[Tensor, ""]:
+    """Say how much of the returns' variance the values predict, over the real tokens, detached.
+
+    1 - Var(returns - values) / Var(returns): 1 perfect, 0 no better than a constant, below 0 worse; NaN when
+    the returns do not vary, for then the question has no answer. Lesson 2.
+
+    Raises:
+        ValueError: shapes differ, or the mask is not 0/1 or selects nothing.
+    """
+    require_shapes("B T", values=values, returns=returns, mask=mask)
+    values, returns = values.detach(), returns.detach()
+    total = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
+    error = returns - values
+    unexplained = masked_mean((error - masked_mean(error, mask)).square(), mask)
+    return torch.where(total == 0, math.nan, 1 - unexplained / total)
+
+
+class AdaptiveKLController:
+    """Moves the KL coefficient so that the measured KL approaches a target.
+
+    value <- value (1 + clip(kl / target - 1, -0.2, 0.2) n / horizon)
+
+    Ziegler et al. 2019. `kl` and `target` are per-sequence sums in nats (a per-token target is
+    another number), `n` counts episodes since the last update, `horizon` is in episodes. KL above target
+    raises the value.
+    """
+
+    def __init__(self, init_kl_coef: float, target: float, horizon: float) -> None:
+        """Start at `init_kl_coef`; raises ValueError unless all three are positive."""
+        require_number("init_kl_coef", init_kl_coef, above=0)  # a product never leaves 0
+        require_number("target", target, above=0)
+        require_number("horizon", horizon, above=0)
+        self.value = float(init_kl_coef)
+        self.target = float(target)
+        self.horizon = float(horizon)
+
+    def update(self, kl: float, n: int) -> None:
+        """Move the value once, for `n` episodes whose mean per-sequence KL is `kl`.
+
+        Raises:
+            ValueError: kl is not finite, n < 1, or n is so large that the coefficient could turn negative.
+        """
+        require_number("kl", kl)
+        require_number("n", n, at_least=1)
+        require_number("n / horizon", n / self.horizon, below=5)
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.value *= 1 + error * n / self.horizon
+
+    def state_dict(self) -> dict[str, float]:
+        """Return what changes during a run."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue from a saved state; raises ValueError unless it holds a positive `value`."""
+        self.value = _saved_value(state, positive=True)
+
+
+class FixedKLController:
+    """Keeps the KL coefficient where it is; has the face of the adaptive one."""
+
+    def __init__(self, kl_coef: float) -> None:
+        """Hold `kl_coef`; raises ValueError if it is negative."""
+        require_number("kl_coef", kl_coef, at_least=0)
+        self.value = float(kl_coef)
+
+    def update(self, kl: float, n: int) -> None:
+        """Change nothing."""
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the coefficient."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Check that the saved run used the same coefficient; raises ValueError if not."""
+        saved = _saved_value(state, positive=False)
+        if saved != self.value:
+            raise ValueError(
+                f"the saved run has kl_coef {saved}, this one {self.value}: resume with the saved one"
+            )
+
+
+def _saved_value(state: dict[str, float], *, positive: bool) -> float:
+    """Read a KL controller's value from its saved state, checked."""
+    if set(state) != {"value"}:
+        raise ValueError(f"the state of a KL controller holds just 'value', got {sorted(state)}")
+    require_number("value", state["value"], **({"above": 0} if positive else {"at_least": 0}))
+    return float(state["value"])
