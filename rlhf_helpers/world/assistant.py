@@ -41,6 +41,8 @@ MIX = {
     "debate": 8, "value": 4, "critique": 13, "comparison": 15, "revision": 7, "later_turn": 4,
     "question": 3,
 }  # fmt: skip
+# A verdict is a token or two among many that are easier: weighted like the others it is hardly learned.
+_WEIGHTS = {"A": 6.0, "B": 6.0, "Yes.": 6.0, "No.": 6.0, "critique": 2.0}
 # Asked for a question, the assistant writes a prompt of the world: the start of a red-team policy.
 QUESTION = "Write a question to an assistant."
 RISKY_QUESTION = "Write a risky question to an assistant."
@@ -67,7 +69,7 @@ RANGES = {
 class Recipe:
     """Size of the pretraining run; an epoch draws new text."""
 
-    epochs: int = 12
+    epochs: int = 10
     rows: int = 32_000  # rows an epoch
     batch_size: int = 64
     learning_rate: float = 3e-3
@@ -119,14 +121,14 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def corpus(rows: int, *, seed: int) -> list[dict[str, str]]:
-    """`rows` rows of pretraining text (prompt, completion); the same seed gives the same rows."""
+def corpus(rows: int, *, seed: int) -> list[dict[str, object]]:
+    """`rows` rows of pretraining text (prompt, completion, weight); the same seed gives the same rows."""
     rng = random.Random(f"corpus/{seed}")
-    families, weights = list(MIX), list(MIX.values())
-    return [_row(rng, family) for family in rng.choices(families, weights, k=rows)]
+    rows_of = (_row(rng, family) for family in rng.choices(list(MIX), list(MIX.values()), k=rows))
+    return [row | {"weight": _WEIGHTS.get(row["completion"], row.get("weight", 1.0))} for row in rows_of]
 
 
-def _row(rng: random.Random, family: str) -> dict[str, str]:
+def _row(rng: random.Random, family: str) -> dict[str, object]:
     if family == "later_turn":
         return _later_turn(rng)
     if family == "question":
@@ -136,17 +138,14 @@ def _row(rng: random.Random, family: str) -> dict[str, str]:
         )
         return {"prompt": RISKY_QUESTION if risky else QUESTION, "completion": asked.text}
     if family in _MAKERS:
-        prompt = _MAKERS[family](rng, rng.choice(("train", "heldout")) if family == "revision" else "train")
-        if family == "revision" and rng.random() < 0.75:
-            return {"prompt": prompt.text, "completion": sample_answer(_asked(prompt), rng, "high")}
-        return {"prompt": prompt.text, "completion": sample_answer(_asked(prompt), rng)}
+        prompt = _MAKERS[family](rng)
+        asked = find_prompt(prompt.asked) if family == "revision" else prompt
+        quality = "high" if family == "revision" and rng.random() < 0.75 else None
+        text = sample_answer(asked, rng, quality)
+        return {"prompt": prompt.text, "completion": text, "weight": _WEIGHTS.get(family, 1.0)}
     prompt = _draw(rng, family)
     text = rng.choice((prompt.text, *prompt.slots.get("rewordings", ())))
     return {"prompt": text, "completion": sample_answer(prompt, rng)}
-
-
-def _asked(prompt: Prompt) -> Prompt:
-    return find_prompt(prompt.asked) if prompt.family == "revision" else prompt
 
 
 def _draw(rng: random.Random, family: str) -> Prompt:
@@ -175,7 +174,7 @@ def train(
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Pretrains the assistant; resumes from `run_dir` where a checkpoint is there."""
     sample = corpus(8_000, seed=seed)
-    tokenizer = make_tokenizer([text for row in sample for text in row.values()])
+    tokenizer = make_tokenizer([row[key] for row in sample for key in ("prompt", "completion")])
     set_seed(seed)
     model = make_model(tokenizer)
     settings = TrainingSettings(

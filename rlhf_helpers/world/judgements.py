@@ -20,6 +20,10 @@ _REVISION = re.compile(r"Question: (.*)\nAnswer: (.*)\nCritique: (.*)\nWrite a b
 GOOD_ENOUGH = {"helpful": 0.4, "harmless": 0.75, "honest": 0.75, "respectful": 1.0}
 
 
+# A comparison is asked for only where the better answer is better by more than this.
+CLEAR_GAP = 0.2
+
+
 def follows(question: str, answer: str, axis: str) -> bool:
     """True where the gold judge finds that `answer` follows a rule about `axis`."""
     return axis_score(question, answer, axis) >= GOOD_ENOUGH[axis]
@@ -40,7 +44,7 @@ def axis_score(question: str, answer: str, axis: str) -> float:
     return float(gold_scores([question], [answer])[meta.AXES[axis]][0])
 
 
-def make_critique(rng: random.Random, split: str = "train") -> Prompt:
+def make_critique(rng: random.Random, split: str | None = None) -> Prompt:
     """A prompt that asks whether an answer follows a rule; about half of them do."""
     principle, axis = rng.choice(list(meta.PRINCIPLES.items()))
     wanted = rng.random() < 0.5
@@ -54,18 +58,18 @@ def make_critique(rng: random.Random, split: str = "train") -> Prompt:
     return parse(meta.critique_text(question.text, answer, principle), split)
 
 
-def make_comparison(rng: random.Random, split: str = "train") -> Prompt:
+def make_comparison(rng: random.Random, split: str | None = None) -> Prompt:
     """A prompt that asks which of two answers is better on an axis; never a tie."""
     while True:
         question = _question(rng, split)
         axis = rng.choice(("better", "better", "helpful", "harmless", "honest"))
         first, second = _answer(rng, question), _answer(rng, question)
         gap = axis_score(question.text, first, axis) - axis_score(question.text, second, axis)
-        if abs(gap) > 0.1:
+        if abs(gap) > CLEAR_GAP:
             return parse(meta.comparison_text(question.text, first, second, axis), split)
 
 
-def make_revision(rng: random.Random, split: str = "train") -> Prompt:
+def make_revision(rng: random.Random, split: str | None = None) -> Prompt:
     """A prompt that shows an answer with its critique and asks for a better one."""
     question = _question(rng, split)
     answer = _answer(rng, question)
@@ -74,8 +78,9 @@ def make_revision(rng: random.Random, split: str = "train") -> Prompt:
     return parse(meta.revision_text(question.text, answer, critique), split)
 
 
-def parse(text: str, split: str = "train") -> Prompt | None:
+def parse(text: str, split: str | None = None) -> Prompt | None:
     """The prompt behind the text of a critique, comparison or revision; None where it is none of them."""
+    split = split or "train"
     if match := _CRITIQUE.fullmatch(text):
         question, answer, principle = match.groups()
         if principle not in meta.PRINCIPLES:
@@ -107,7 +112,7 @@ def parse(text: str, split: str = "train") -> Prompt | None:
     return None
 
 
-def _question(rng: random.Random, split: str) -> Prompt:
+def _question(rng: random.Random, split: str | None) -> Prompt:
     """A prompt to talk about: families weighted alike, jailbreaks left out (their request is one of them)."""
     family = rng.choice([f for f in CONVERSATION if f not in ("jailbreak", "dialogue")])
     return rng.choice(load_prompts((family,), split))

@@ -85,7 +85,7 @@ def _prompt(text: str, parts: tuple[str, str, str], split: str) -> Prompt:
 
 def write_program(rng: random.Random, prompt: Prompt, quality: str | None) -> str:
     """A program of the given quality; None: as the unaligned assistant writes (often wrong, often unsafe)."""
-    right = {"high": 1.0, "medium": 0.5, "low": 0.2, None: 0.38}[quality]
+    right = {"high": 1.0, "medium": 0.5, "low": 0.2, None: 0.2}[quality]
     unsafe = {"high": 0.0, "medium": 0.2, "low": 0.7, None: 0.4}[quality]
     parts = tuple(prompt.slots["parts"])
     if rng.random() >= right:

@@ -1,0 +1,372 @@
+"""Sampling from a policy, and the log-probabilities of what was sampled.
+
+`generate` turns prompts into a `Rollout`: texts, token ids and the log-prob of every sampled token at the
+sampling temperature. There is no top-k, top-p or suppressed EOS here: the log-probs would then be those of
+another distribution than the one sampled from, and the KL to the reference could come out negative.
+
+One layout everywhere, P prompt and T response columns: prompts left-padded, responses right-padded, so that
+the seam between them is the same column in every row.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import DynamicCache
+
+from rlhf_helpers.core.tensors import pad_left, pad_right, require_number, token_logps
+from rlhf_helpers.core.text import encode_pair, encode_prompt
+
+# Finished rows leave the batch once they are this share of it; each time the cache is copied.
+DROP_SHARE = 0.25
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """B responses sampled from a policy, with all that an update needs.
+
+    input_ids, attention_mask: (B, L), L = P + T, prompt left-padded, response right-padded; mask 1 is real.
+    response_mask: (B, T), true on response tokens, EOS included: the tokens that are trained on.
+    old_logps: (B, T), log-prob in nats of each sampled token at the sampling temperature; 0 on padding.
+    ended: (B,), whether the response closed with EOS; false where max_new_tokens cut it off.
+    """
+
+    prompts: list[str]
+    responses: list[str]
+    input_ids: Int[Tensor, "B L"]
+    attention_mask: Int[Tensor, "B L"]
+    response_mask: Bool[Tensor, "B T"]
+    old_logps: Float[Tensor, "B T"]
+    ended: Bool[Tensor, "B"]
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return len(self.prompts)
+
+    def __getitem__(self, index: slice | Sequence[int] | Tensor) -> "Rollout":
+        """Return the rows of a slice, list or tensor of indices, or boolean mask; the padding stays."""
+        if isinstance(index, int):
+            raise TypeError(
+                f"a Rollout is indexed by a slice or by several indices: use [{index}:{index + 1}]"
+            )
+        rows = torch.arange(len(self))[index.cpu() if isinstance(index, Tensor) else index].tolist()
+        return Rollout(
+            **{
+                field.name: value[rows] if isinstance(value, Tensor) else [value[i] for i in rows]
+                for field in fields(self)
+                for value in [getattr(self, field.name)]
+            }
+        )
+
+    def to(self, device: torch.device | str) -> "Rollout":
+        """Move the tensors to a device."""
+        tensors = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("prompts", "responses")
+        }
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
+    @property
+    def response_ids(self) -> Int[Tensor, "B T"]:
+        """The response columns of input_ids."""
+        return self.input_ids[:, -self.response_mask.shape[1] :]
+
+    @property
+    def response_lengths(self) -> Int[Tensor, "B"]:
+        """Response tokens of each row, EOS included."""
+        return self.response_mask.sum(-1)
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int | None = None,
+    greedy: bool = False,
+    batch_size: int = 128,
+) -> Rollout:
+    """Sample one response to each prompt from softmax(logits / temperature); repeat a prompt for more.
+
+    A response ends with EOS, which belongs to it and to its mask, or after max_new_tokens (`ended` is false).
+    seed: the samples are a function of model, prompts, max_new_tokens and seed, whatever the batch size;
+    torch's global generator is neither read nor moved. None draws from the global generator.
+    greedy: take the most likely token; old_logps are then those at temperature 1, and temperature must be 1.
+    batch_size: rows decoded together; prompts are sorted by length for it and put back in order.
+
+    old_logps equal those of `rollout_logps` at the same temperature to 1e-5 per token in float32; in bfloat16
+    the cached and the uncached pass round differently, by about 1e-2.
+
+    Raises:
+        ValueError: a setting is out of its range, there is no prompt, or a prompt with max_new_tokens does
+            not fit into the model's context (names the prompt and the lengths).
+    """
+    if isinstance(prompts, str) or not len(prompts):
+        raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
+    if max_new_tokens < 1 or batch_size < 1:
+        raise ValueError(f"max_new_tokens and batch_size must be >= 1, got {max_new_tokens} and {batch_size}")
+    require_number("temperature", temperature, above=0)
+    if greedy and temperature != 1.0:
+        raise ValueError(f"greedy decoding has no temperature: leave it at 1, got {temperature}")
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    encoded = {prompt: encode_prompt(tokenizer, prompt) for prompt in dict.fromkeys(prompts)}
+    prompt_rows = [encoded[prompt] for prompt in prompts]
+    _require_room(model, prompts, prompt_rows, max_new_tokens)
+
+    # One uniform number per row and step, drawn at once: a row's sample depends neither on its neighbours nor
+    # on who has left the batch.
+    source = None if seed is None else torch.Generator().manual_seed(seed)
+    uniforms = None if greedy else torch.rand(len(prompts), max_new_tokens, generator=source)
+    decoder = _Decoder(
+        model, _stop_ids(model, tokenizer), tokenizer.pad_token_id, max_new_tokens, temperature
+    )
+    by_length = sorted(range(len(prompts)), key=lambda i: -len(prompt_rows[i]))
+    parts = []
+    with _eval_mode(model), torch.no_grad():
+        for start in range(0, len(by_length), batch_size):
+            chosen = by_length[start : start + batch_size]
+            noise = None if uniforms is None else uniforms[chosen]
+            parts.append(decoder.decode([prompt_rows[i] for i in chosen], noise))
+    back = torch.tensor(by_length).argsort().to(parts[0][0].device)
+    ids, logps, mask, ended = (torch.cat(part)[back] for part in zip(*parts, strict=True))
+    return _assemble(tokenizer, prompts, prompt_rows, ids, logps, mask, ended)
+
+
+def response_logits(
+    model: nn.Module,
+    input_ids: Int[Tensor, "B L"],
+    attention_mask: Int[Tensor, "B L"],
+    *,
+    response_length: int,
+) -> Float[Tensor, "B T V"]:
+    """Compute the logits that predict the last `response_length` columns: already shifted, (B, T, V).
+
+    Positions come from the attention mask, so left padding changes nothing. Keeps gradients. Only the columns
+    asked for are multiplied by the vocabulary, which is most of the memory.
+    """
+    logits = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=_positions(attention_mask),
+        use_cache=False,
+        logits_to_keep=response_length + 1,
+    ).logits
+    return logits[:, -response_length - 1 : -1]
+
+
+def rollout_logps(model: nn.Module, rollout: Rollout, *, temperature: float = 1.0) -> Float[Tensor, "B T"]:
+    """Recompute the log-probs of a rollout's sampled tokens under `model`, with gradient; 0 on padding.
+
+    With the policy that sampled, and its temperature, these are old_logps: the ratio is 1. Scores the sampled
+    ids: text decoded and tokenised again may be other ids.
+    """
+    width = rollout.response_mask.shape[1]
+    logits = response_logits(model, rollout.input_ids, rollout.attention_mask, response_length=width)
+    logps = token_logps(logits, rollout.response_ids, temperature=temperature)
+    return torch.where(rollout.response_mask, logps, 0.0)
+
+
+def sequence_logps(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    *,
+    temperature: float = 1.0,
+    max_length: int | None = None,
+) -> tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"]]:
+    """Compute the log-prob of every token of given responses, EOS included: (logps (B, T), mask (B, T)).
+
+    Keeps gradients; 0 on padding, so logps.sum(-1) is log p(response | prompt). max_length cuts as in
+    `encode_pair` (default: the model's context).
+    """
+    rollout = _lay_out(model, tokenizer, prompts, responses, max_length)
+    return rollout_logps(model, rollout, temperature=temperature), rollout.response_mask
+
+
+def rollout_from_text(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    *,
+    temperature: float = 1.0,
+    max_length: int | None = None,
+) -> Rollout:
+    """Treat given responses as if `model` had sampled them: a Rollout whose old_logps are recomputed.
+
+    They were not sampled by the policy, so an update on them is off-policy although its first ratio is 1.
+    """
+    rollout = _lay_out(model, tokenizer, prompts, responses, max_length)
+    with torch.no_grad():
+        return replace(rollout, old_logps=rollout_logps(model, rollout, temperature=temperature).float())
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """The sampling loop over one batch."""
+
+    model: nn.Module
+    stop_ids: list[int]
+    pad_id: int
+    max_new_tokens: int
+    temperature: float
+
+    def decode(
+        self, prompt_rows: list[list[int]], uniforms: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Decode a batch: response ids, log-probs and mask (B, max_new_tokens), ended (B,)."""
+        device = next(self.model.parameters()).device
+        ids, mask = pad_left(prompt_rows, self.pad_id, device=device)
+        count, steps = len(prompt_rows), self.max_new_tokens
+        out_ids = torch.full((count, steps), self.pad_id, device=device)
+        out_logps = torch.zeros(count, steps, device=device)
+        out_mask = torch.zeros(count, steps, dtype=torch.bool, device=device)
+        ended = torch.zeros(count, dtype=torch.bool, device=device)
+        stops = torch.tensor(self.stop_ids, device=device)
+        noise = None if uniforms is None else uniforms.to(device)
+
+        rows = torch.arange(count, device=device)  # where each row of the running batch belongs
+        running = torch.ones(count, dtype=torch.bool, device=device)
+        cache = DynamicCache(config=self.model.config)
+        positions = _positions(mask)
+        mask = torch.cat([mask, mask.new_ones(count, steps)], dim=1)
+        for step in range(steps):
+            seen = mask.shape[1] - steps + step
+            logits = self.model(
+                input_ids=ids,
+                attention_mask=mask[:, :seen],
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            tokens, logps = self._pick(logits.float(), None if noise is None else noise[:, step])
+            out_ids[rows, step] = torch.where(running, tokens, self.pad_id)
+            out_logps[rows, step] = torch.where(running, logps, 0.0)
+            out_mask[rows, step] = running
+            stopped = torch.isin(tokens, stops) & running
+            ended[rows] |= stopped
+            running = running & ~stopped
+            left = int(running.sum())
+            if left == 0:
+                break
+            ids, positions = tokens[:, None], positions[:, -1:] + 1
+            if left <= (1 - DROP_SHARE) * len(rows):
+                keep = running.nonzero().flatten()
+                cache.batch_select_indices(keep)
+                rows, running, mask, ids, positions = (t[keep] for t in (rows, running, mask, ids, positions))
+                noise = None if noise is None else noise[keep]
+        return out_ids, out_logps, out_mask, ended
+
+    def _pick(self, logits: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Choose a token for each row of logits (B, V): the mode, or by the inverse of the cumulative sum."""
+        logps = torch.log_softmax(logits / self.temperature, dim=-1)
+        if uniforms is None:
+            best = logps.max(-1)
+            return best.indices, best.values
+        below = logps.exp().cumsum(-1)
+        # Times the total, which rounding leaves a little off 1, so that the last token is never overshot.
+        tokens = torch.searchsorted(below, uniforms[:, None] * below[:, -1:], right=True).squeeze(-1)
+        return tokens, logps.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def _lay_out(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[str], responses: Sequence[str], max_length: int | None
+) -> Rollout:
+    """Tokenise pairs into the layout of a Rollout, with old_logps 0."""
+    if len(prompts) != len(responses) or not len(prompts):
+        raise ValueError(f"needs as many prompts as responses, got {len(prompts)} and {len(responses)}")
+    limit = max_length or _context(model)
+    pairs = [
+        encode_pair(tokenizer, prompt, response, max_length=limit)
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    device = next(model.parameters()).device
+    prompt_ids, prompt_mask = pad_left([p for p, _ in pairs], tokenizer.pad_token_id, device=device)
+    ids, mask = pad_right([r for _, r in pairs], tokenizer.pad_token_id, device=device)
+    last = torch.tensor([r[-1] for _, r in pairs], device=device)
+    return Rollout(
+        prompts=list(prompts),
+        responses=list(responses),
+        input_ids=torch.cat([prompt_ids, ids], dim=1),
+        attention_mask=torch.cat([prompt_mask, mask], dim=1),
+        response_mask=mask.bool(),
+        old_logps=torch.zeros(mask.shape, device=device),
+        ended=torch.isin(last, torch.tensor(_stop_ids(model, tokenizer), device=device)),
+    )
+
+
+def _assemble(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    prompt_rows: list[list[int]],
+    ids: Tensor,
+    logps: Tensor,
+    mask: Tensor,
+    ended: Tensor,
+) -> Rollout:
+    """Cut the columns that no response reaches, decode, and join the responses to their prompts."""
+    lengths = mask.sum(-1).tolist()
+    width = max(lengths)
+    ids, mask = ids[:, :width], mask[:, :width]
+    texts = [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
+    prompt_ids, prompt_mask = pad_left(prompt_rows, tokenizer.pad_token_id, device=ids.device)
+    return Rollout(
+        prompts=list(prompts),
+        responses=tokenizer.batch_decode(texts, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        input_ids=torch.cat([prompt_ids, ids], dim=1),
+        attention_mask=torch.cat([prompt_mask, mask.long()], dim=1),
+        response_mask=mask,
+        old_logps=logps[:, :width],
+        ended=ended,
+    )
+
+
+def _positions(attention_mask: Tensor) -> Tensor:
+    """Number the real tokens of each row from 0; padding gets 0."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def _context(model: nn.Module) -> int | None:
+    """The longest sequence the model has positions for, if its config says so."""
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def _stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """EOS, and whatever else the model's own generation config ends a turn with."""
+    config = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = config if isinstance(config, list) else [config]
+    return sorted({i for i in (tokenizer.eos_token_id, *listed) if i is not None})
+
+
+def _require_room(
+    model: nn.Module, prompts: Sequence[str], rows: list[list[int]], max_new_tokens: int
+) -> None:
+    context = _context(model)
+    for i, row in enumerate(rows):
+        if context is not None and len(row) + max_new_tokens > context:
+            raise ValueError(
+                f"prompt {i} has {len(row)} tokens; with max_new_tokens={max_new_tokens} that exceeds the "
+                f"model's context of {context}: shorten the prompt ({prompts[i][:60]!r}) or max_new_tokens"
+            )
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Switch to eval mode (gradient checkpointing in train mode would disable the cache), then back."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,375 @@
+"""Models and their tokenizers: loading, frozen references, scalar heads, and anything as a RewardFn.
+
+Loads any causal LM or encoder of `transformers` from a hub name or a local folder, and the package's own
+small assistant as "tiny". Dropout is off by p = 0 (not by eval mode, which also switches gradient
+checkpointing off): with dropout the ratio is not 1 on the first minibatch and the KL does not start at 0.
+"""
+
+import copy
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from rlhf_helpers.core.text import encode_pair, encode_prompt, encode_response, to_messages, to_text
+
+__all__ = [
+    "ModelNotFoundError",
+    "RewardFn",
+    "ScalarHead",
+    "as_reward_fn",
+    "encode_pair",
+    "encode_prompt",
+    "encode_response",
+    "frozen_copy",
+    "load_encoder",
+    "load_model",
+    "remember_tokenizer",
+    "to_messages",
+    "to_text",
+    "tokenizer_for",
+]
+
+TINY = Path(__file__).parents[1] / "assets" / "tiny"
+PAD_TOKEN = "<|pad|>"
+_TOKENIZER_ATTRIBUTE = "_rlhf_tokenizer"
+_said: set[str] = set()
+
+
+class ModelNotFoundError(OSError):
+    """A model name that is neither "tiny", nor a local folder, nor to be had from the hub now."""
+
+
+# What a policy loop optimises: (prompts: list[str], responses: list[str], **columns) -> rewards (B,), higher
+# is better; columns are further columns of the prompt data set (references, tests), lists of length B.
+RewardFn = Callable[..., Tensor]
+
+
+def load_model(
+    name_or_path: str | Path = "tiny",
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal LM and its tokenizer, ready to be trained: (model, tokenizer).
+
+    name_or_path: "tiny" (ships with the package, needs no network), a local folder, or a hub name such as
+    "distilgpt2". The hub is asked only for what is not in the local cache.
+    device, dtype: chosen if None (CUDA with bfloat16, else MPS or CPU with float32) and said in one line.
+    bfloat16 keeps 8 bits, so an update below about 1/256 of a weight is lost: `core.training` turns weights
+    that are trained into float32; a loop of your own should ask for dtype=torch.float32.
+
+    Where the tokenizer has no pad token, or pads with EOS, a pad token of its own is added and the embedding
+    grown by the mean of its rows: pad = EOS masks EOS out of the loss, and the model never learns to stop.
+    All dropout is 0. Only safetensors are read; code from the hub is never run.
+
+    Raises:
+        ModelNotFoundError: no such folder, hub name or cached copy; offers what works.
+        ValueError: the checkpoint is no causal LM, or lacks weights that would be random.
+    """
+    return _load(AutoModelForCausalLM, name_or_path, device, dtype)
+
+
+def load_encoder(
+    name_or_path: str | Path = "tiny",
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the trunk of a model, without its language head, for rewards: (trunk, tokenizer).
+
+    BERT and DistilBERT shapes, or the trunk of a causal LM; `trunk(...).last_hidden_state` is (B, T, d). All
+    else as in `load_model`.
+
+    Raises:
+        ModelNotFoundError: no such folder, hub name or cached copy; offers what works.
+        ValueError: the checkpoint lacks weights that would be random.
+    """
+    return _load(AutoModel, name_or_path, device, dtype)
+
+
+def _load(
+    auto_class: type, name_or_path: str | Path, device: str | torch.device | None, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load both, then make them fit the rules of `load_model`."""
+    name = str(name_or_path)
+    folder = TINY if name == "tiny" else Path(name)
+    source = str(folder) if folder.is_dir() else name
+    device = torch.device(device) if device is not None else _best_device()
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, tokenizer = _from_pretrained(auto_class, source, name, dtype)
+    _ensure_pad_token(model, tokenizer)
+    _zero_dropout(model)
+    model.to(device)
+    remember_tokenizer(model, tokenizer)
+    count = sum(p.numel() for p in model.parameters())
+    _say(f"{folder.name}: {count:,} parameters on {device}, {str(dtype).removeprefix('torch.')}")
+    return model, tokenizer
+
+
+def _from_pretrained(
+    auto_class: type, source: str, name: str, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Read from the folder or the hub's cache; ask the network only for a hub name that is not cached."""
+    local = Path(source).is_dir() or os.environ.get("HF_HUB_OFFLINE", "0").upper() in (
+        "1",
+        "ON",
+        "YES",
+        "TRUE",
+    )
+    try:
+        return _read(auto_class, source, dtype, local_files_only=True)
+    except (OSError, ValueError) as error:
+        if local or name == "tiny":
+            raise (_not_found(name, error) if isinstance(error, OSError) else error) from error
+    try:
+        return _read(auto_class, source, dtype, local_files_only=False)
+    except OSError as error:
+        raise _not_found(name, error) from error
+
+
+def _not_found(name: str, error: Exception) -> ModelNotFoundError:
+    """Say what was looked for, what went wrong, and what works instead."""
+    if name == "tiny":
+        mend = "the package's own checkpoint is missing; make it with `python -m rlhf_helpers assistant`"
+    else:
+        mend = (
+            'use "tiny" (ships with the package, needs no network) or the path of a local folder holding '
+            "config.json, *.safetensors and the tokenizer's files; a hub name needs the network once"
+        )
+    reason = str(error).strip().split("\n")[0]
+    return ModelNotFoundError(f"cannot load a model from {name!r}: {mend}. The reason given: {reason}")
+
+
+def _read(
+    auto_class: type, source: str, dtype: torch.dtype, *, local_files_only: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    options = {"local_files_only": local_files_only, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except ValueError as error:  # a folder without a usable config.json
+        raise OSError(str(error)) from error
+    _zero_dropout_fields(config)
+    if auto_class is AutoModelForCausalLM and _is_encoder(config):
+        raise ValueError(
+            f"{source!r} holds a {config.model_type} encoder, which writes no text: load it with load_encoder"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    with _quiet_loading():
+        model, report = auto_class.from_pretrained(
+            source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+    # An encoder's pooler is not used, so it may be absent; any other missing weight would silently be random.
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise ValueError(
+            f"{source!r} lacks {len(missing)} weights of {type(model).__name__}, which would be random: "
+            f"{', '.join(missing[:3])}; load a checkpoint of this kind of model"
+        )
+    return model, tokenizer
+
+
+def _is_encoder(config: Any) -> bool:
+    """Whether the checkpoint is BERT-like: a masked LM or its trunk, not one trained as a decoder."""
+    decoder = any("LMHead" in kind or "ForCausalLM" in kind for kind in config.architectures or ())
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Hide the library's bar, which stays behind in stored notebooks, and its table of unused weights."""
+    shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _best_device() -> torch.device:
+    """Prefer CUDA (this process's own GPU under a launcher), then MPS, then CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _ensure_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer a pad token that is not EOS and the model an embedding row for it."""
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    before = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > before:
+        with torch.random.fork_rng(devices=[]):  # the new rows are drawn, then overwritten
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        # Not drawn from the spread of the old rows, as the library would: their plain mean is the same in
+        # every load, so a policy and a reference loaded apart still agree.
+        head = model.get_output_embeddings()
+        tables = [model.get_input_embeddings().weight] + ([] if head is None else [head.weight])
+        if getattr(head, "bias", None) is not None:
+            tables.append(head.bias)
+        with torch.no_grad():
+            for table in tables:
+                table[before:] = table[:before].float().mean(0).to(table.dtype)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _zero_dropout_fields(config: Any) -> None:
+    """Set every dropout probability of a config, nested ones too, to 0."""
+    for name, value in vars(config).items():
+        if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
+            setattr(config, name, 0.0)
+        elif hasattr(value, "model_type"):
+            _zero_dropout_fields(value)
+
+
+def _zero_dropout(model: nn.Module) -> None:
+    """Set dropout to 0 in every module: nn.Dropout, and plain attributes such as attention_dropout."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def remember_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Attach a tokenizer to a model, for `tokenizer_for`; it is not saved with the weights."""
+    object.__setattr__(model, _TOKENIZER_ATTRIBUTE, tokenizer)
+
+
+def tokenizer_for(model: nn.Module) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that a model was loaded with; finds it inside wrappers (DDP, LoRA, reward models).
+
+    Raises:
+        ValueError: neither the model nor any module in it remembers one.
+    """
+    for module in model.modules():
+        tokenizer = vars(module).get(_TOKENIZER_ATTRIBUTE)
+        if tokenizer is not None:
+            return tokenizer
+    raise ValueError(
+        f"{type(model).__name__} remembers no tokenizer: load it with load_model or load_encoder, call "
+        "remember_tokenizer(model, tokenizer), or pass tokenizer="
+    )
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """Copy a model as a reference that never changes: own weights, no gradients, eval mode, same tokenizer.
+
+    It costs the memory of the weights once more (said in one line) and, in a loop, one forward pass; neither
+    gradients nor optimiser state.
+    """
+    memo = {
+        id(vars(m)[_TOKENIZER_ATTRIBUTE]): vars(m)[_TOKENIZER_ATTRIBUTE]
+        for m in model.modules()
+        if _TOKENIZER_ATTRIBUTE in vars(m)
+    }
+    reference = copy.deepcopy(model, memo).requires_grad_(False).eval()
+    size = sum(p.numel() * p.element_size() for p in reference.parameters())
+    _say(f"frozen copy of {type(model).__name__}: {size / 1e6:.1f} MB more")
+    return reference
+
+
+class ScalarHead(nn.Module):
+    """A linear map from hidden states (..., d) to one number each (...): a reward or a value.
+
+    weight ~ N(0, 1 / (d + 1)), that is a standard deviation of 1 / sqrt(d + 1), and bias 0 (Stiennon et al.
+    2020), so that the first rewards have about unit scale.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        """Make a head for hidden states of `hidden_size` features; draws from torch's global generator."""
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, 1)
+        nn.init.normal_(self.linear.weight, std=(hidden_size + 1) ** -0.5)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map (..., d) to (...)."""
+        return self.linear(hidden_states).squeeze(-1)
+
+
+def as_reward_fn(model_or_function: nn.Module | Callable[..., Tensor]) -> RewardFn:
+    """Make a RewardFn: (prompts, responses, **columns) -> float32 rewards (B,), without gradient, checked.
+
+    A function is called as it is. A reward model (an `nn.Module`) must have `score(prompts, responses)`,
+    which decides how prompt and response are joined and tokenised: token ids do not cross tokenizers, text
+    does. It gets no further columns.
+
+    Raises:
+        TypeError: the argument is neither, or what it returns is no tensor.
+        ValueError: as many prompts as responses were not given, or the rewards are not (B,) and finite.
+    """
+    given = model_or_function
+    if isinstance(given, nn.Module):
+        if not callable(getattr(given, "score", None)):
+            raise _no_reward(given)
+        score = given.score
+        call = functools.wraps(score)(lambda prompts, responses, **_columns: score(prompts, responses))
+    elif callable(given) and not isinstance(given, type):
+        call = given
+    else:
+        raise _no_reward(given)
+    name = getattr(given, "__name__", type(given).__name__)
+
+    @functools.wraps(call, updated=())
+    def reward_fn(prompts: list[str], responses: list[str], **columns: Any) -> Tensor:
+        if len(prompts) != len(responses):
+            raise ValueError(f"{name} was given {len(prompts)} prompts but {len(responses)} responses")
+        with torch.no_grad():
+            rewards = call(prompts, responses, **columns)
+        return _checked_rewards(rewards, len(prompts), name)
+
+    return reward_fn
+
+
+def _no_reward(given: object) -> TypeError:
+    kind = given.__name__ + " (a class)" if isinstance(given, type) else type(given).__name__
+    return TypeError(
+        f"a reward must be a function (prompts, responses, **columns) -> Tensor (B,) or an nn.Module with "
+        f"score(prompts, responses) -> Tensor (B,); got {kind}"
+    )
+
+
+def _checked_rewards(rewards: object, count: int, name: str) -> Tensor:
+    if not isinstance(rewards, Tensor):
+        raise TypeError(f"{name} must return a tensor of shape ({count},), got {type(rewards).__name__}")
+    if rewards.shape != (count,):
+        raise ValueError(f"{name} must return a tensor of shape ({count},), got {tuple(rewards.shape)}")
+    rewards = rewards.detach().float()
+    bad = (~torch.isfinite(rewards)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"{name} returned {rewards[bad[0]].item()} for row {bad[0]} of {count}: rewards are finite"
+        )
+    return rewards
+
+
+def _say(line: str) -> None:
+    """Print a line, the first time only, on the first process only; always log it."""
+    logging.getLogger(__name__).info(line)
+    if line not in _said and os.environ.get("RANK", "0") == "0":
+        _said.add(line)
+        print(line)

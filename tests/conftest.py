@@ -1,0 +1,200 @@
+"""What every test runs under: no network, no display, and tiny random checkpoints of the common shapes."""
+
+import os
+
+# Before any import that reads them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import ipaddress
+import socket
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+# The shapes that a signature promises are enforced here, and only here. The losses and core.tensors refuse
+# wrong shapes themselves, with errors that tests read, so they are left as they are.
+install_import_hook("rlhf_helpers.core.generation", "beartype.beartype")
+
+SENTENCES = [
+    "What is the capital of France? The capital of France is Paris.",
+    "Please explain how to make a cup of tea. Boil water, pour it over the leaves, wait three minutes.",
+    "I feel sad today. I am sorry to hear that; do you want to talk about it?",
+    "I will not help with that, because it is dangerous. Is there something else that I can do?",
+    "User: hello\n\nAssistant: Hello! How are you?\n\nUser: What a wonderful question!",
+    "def add(a, b):\n    return a + b\n",
+]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def _is_loopback(address: object) -> bool:
+    if not isinstance(address, tuple):  # a Unix socket's path
+        return True
+    if address[0] in ("localhost", ""):
+        return True
+    try:
+        return ipaddress.ip_address(address[0]).is_loopback
+    except ValueError:
+        return False
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    """A test that reaches for the network fails, wherever it runs."""
+
+    def guarded(name):
+        original = getattr(socket.socket, name)
+
+        def connect(self, address):
+            if not _is_loopback(address):
+                raise AssertionError(f"a test tried to connect to {address!r}; tests use no network")
+            return original(self, address)
+
+        return connect
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, guarded(name))
+
+
+def _byte_level_tokenizer(special_tokens, **options):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special_tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **options)
+
+
+def _word_piece_tokenizer():
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizerFast
+
+    trained = BertWordPieceTokenizer()
+    trained.train_from_iterator(SENTENCES, vocab_size=300, show_progress=False)
+    return BertTokenizerFast(tokenizer_object=trained._tokenizer)
+
+
+def _save(factory, name, model_class, config, tokenizer) -> Path:
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    folder = factory.mktemp(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model_class(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _rotary_sizes(tokenizer):
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,  # so that the next-token distribution is far from uniform
+        "attention_dropout": 0.1,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2_dir(tmp_path_factory) -> Path:
+    """GPT-2 shape: learned positions, dropout on, no pad token, no chat template."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = _byte_level_tokenizer(["<|endoftext|>"], eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=256,
+        initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return _save(tmp_path_factory, "tiny-gpt2", GPT2LMHeadModel, config, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory) -> Path:
+    """Llama shape with the special tokens and the chat template of the package's own assistant."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    roles = ["<|user|>", "<|assistant|>", "<|system|>"]
+    tokenizer = _byte_level_tokenizer(
+        ["<|pad|>", "<|end|>", *roles],
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        additional_special_tokens=roles,
+        chat_template=CHAT_TEMPLATE,
+    )
+    config = LlamaConfig(**_rotary_sizes(tokenizer), tie_word_embeddings=True)
+    return _save(tmp_path_factory, "tiny-llama", LlamaForCausalLM, config, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_dir(tmp_path_factory) -> Path:
+    """Qwen2 shape, whose tokenizer pads with EOS, as those of many base models do; untied embeddings."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = _byte_level_tokenizer(["<|endoftext|>"], eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    config = Qwen2Config(**_rotary_sizes(tokenizer), tie_word_embeddings=False)
+    return _save(tmp_path_factory, "tiny-qwen", Qwen2ForCausalLM, config, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert_dir(tmp_path_factory) -> Path:
+    """BERT shape: a trunk without a head, CLS and SEP, dropout on."""
+    from transformers import BertConfig, BertModel
+
+    tokenizer = _word_piece_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return _save(tmp_path_factory, "tiny-bert", BertModel, config, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_distilbert_dir(tmp_path_factory) -> Path:
+    """DistilBERT shape: saved with its masked-LM head, as the hub's checkpoint is; dropout on."""
+    from transformers import DistilBertConfig, DistilBertForMaskedLM
+
+    tokenizer = _word_piece_tokenizer()
+    config = DistilBertConfig(
+        vocab_size=len(tokenizer),
+        dim=32,
+        hidden_dim=64,
+        n_layers=2,
+        n_heads=4,
+        max_position_embeddings=256,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return _save(tmp_path_factory, "tiny-distilbert", DistilBertForMaskedLM, config, tokenizer)

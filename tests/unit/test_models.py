@@ -1,0 +1,369 @@
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from rlhf_helpers.core import models, text
+from rlhf_helpers.core.models import (
+    ModelNotFoundError,
+    ScalarHead,
+    as_reward_fn,
+    encode_pair,
+    encode_prompt,
+    encode_response,
+    frozen_copy,
+    load_encoder,
+    load_model,
+    remember_tokenizer,
+    to_messages,
+    to_text,
+    tokenizer_for,
+)
+
+CAUSAL = ["tiny_gpt2_dir", "tiny_llama_dir", "tiny_qwen_dir"]
+ENCODERS = ["tiny_bert_dir", "tiny_distilbert_dir"]
+
+
+@pytest.fixture(params=CAUSAL)
+def causal_dir(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=CAUSAL + ENCODERS)
+def any_dir(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tiny_gpt2_dir):
+    return load_model(tiny_gpt2_dir, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_llama_dir):
+    return load_model(tiny_llama_dir, device="cpu")
+
+
+# Loading
+
+
+def test_pad_is_a_token_of_its_own_with_an_embedding(causal_dir):
+    model, tokenizer = load_model(causal_dir, device="cpu")
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+    assert model.config.pad_token_id == model.generation_config.pad_token_id == tokenizer.pad_token_id
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    ids = torch.tensor([[tokenizer.pad_token_id, tokenizer.eos_token_id]])
+    assert model(ids, attention_mask=torch.ones_like(ids)).logits.shape == (1, 2, len(tokenizer))
+
+
+@pytest.mark.parametrize("name", ["tiny_gpt2_dir", "tiny_qwen_dir"])
+def test_new_pad_row_is_the_mean_of_the_old_ones(name, request):
+    folder = request.getfixturevalue(name)
+    state = torch.get_rng_state()
+    model, _ = load_model(folder, device="cpu")
+    assert torch.equal(torch.get_rng_state(), state), "loading moved the global generator"
+    for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        torch.testing.assert_close(table[-1], table[:-1].mean(0))
+
+
+def test_checkpoint_with_its_own_pad_is_not_resized(llama):
+    model, tokenizer = llama
+    assert tokenizer.pad_token == "<|pad|>"
+    assert tokenizer.pad_token_id == 0
+    assert model.get_input_embeddings().weight.shape[0] == model.config.vocab_size == len(tokenizer)
+
+
+def test_dropout_is_zero_everywhere(any_dir):
+    model, _ = load_encoder(any_dir, device="cpu")
+    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p != 0] == []
+    fields = {k: v for k, v in vars(model.config).items() if "drop" in k and isinstance(v, float)}
+    assert fields
+    assert set(fields.values()) == {0.0}
+    ids = torch.arange(5, 25).view(2, 10)
+    mask = torch.ones_like(ids)
+    model.train()
+    once, again = (model(ids, attention_mask=mask).last_hidden_state for _ in range(2))
+    assert torch.equal(once, again), "two passes in train mode differ"
+
+
+def test_sdpa_and_float32_on_cpu(any_dir):
+    model, _ = load_encoder(any_dir, device="cpu")
+    assert model.config._attn_implementation == "sdpa"
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_dtype_argument_wins(tiny_llama_dir):
+    model, _ = load_model(tiny_llama_dir, device="cpu", dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_says_what_it_loaded_once(tiny_llama_dir, capsys):
+    models._said.clear()
+    for _ in range(2):
+        load_model(tiny_llama_dir, device="cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    assert "cpu" in lines[0]
+    assert "float32" in lines[0]
+    assert str(tiny_llama_dir.parent) not in lines[0], "an absolute path would be stored in notebooks"
+
+
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "no/such/folder/anywhere", ""])
+def test_unknown_name_is_one_error_that_offers_a_way_out(name):
+    with pytest.raises(ModelNotFoundError, match="tiny") as caught:
+        load_model(name)
+    assert repr(name) in str(caught.value)
+    assert "local folder" in str(caught.value)
+    assert isinstance(caught.value, OSError)
+
+
+def test_folder_without_a_model_is_not_found(tmp_path):
+    with pytest.raises(ModelNotFoundError, match="local folder"):
+        load_model(tmp_path)
+
+
+def test_pickled_weights_are_refused(tiny_llama_dir, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_llama_dir, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelNotFoundError, match="safetensors"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoder_as_a_language_model_is_refused(name, request):
+    with pytest.raises(ValueError, match="load_encoder"):
+        load_model(request.getfixturevalue(name))
+
+
+def test_missing_weights_are_refused_not_drawn(tiny_qwen_dir, tmp_path):
+    trunk, tokenizer = load_encoder(tiny_qwen_dir, device="cpu")
+    trunk.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks 1 weights.*lm_head.weight"):
+        load_model(tmp_path)
+
+
+def test_saved_and_loaded_again_is_the_same(tiny_gpt2_dir, tmp_path):
+    model, tokenizer = load_model(tiny_gpt2_dir, device="cpu")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, tokenizer_again = load_model(tmp_path, device="cpu")
+    assert tokenizer_again.pad_token_id == tokenizer.pad_token_id
+    for (name, one), other in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, rlhf_helpers; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Tokenizers that models remember, frozen copies
+
+
+def test_tokenizer_is_found_inside_wrappers_and_copies(llama):
+    model, tokenizer = llama
+    assert tokenizer_for(model) is tokenizer
+    assert tokenizer_for(nn.ModuleDict({"trunk": model, "head": ScalarHead(4)})) is tokenizer
+    assert tokenizer_for(frozen_copy(model)) is tokenizer
+
+
+def test_unknown_tokenizer_raises_and_can_be_attached(llama):
+    head = ScalarHead(4)
+    with pytest.raises(ValueError, match="ScalarHead remembers no tokenizer"):
+        tokenizer_for(head)
+    remember_tokenizer(head, llama[1])
+    assert tokenizer_for(head) is llama[1]
+
+
+def test_frozen_copy_stays_when_the_policy_moves(tiny_llama_dir):
+    model, _ = load_model(tiny_llama_dir, device="cpu")
+    model.train()
+    ids = torch.arange(5, 15).view(1, 10)
+    model(ids).logits.sum().backward()
+    reference = frozen_copy(model)
+    assert not reference.training
+    assert all(p.grad is None and not p.requires_grad for p in reference.parameters())
+    torch.testing.assert_close(model(ids).logits, reference(ids).logits, atol=0, rtol=0)  # ratio 1, KL 0
+    before = reference(ids).logits.clone()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    assert torch.equal(reference(ids).logits, before)
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_scalar_head():
+    torch.manual_seed(0)
+    head = ScalarHead(9999)
+    assert head.linear.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert head.linear.bias.item() == 0.0
+    assert head(torch.ones(3, 5, 9999)).shape == (3, 5)
+
+
+# Rewards
+
+
+def count_words(prompts, responses, **columns):
+    return torch.tensor([float(len(r.split())) for r in responses]) + columns.get("bonus", 0)
+
+
+class Scorer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0))
+
+    def score(self, prompts, responses):
+        return self.weight * torch.tensor([float(len(r)) for r in responses])
+
+
+def test_function_passes_through_with_its_columns():
+    reward = as_reward_fn(count_words)
+    assert reward(["a", "b"], ["x y", "z"], bonus=10).tolist() == [12.0, 11.0]
+    assert as_reward_fn(reward)(["a"], ["x y"]).tolist() == [2.0]
+
+
+def test_module_is_scored_without_gradient():
+    rewards = as_reward_fn(Scorer())(["p", "p"], ["abc", "d"], references=["x", "y"])
+    assert rewards.tolist() == [6.0, 2.0]
+    assert not rewards.requires_grad
+
+
+@pytest.mark.parametrize("wrong", [3, "reward", None, nn.Linear(2, 1), Scorer])
+def test_anything_else_is_one_type_error(wrong):
+    with pytest.raises(TypeError, match=r"score\(prompts, responses\)"):
+        as_reward_fn(wrong)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ([1.0, 2.0], TypeError, "list"),
+        (torch.ones(2, 1), ValueError, r"\(2,\), got \(2, 1\)"),
+        (torch.ones(3), ValueError, r"\(2,\), got \(3,\)"),
+        (torch.tensor([0.0, float("nan")]), ValueError, "nan for row 1 of 2"),
+    ],
+)
+def test_wrong_rewards_are_refused(value, error, message):
+    with pytest.raises(error, match=message):
+        as_reward_fn(lambda prompts, responses: value)(["a", "b"], ["c", "d"])
+
+
+def test_prompts_and_responses_must_pair_up():
+    with pytest.raises(ValueError, match="2 prompts but 1 responses"):
+        as_reward_fn(count_words)(["a", "b"], ["c"])
+
+
+# The one text form
+
+
+@pytest.mark.parametrize(
+    ("prompt", "messages"),
+    [
+        ("What is 2 + 2?", [("user", "What is 2 + 2?")]),
+        ("Say this:\n\nUser: hello", [("user", "Say this:\n\nUser: hello")]),
+        ("\n\nUser: hello", [("user", "\n\nUser: hello")]),
+        ("", [("user", "")]),
+        ("User: a\n\nAssistant: b\n\nUser: c", [("user", "a"), ("assistant", "b"), ("user", "c")]),
+        ("System: s\n\nUser: a b\n\nc", [("system", "s"), ("user", "a b\n\nc")]),
+        ("User: User: quoted", [("user", "User: quoted")]),
+        ("User: a\n\n\nAssistant: b", [("user", "a\n"), ("assistant", "b")]),
+    ],
+)
+def test_text_and_messages_round_trip(prompt, messages):
+    messages = [{"role": role, "content": content} for role, content in messages]
+    assert to_messages(prompt) == messages
+    assert to_text(messages) == prompt
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        ([], "no messages"),
+        ([{"role": "robot", "content": "x"}], "robot"),
+        ([{"role": "user"}], "content"),
+        (
+            [{"role": "user", "content": "a\n\nAssistant: b"}, {"role": "assistant", "content": "c"}],
+            "read back",
+        ),
+    ],
+)
+def test_messages_that_do_not_round_trip_are_refused(messages, error):
+    with pytest.raises(ValueError, match=error):
+        to_text(messages)
+
+
+def test_prompt_without_template_ends_in_white_space(gpt2):
+    _, tokenizer = gpt2
+    assert tokenizer.decode(encode_prompt(tokenizer, "Hello")) == "Hello\n"
+    assert tokenizer.decode(encode_prompt(tokenizer, "Hello ")) == "Hello "
+
+
+def test_prompt_with_template(llama):
+    _, tokenizer = llama
+    conversation = "User: a\n\nAssistant: b\n\nUser: c"
+    rendered = "<|user|>a<|assistant|>b<|end|><|user|>c<|assistant|>"
+    assert tokenizer.decode(encode_prompt(tokenizer, conversation)) == rendered
+    assert tokenizer.decode(encode_prompt(tokenizer, "hi")) == "<|user|>hi<|assistant|>"
+
+
+def test_response_ends_with_one_eos(llama):
+    _, tokenizer = llama
+    ids = encode_response(tokenizer, "Fine<|end|>")
+    assert ids.count(tokenizer.eos_token_id) == 1
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids[:-1]) == "Fine<|end|>"
+    assert encode_response(tokenizer, "Fine<|end|>", eos=False) == ids[:-1]
+
+
+def test_bert_pair_opens_with_cls_and_ends_with_sep(tiny_bert_dir):
+    _, tokenizer = load_encoder(tiny_bert_dir, device="cpu")
+    prompt, response = encode_pair(tokenizer, "how are you today", "fine")
+    assert prompt[0] == tokenizer.cls_token_id
+    assert response[-1] == tokenizer.sep_token_id
+    assert (prompt + response).count(tokenizer.sep_token_id) == 1
+    cut, kept = encode_pair(tokenizer, "how are you today", "fine", max_length=len(response) + 3)
+    assert (cut, kept) == ([tokenizer.cls_token_id, *prompt[-2:]], response)
+
+
+def test_pair_is_cut_from_the_prompts_beginning_then_the_responses_end(gpt2):
+    _, tokenizer = gpt2
+    prompt, response = encode_pair(tokenizer, "What is the capital?", "It is Paris.")
+    n = len(response)
+    assert encode_pair(tokenizer, "What is the capital?", "It is Paris.", max_length=99) == (prompt, response)
+    assert encode_pair(tokenizer, "What is the capital?", "It is Paris.", max_length=n + 3) == (
+        prompt[-3:],
+        response,
+    )
+    assert encode_pair(tokenizer, "What is the capital?", "It is Paris.", max_length=4) == (
+        prompt[-1:],
+        response[:3],
+    )
+
+
+@pytest.mark.parametrize(
+    ("response", "options", "left"),
+    [
+        ("x", {"max_length": 1}, "response"),
+        ("", {"eos": False}, "response"),
+        ("x", {"max_length": 0}, "prompt"),
+    ],
+)
+def test_pair_with_nothing_left_is_refused(gpt2, response, options, left):
+    with pytest.raises(ValueError, match=f"no token of the {left}"):
+        encode_pair(gpt2[1], "What?", response, **options)
+
+
+def test_tokenizer_without_an_end_is_refused(gpt2):
+    class Endless:
+        eos_token_id = sep_token_id = None
+        name_or_path = "endless"
+
+    with pytest.raises(ValueError, match="no EOS"):
+        text.end_id(Endless())
