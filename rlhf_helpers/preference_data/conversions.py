@@ -1,0 +1,87 @@
+"""From one kind of judgement to another: rankings and ratings to pairs, pairs to labels or messages."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from itertools import combinations
+from typing import Any
+
+import datasets
+
+from rlhf_helpers.core.text import to_messages
+from rlhf_helpers.preference_data.tidying import Row, tidy, to_dataset
+
+
+def _by_prompt(rows: Iterable[Row]) -> list[list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["prompt"], []).append(row)
+    return list(groups.values())
+
+
+def _further(row: Row, *used: str) -> Row:
+    return {key: value for key, value in row.items() if key not in used}
+
+
+def pairs_of_rankings(rows: Iterable[Row], noted: Counter[str]) -> list[Row]:
+    """List the K (K - 1) / 2 pairs of each ranking, a prompt's together; ties are counted, not paired."""
+    pairs = []
+    for row in (row for group in _by_prompt(rows) for row in group):
+        ranks = row.get("ranks") or range(len(row["responses"]))
+        further = _further(row, "prompt", "responses", "ranks")
+        for (chosen, rank), (rejected, other) in combinations(zip(row["responses"], ranks, strict=True), 2):
+            noted["ties left out"] += rank == other
+            if rank != other:
+                pairs.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected, **further})
+    return pairs
+
+
+def pairs_of_ratings(rows: Iterable[Row], noted: Counter[str]) -> list[Row]:
+    """Pair all responses to one prompt by rating, with margin = difference; ties are counted, not paired."""
+    pairs = []
+    for group in _by_prompt(rows):
+        noted["prompts with a single rating"] += len(group) == 1
+        for two in combinations(group, 2):
+            worse, better = sorted(two, key=lambda row: row["rating"])
+            margin = better["rating"] - worse["rating"]
+            noted["ties left out"] += margin == 0
+            if margin:
+                texts = {"chosen": better["response"], "rejected": worse["response"]}
+                pairs.append({"prompt": better["prompt"], **texts, "margin": margin})
+    return pairs
+
+
+def rankings_to_pairs(rankings: datasets.Dataset) -> datasets.Dataset:
+    """Turn rankings (prompt, responses best first[, ranks]) into all their pairs prompt, chosen, rejected.
+
+    A ranking of K gives K (K - 1) / 2 pairs; those of one prompt stand together, because they are not
+    independent and belong into one batch element (InstructGPT 2022, section 3.5). Tied, empty and identical
+    pairs are left out (`read_preferences` counts them); raises PreferenceDataError if none is left.
+    """
+    return to_dataset("rankings", tidy(pairs_of_rankings(rankings, Counter()), "pairs")[0])
+
+
+def ratings_to_pairs(ratings: datasets.Dataset) -> datasets.Dataset:
+    """Turn ratings (prompt, response, rating) into pairs with margin = rating difference > 0.
+
+    All responses to one prompt are compared; tied, empty and identical pairs are left out
+    (`read_preferences` on the source counts them); raises PreferenceDataError if none is left.
+    """
+    return to_dataset("ratings", tidy(pairs_of_ratings(ratings, Counter()), "pairs")[0])
+
+
+def pairs_to_unpaired(pairs: datasets.Dataset) -> datasets.Dataset:
+    """Turn each pair into two rows prompt, completion, label: chosen is True, rejected False."""
+    rows = []
+    for pair in pairs:
+        further = _further(pair, "prompt", "chosen", "rejected")
+        for key in ("chosen", "rejected"):
+            rows.append(
+                {"prompt": pair["prompt"], "completion": pair[key], "label": key == "chosen", **further}
+            )
+    return to_dataset("pairs", rows)
+
+
+def to_conversational(row: Mapping[str, Any]) -> Row:
+    """Write one pair in TRL's conversational form, for export; reading it back gives the same pair."""
+    sides = {key: [{"role": "assistant", "content": row[key]}] for key in ("chosen", "rejected")}
+    return {**row, "prompt": to_messages(row["prompt"]), **sides}

@@ -1,0 +1,78 @@
+"""From parsed examples to a data set: what is dropped, what is only counted, which columns result."""
+
+from typing import Any
+
+import datasets
+import pyarrow
+
+from rlhf_helpers.preference_data.report import Fault, PreferenceDataError
+
+Row = dict[str, Any]
+Counts = dict[str, int]
+
+# Per unit: the columns that make an example, and why, besides an empty text, one may be dropped.
+COLUMNS = {
+    "pairs": ("prompt", "chosen", "rejected"),
+    "rankings": ("prompt", "responses", "ranks"),
+    "ratings": ("prompt", "response", "rating"),
+    "labels": ("prompt", "completion", "label"),
+}
+REASONS = {"pairs": ("identical", "unshared"), "rankings": ("with fewer than two responses",)}
+
+
+def _why_dropped(row: Row | None, unit: str) -> str | None:
+    if row is None:
+        return "unshared"
+    values = [row[key] for key in COLUMNS[unit]] + row.get("responses", []) * (unit == "rankings")
+    if None in values:
+        return "ambiguous"
+    if not all(value.strip() for value in values if isinstance(value, str)):
+        return "empty"
+    if unit == "pairs" and row["chosen"].strip() == row["rejected"].strip():
+        return "identical"
+    return "with fewer than two responses" if unit == "rankings" and len(row["responses"]) < 2 else None
+
+
+def tidy(rows: list[Row | None], unit: str) -> tuple[list[Row], Counts, Counts]:
+    """Return the rows to keep, the dropped counted by reason, and counts of what was noticed in the kept.
+
+    Dropped as empty: with a blank prompt or response. Identical: the responses differ in outer white space
+    at most. Unshared: no shared turn to answer. Ambiguous: a turn holds a role label after a blank line, so
+    the text form could not be read back. Noticed: "exact duplicates", rows that repeat an earlier one, and
+    "contradictory comparisons", pairs of responses to one prompt that were judged both ways: noise to be
+    measured, not an error to be hidden, so both stay.
+    """
+    kept: list[Row] = []
+    dropped = dict.fromkeys(("empty", "ambiguous", *REASONS.get(unit, ())), 0)
+    for row in rows:
+        reason = _why_dropped(row, unit)
+        if reason is None:
+            kept.append(row)
+        else:
+            dropped[reason] += 1
+    distinct = {str([row[key] for key in COLUMNS[unit]]) for row in kept}
+    noted = {"exact duplicates": len(kept) - len(distinct)}
+    if unit == "pairs":
+        judged = {(row["prompt"], row["chosen"], row["rejected"]) for row in kept}
+        both_ways = sum((prompt, worse, better) in judged for prompt, better, worse in judged)
+        noted["contradictory comparisons"] = both_ways // 2
+    return kept, dropped, noted
+
+
+def to_dataset(name: str, rows: list[Row]) -> datasets.Dataset:
+    """Put rows into an in-memory data set; a column that a row lacks is None there.
+
+    Raises PreferenceDataError, naming `name`, when there is no row or a further column mixes types.
+    """
+    faults = [] if rows else [Fault(name, "no example is left to keep", "give more, or better ones")]
+    columns = {
+        key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)
+    }
+    for key, values in columns.items():
+        try:
+            pyarrow.array(values)
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+            faults.append(Fault(f"column '{key}'", f"mixes types ({error})", "give all its values one type"))
+    if faults:
+        raise PreferenceDataError(name, faults)
+    return datasets.Dataset.from_dict(columns)
