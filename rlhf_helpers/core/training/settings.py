@@ -1,0 +1,121 @@
+"""Settings of a training run, the learning-rate schedule and the seeds."""
+
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf_helpers.core.training.parallel import process_state
+
+SCHEDULES = ("linear", "cosine", "constant")
+PRECISIONS = (None, "no", "bf16")
+RANK_STRIDE = 100_003
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What every loop of the course shares; a bad value raises ValueError naming field, rule and value.
+
+    A step of the loop, an update (one micro-batch) and an optimiser step are three different things: see
+    `Engine`. `warmup_steps` counts optimiser steps, `checkpoint_every` counts steps of the loop.
+    """
+
+    learning_rate: float = 1e-5  # peak value; fine-tuning an aligned model wants small steps
+    weight_decay: float = 0.0  # pulls matrices towards 0, not towards the reference: off unless asked for
+    betas: tuple[float, float] = (0.9, 0.999)  # Adam's memory for the gradient and for its square
+    schedule: str = "linear"  # decay to zero after warm-up; "constant" when the length is unknown
+    warmup_steps: int = 0  # Adam's variance estimate is poor in its first steps: start them small
+    max_grad_norm: float | None = 1.0  # one bad batch must not undo the run; None switches clipping off
+    accumulation_steps: int = 1  # micro-batches per optimiser step: large batches in little memory
+    mixed_precision: str | None = None  # None: bf16 where a GPU computes it natively, else full precision
+    gradient_checkpointing: bool = False  # recompute activations: about 30 % slower, far less memory
+    seed: int = 0  # order of the data, dropout, sampling
+    checkpoint_every: int = 0  # steps between checkpoints; 0 writes none
+    keep_checkpoints: int = 2  # the newest few; two, so that a damaged one is no disaster
+    run_dir: str | Path | None = None  # where checkpoints live
+    progress: bool = True  # a bar on the main process, gone when the loop ends
+
+    def __post_init__(self) -> None:
+        """Refuse values that would train wrongly or not at all."""
+        first, second = self.betas
+        _require(
+            "learning_rate", self.learning_rate, "be finite and >= 0", 0 <= self.learning_rate < math.inf
+        )
+        _require("weight_decay", self.weight_decay, "be finite and >= 0", 0 <= self.weight_decay < math.inf)
+        _require("betas", self.betas, "lie in [0, 1)", 0 <= first < 1 and 0 <= second < 1)
+        _require("schedule", self.schedule, f"be one of {SCHEDULES}", self.schedule in SCHEDULES)
+        positive = self.max_grad_norm is None or self.max_grad_norm > 0
+        _require("max_grad_norm", self.max_grad_norm, "be > 0, or None for no clipping", positive)
+        known = self.mixed_precision in PRECISIONS
+        _require("mixed_precision", self.mixed_precision, f"be one of {PRECISIONS}", known)
+        for field in ("accumulation_steps", "keep_checkpoints"):
+            _require(field, getattr(self, field), "be a whole number >= 1", _whole(getattr(self, field), 1))
+        for field in ("warmup_steps", "seed", "checkpoint_every"):
+            _require(field, getattr(self, field), "be a whole number >= 0", _whole(getattr(self, field), 0))
+        has_place = self.checkpoint_every == 0 or self.run_dir is not None
+        _require("run_dir", self.run_dir, "name a folder when checkpoint_every > 0", has_place)
+
+
+def _require(field: str, value: object, rule: str, holds: bool) -> None:
+    if not holds:
+        raise ValueError(f"TrainingSettings.{field} must {rule}; got {value!r}")
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def learning_rate_factor(optimizer_step: int, settings: TrainingSettings, total: int | None) -> float:
+    r"""Fraction of the peak learning rate at one optimiser step, counted from 0.
+
+    Warm-up over w steps: (k + 1) / (w + 1). Then, with n steps in all, linear: (n - k) / (n - w); cosine:
+    (1 + cos(pi (k - w) / (n - w))) / 2; constant: 1. No step of the run has factor 0: each one learns.
+    """
+    warmup = settings.warmup_steps
+    if optimizer_step < warmup:
+        return (optimizer_step + 1) / (warmup + 1)
+    if settings.schedule == "constant":
+        return 1.0
+    if settings.schedule == "linear":
+        return max(0.0, (total - optimizer_step) / (total - warmup))
+    done = min(1.0, (optimizer_step - warmup) / (total - warmup))
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_seed(seed: int) -> int:
+    """Seed python, numpy and torch (all devices) with seed + rank * 100003; return the value used.
+
+    Each process of a multi-GPU run needs its own stream, or all of them sample the same text.
+    """
+    rank_seed = seed + RANK_STRIDE * process_state().process_index
+    random.seed(rank_seed)
+    np.random.seed(rank_seed % 2**32)
+    torch.manual_seed(rank_seed)
+    return rank_seed
+
+
+def get_random_state(device: torch.device) -> dict[str, Any]:
+    """State of every random generator of this process, as tensors, numbers and lists."""
+    kind, keys, *rest = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type in ("cuda", "mps"):
+        state["device"] = getattr(torch, device.type).get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Put back what `get_random_state` returned."""
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "device" in state and device.type in ("cuda", "mps"):
+        getattr(torch, device.type).set_rng_state(state["device"])

@@ -1,0 +1,655 @@
+"""The loop core: what a run does to weights, what it writes, and that it can be killed."""
+
+import copy
+import importlib
+import json
+import math
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rlhf_helpers.core.training import (
+    Engine,
+    History,
+    TrainingSettings,
+    learning_rate_factor,
+    memory_efficient_training,
+    set_seed,
+    sft,
+)
+from rlhf_helpers.core.training import checkpoints as files
+from rlhf_helpers.core.training.parallel import disable_gradient_checkpointing
+from rlhf_helpers.core.training.supervised import (
+    EncodedRows,
+    collate,
+    encode_rows,
+    epoch_batches,
+    token_weights,
+)
+
+WORKER = Path(__file__).with_name("training_worker.py")
+sys.path.insert(0, str(WORKER.parent))
+worker = importlib.import_module(WORKER.stem)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def quiet(**fields):
+    return TrainingSettings(**{"progress": False, "schedule": "constant", **fields})
+
+
+def scalar_model(value=1.0):
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, value)
+    return model
+
+
+def weights(module):
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=258, pad_token_id=256, eos_token_id=257, **sizes))
+
+
+# settings
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("learning_rate", -1e-5),
+        ("learning_rate", math.nan),
+        ("weight_decay", math.inf),
+        ("betas", (0.9, 1.0)),
+        ("schedule", "linaer"),
+        ("warmup_steps", -1),
+        ("max_grad_norm", 0.0),
+        ("accumulation_steps", 0),
+        ("accumulation_steps", 2.0),
+        ("mixed_precision", "fp16"),
+        ("seed", True),
+        ("keep_checkpoints", 0),
+        ("checkpoint_every", 5),
+    ],
+)
+def test_a_bad_setting_names_field_and_value(field, value):
+    named = "run_dir" if field == "checkpoint_every" else field
+    with pytest.raises(ValueError, match=f"TrainingSettings.{named} must .*; got") as error:
+        TrainingSettings(**{field: value})
+    if field != "checkpoint_every":
+        assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [1 / 3, 2 / 3, 1, 0.8535533905932737, 0.5, 0.14644660940672627]),
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]),
+    ],
+)
+def test_schedule_literal_values(schedule, expected):
+    settings = quiet(learning_rate=0.1, schedule=schedule, warmup_steps=2)
+    assert [learning_rate_factor(k, settings, 6) for k in range(6)] == pytest.approx(expected, abs=1e-12)
+    model = scalar_model()
+    engine = Engine(model, settings, total_steps=6)
+    for _ in engine.steps():
+        engine.update(model(torch.ones(1, 1)).sum())
+        engine.log({})
+    rates = [row["learning_rate"] for row in engine.history]
+    assert rates == pytest.approx([0.1 * factor for factor in expected], abs=1e-12)
+    # Adam on a constant gradient moves by the learning rate itself: the logged rates are those applied.
+    assert model.weight.item() == pytest.approx(1 - sum(rates), abs=1e-5)
+
+
+def test_schedule_counts_optimiser_steps_not_updates():
+    model = scalar_model()
+    settings = quiet(schedule="linear", accumulation_steps=2)
+    engine = Engine(model, settings, total_steps=2, updates_per_step=4)
+    norms = [engine.update(model(torch.ones(1, 1)).sum()) for _ in engine.steps() for _ in range(4)]
+    assert norms == [None, 1.0] * 4
+    assert engine.optimizer_steps == 4
+    with pytest.raises(ValueError, match="more than the 4 planned optimiser steps: state updates_per_step"):
+        [engine.update(model(torch.ones(1, 1)).sum()) for _ in range(2)]
+
+
+def test_a_decaying_schedule_needs_an_end():
+    with pytest.raises(ValueError, match="total_steps is missing"):
+        Engine(scalar_model(), quiet(schedule="linear"))
+    with pytest.raises(ValueError, match="warmup_steps 3 must be < 3 optimiser steps"):
+        Engine(scalar_model(), quiet(warmup_steps=3), total_steps=3)
+    with pytest.raises(ValueError, match="no trainable weights"):
+        Engine(scalar_model().requires_grad_(False), quiet())
+
+
+def test_set_seed_covers_python_numpy_torch():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    assert set_seed(4) == 4
+    first = draw()
+    assert draw() != first
+    set_seed(4)
+    assert draw() == first
+    set_seed(5)
+    assert all(a != b for a, b in zip(draw(), first, strict=True))
+
+
+# update
+
+
+def test_one_step_is_adamw_by_hand():
+    # w = 2, loss = 3 w: gradient 3; first Adam step moves by lr (up to eps); decay by lr * 0.1 * w first.
+    model = scalar_model(2.0)
+    engine = Engine(model, quiet(learning_rate=0.5, weight_decay=0.1, max_grad_norm=None))
+    assert engine.update(model(torch.full((1, 1), 3.0)).sum()) == pytest.approx(3.0)
+    assert model.weight.item() == pytest.approx(2 - 0.5 * 0.1 * 2 - 0.5, abs=1e-6)
+
+
+def test_weight_decay_spares_biases():
+    model = nn.Linear(1, 1)
+    nn.init.constant_(model.bias, 5.0)
+    engine = Engine(model, quiet(learning_rate=0.1, weight_decay=1.0))
+    engine.update((model.weight * 0).sum() + (model.bias * 0).sum())
+    assert model.bias.item() == 5.0
+
+
+def test_clipping_bounds_the_gradient_that_adam_sees():
+    for limit, seen in ((1.0, 1.0), (10.0, 3.0), (None, 3.0)):
+        model = scalar_model()
+        engine = Engine(model, quiet(max_grad_norm=limit))
+        assert engine.update(model(torch.full((1, 1), 3.0)).sum()) == pytest.approx(3.0)  # before clipping
+        first_moment = engine.optimizer.state[model.weight]["exp_avg"].item()
+        assert first_moment == pytest.approx(0.1 * seen, rel=1e-5)
+
+
+def test_accumulation_two_of_four_equals_one_of_eight():
+    small, large = worker.engine_run(4, accumulation_steps=2), worker.engine_run(8)
+    assert small.optimizer_steps == large.optimizer_steps == 6
+    assert len(small.history) == 12
+    for a, b in zip(small.parameters, large.parameters, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+    assert not equal(weights(worker.engine_run(4).model), weights(large.model))
+
+
+def test_leftover_micro_batches_are_averaged_over_themselves():
+    model = scalar_model()
+    engine = Engine(model, quiet(accumulation_steps=4, max_grad_norm=None), total_steps=6)
+    for step in engine.steps():
+        engine.update(model(torch.full((1, 1), 1.0 if step < 4 else 3.0)).sum())
+    assert engine.optimizer_steps == 2
+    assert engine.grad_norm == pytest.approx(3.0)  # not 3 * 2/4
+
+
+def test_zero_learning_rate_moves_nothing():
+    model = worker.TinyLanguageModel()
+    before = weights(model)
+    sft(model, worker.ByteTokenizer(), worker.ROWS, quiet(learning_rate=0.0, weight_decay=0.5), batch_size=8)
+    assert equal(before, weights(model))
+
+
+def test_loss_must_be_a_scalar_with_a_graph():
+    model = scalar_model()
+    engine = Engine(model, quiet())
+    with pytest.raises(ValueError, match="scalar that requires grad"):
+        engine.update(model(torch.ones(1, 1)))
+    with pytest.raises(ValueError, match="scalar that requires grad"):
+        engine.update(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient norm"])
+def test_non_finite_stops_before_the_weights_are_touched(kind, tmp_path):
+    model = nn.Linear(2, 1)
+    engine = Engine(model, quiet(learning_rate=0.1, run_dir=tmp_path, checkpoint_every=1), total_steps=10)
+    data = [torch.tensor([float(i), 1.0]) for i in range(10)]
+    kept = []
+    with pytest.raises(FloatingPointError) as error:  # noqa: PT012
+        for step in engine.steps():
+            rows = engine.batch(data, 2)
+            kept.append((weights(model), [int(row[0]) for row in rows]))
+            x = model(torch.stack(rows)).mean()
+            bad = x * math.nan if kind == "loss" else torch.sqrt(x - x.detach())  # sqrt(0): gradient inf
+            engine.update(bad if step == 3 else x)
+    before, indices = kept[3]
+    assert len(kept) == 4
+    assert equal(before, weights(model))
+    assert not equal(kept[2][0], before)
+    assert all(p.grad is None for p in model.parameters())
+    message = str(error.value)
+    assert message.startswith(f"{kind} is ")
+    assert f"at step 3 (rows {indices})" in message
+    assert str(tmp_path / "step-00000003") in message
+
+
+def test_half_precision_weights_train_in_float32():
+    model = scalar_model().to(torch.bfloat16)
+    engine = Engine(model, quiet(learning_rate=1e-4))
+    for _ in range(3):
+        engine.update(model(torch.ones(1, 1)).sum())
+    assert model.weight.dtype == torch.float32
+    assert model.weight.item() == pytest.approx(1 - 3e-4, abs=1e-6)  # bf16 could not leave 1.0
+
+
+def test_autocast_lasts_as_long_as_the_loop(llama):
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        plain = llama(input_ids=ids).logits
+    engine = Engine(llama, quiet(mixed_precision="bf16"), total_steps=1)
+    for _ in engine.steps():
+        low = llama(input_ids=ids).logits
+        assert low.dtype == torch.float32
+        assert 0 < (low - plain).abs().max() < 0.05
+    with torch.no_grad():
+        torch.testing.assert_close(llama(input_ids=ids).logits, plain, atol=0, rtol=0)
+    assert Engine(llama, quiet()).precision == "no"  # another precision in the same process
+
+
+def test_a_copy_made_under_autocast_keeps_its_own_weights():
+    model = scalar_model()
+    engine = Engine(model, quiet(mixed_precision="bf16", learning_rate=0.5))
+    reference = copy.deepcopy(model)
+    engine.update(model(torch.ones(1, 1)).sum())
+    assert reference(torch.ones(1, 1)).item() == 1.0
+    assert model(torch.ones(1, 1)).item() == 0.5
+
+
+def test_gradient_checkpointing_changes_memory_not_gradients(llama):
+    ids = torch.arange(12)[None]
+
+    def gradients(**fields):
+        engine = Engine(llama, quiet(**fields))
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            loss = llama(input_ids=ids, labels=ids, use_cache=False).loss
+        engine.accelerator.backward(loss)
+        found = [p.grad.clone() for p in llama.parameters()]
+        llama.zero_grad()
+        return found, sum(saved)
+
+    plain, plain_saved = gradients()
+    recomputed, saved = gradients(gradient_checkpointing=True)
+    disable_gradient_checkpointing(llama)
+    torch.testing.assert_close(recomputed, plain)
+    assert saved < 0.7 * plain_saved
+    with pytest.raises(ValueError, match="Linear holds no model that supports gradient checkpointing"):
+        Engine(scalar_model(), quiet(gradient_checkpointing=True))
+
+
+# batch
+
+
+def test_batches_visit_every_row_once_an_epoch():
+    engine = Engine(scalar_model(), quiet(seed=1), total_steps=10)
+    seen = [row for _ in engine.steps() for row in engine.batch(list(range(10)), 4)]
+    epochs = [seen[i : i + 10] for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    other = Engine(scalar_model(), quiet(seed=2), total_steps=10)
+    assert [row for _ in other.steps() for row in other.batch(list(range(10)), 4)] != seen
+
+
+def test_batch_reads_datasets_and_refuses_columns():
+    from datasets import Dataset
+
+    rows = [{"prompt": str(i)} for i in range(5)]
+    engine = Engine(scalar_model(), quiet(), total_steps=1)
+    assert engine.batch(Dataset.from_list(rows), 3) == engine.batch(rows, 3)
+    assert [rows[i] for i in engine.rows] == engine.batch(rows, 3)
+    with pytest.raises(TypeError, match="dict of columns"):
+        engine.batch({"prompt": ["a", "b"]}, 1)
+    with pytest.raises(ValueError, match="between 1 and the 5 rows there are; got 6"):
+        engine.batch(rows, 6)
+
+
+# checkpoints
+
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
+    process = subprocess.Popen([sys.executable, str(WORKER), "slow", str(tmp_path / "killed")])
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "killed" / "step-00000004").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    newest = files.newest_checkpoint(tmp_path / "killed")
+    assert newest.name in ("step-00000004", "step-00000006")
+    resumed, resumed_counter = worker.noisy_run(tmp_path / "killed")
+    whole, counter = worker.noisy_run(tmp_path / "whole")
+    assert resumed.history == whole.history
+    assert [row["step"] for row in whole.history] == list(range(12))
+    assert equal(resumed.parameters, whole.parameters)
+    assert resumed_counter.value == counter.value
+    moments = [[*e.optimizer.state[p].values()] for e in (resumed, whole) for p in e.parameters]
+    assert all(equal(a, b) for a, b in zip(moments[:4], moments[4:], strict=True))
+    assert resumed.optimizer_steps == 12
+    assert [p.name for p in files.checkpoints(tmp_path / "whole")] == ["step-00000010", "step-00000012"]
+
+
+def test_incomplete_checkpoints_are_never_chosen(tmp_path):
+    worker.noisy_run(tmp_path, steps=4)
+    (tmp_path / ".step-00000008.77").mkdir()  # killed while writing
+    (tmp_path / ".step-00000008.77" / "model.safetensors").write_bytes(b"half")
+    assert files.newest_checkpoint(tmp_path).name == "step-00000004"
+    cut = tmp_path / "step-00000004" / "state.pt"
+    cut.write_bytes(cut.read_bytes()[:-10])
+    with pytest.warns(UserWarning, match="step-00000004 is incomplete and was passed over"):
+        assert files.newest_checkpoint(tmp_path).name == "step-00000002"
+    with pytest.warns(UserWarning, match="step-00000004 is incomplete"):
+        engine, _ = worker.noisy_run(tmp_path, steps=4)
+    assert engine.history.last("step") == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
+    assert files.is_complete(tmp_path / "step-00000004")
+
+
+def test_a_failure_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError("No space left on device")
+
+    worker.noisy_run(tmp_path, steps=4)
+    monkeypatch.setattr(files.os, "replace", full_disk)
+    engine = Engine(scalar_model(), quiet(run_dir=tmp_path))
+    engine.step = 9
+    with pytest.raises(OSError, match="No space left"):
+        engine.save()
+    assert files.newest_checkpoint(tmp_path).name == "step-00000004"
+
+
+def test_resume_names_every_setting_that_differs(tmp_path):
+    worker.noisy_run(tmp_path, steps=4)
+    with pytest.raises(ValueError, match=r"learning_rate was 0\.01, now 0\.02; total_steps was 4, now 6"):
+        worker.noisy_run(tmp_path, steps=6, learning_rate=2e-2)
+    engine, _ = worker.noisy_run(tmp_path, steps=4, checkpoint_every=1)  # changes no weight: allowed
+    assert engine.step == 4
+
+
+def test_a_fresh_run_does_not_mix_with_an_older_one(tmp_path):
+    worker.noisy_run(tmp_path, steps=4)
+    with pytest.raises(FileExistsError, match=r"step-00000004 is there already: call resume\(\)"):
+        worker.noisy_run(tmp_path, steps=4, resume=False)
+
+
+def test_checkpoints_wait_for_the_accumulated_gradient(tmp_path):
+    model = scalar_model()
+    settings = quiet(accumulation_steps=3, checkpoint_every=2, run_dir=tmp_path, keep_checkpoints=9)
+    engine = Engine(model, settings, total_steps=8)
+    for _ in engine.steps():
+        engine.update(model(torch.ones(1, 1)).sum())
+    assert [p.name[-1] for p in files.checkpoints(tmp_path)] == ["3", "6", "8"]
+
+
+def test_files_hold_no_code(tmp_path):
+    engine, _ = worker.noisy_run(tmp_path, steps=3)
+    manifest = json.loads((engine.last_checkpoint / "manifest.json").read_text())
+    assert manifest["settings"]["learning_rate"] == 0.01
+    assert len(manifest["fingerprint"]) == 64
+    assert {p.suffix for p in engine.last_checkpoint.iterdir()} == {".safetensors", ".pt", ".json"}
+    torch.load(engine.last_checkpoint / "state.pt", weights_only=True)
+    counter = worker.Counter()
+    counter.value = Path("x")
+    engine = Engine(scalar_model(), quiet(run_dir=tmp_path / "b"), extra_state={"counter": counter})
+    with pytest.raises(TypeError, match=r"extra_state\['counter'\]\['value'\] is a PosixPath"):
+        engine.save()
+
+
+def test_tied_weights_survive_a_checkpoint(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def model(seed):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=1, n_positions=8))
+
+    first, second = model(0), model(1)
+    Engine(first, quiet(run_dir=tmp_path)).save()
+    assert Engine(second, quiet(run_dir=tmp_path)).resume() == tmp_path / "step-00000000"
+    assert equal(weights(first), weights(second))
+    assert second.lm_head.weight is second.transformer.wte.weight
+
+
+# two processes
+
+
+def test_two_processes_equal_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
+    run = subprocess.run(
+        [sys.executable, *launch, f"--master_port={port}", str(WORKER), "two", str(tmp_path)],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert (tmp_path / "rank0").read_text() == "2 True 7 2"  # two ranks, resumed bit for bit, two rows each
+    assert (tmp_path / "rank1").read_text() == "2 True 100010 2"
+    engine, (model, history) = worker.engine_run(), worker.sft_run()
+    expected = {f"engine.{k}": v for k, v in engine.model.state_dict().items()}
+    expected |= {f"sft.{k}": v for k, v in model.state_dict().items()}
+    torch.testing.assert_close(torch.load(tmp_path / "weights.pt"), expected, atol=1e-6, rtol=0)
+    for mine, csv in ((engine.history, "engine.csv"), (history, "sft.csv")):
+        theirs = History.load(tmp_path / csv)
+        assert len(theirs) == len(mine)
+        for a, b in zip(theirs, mine, strict=True):
+            assert a == pytest.approx(b, abs=1e-6)
+
+
+# history
+
+
+def test_history_csv_round_trip(tmp_path):
+    history = History()
+    history.append({"step": 0, "loss": torch.tensor(0.1), "note": "start, here"})
+    history.append({"step": np.int64(1), "loss": 1 / 3, "rewards/margins": math.inf, "ended": True})
+    history.save(tmp_path / "history.csv")
+    again = History.load(tmp_path / "history.csv")
+    assert again == history
+    assert [type(v) for v in again[1].values()] == [int, float, float, bool]
+    assert history[0]["loss"] == torch.tensor(0.1).item()
+    assert history.last("note") == "start, here"
+    assert list(history.to_frame().columns) == ["step", "loss", "note", "rewards/margins", "ended"]
+    assert math.isnan(history.to_frame()["rewards/margins"][0])
+    with pytest.raises(KeyError, match=r"'reward'.*rewards/margins"):
+        history.last("reward")
+    with pytest.raises(TypeError, match="'loss' has shape"):
+        history.append({"loss": torch.ones(2)})
+    with pytest.raises(TypeError, match="'loss' must be a number"):
+        history.append({"loss": None})
+
+
+def test_the_bar_leaves_nothing_behind(capfd):
+    model = scalar_model()
+    for progress in (False, True):
+        engine = Engine(model, quiet(progress=progress), total_steps=2)
+        for _ in engine.steps():
+            engine.update(model(torch.ones(1, 1)).sum())
+            engine.log({"loss": 1.5})
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert bool(err) == progress
+        assert err.rpartition("\r")[2].strip() == ""
+
+
+# supervised fine-tuning
+
+
+def test_sft_learns_the_responses():
+    _, history = worker.sft_run(batch_size=7, epochs=30)
+    assert set(history[0]) == {"step", "loss", "token_accuracy", "learning_rate", "grad_norm"}
+    assert history[0]["loss"] == pytest.approx(math.log(258), abs=0.3)
+    assert history.last("loss") < 1.6
+    assert history.last("token_accuracy") > 0.5 > history[0]["token_accuracy"] + 0.3
+    assert len(history) == 90
+
+
+def one_step_change(rows, **options):
+    """How far one step moves the input embedding of each byte, and the loss of that step."""
+    model = worker.TinyLanguageModel(dtype=torch.float64)
+    bias = model.head.bias.detach().clone()
+    settings = quiet(learning_rate=0.1, max_grad_norm=None)
+    history = sft(model, worker.ByteTokenizer(), rows, settings, **options)
+    return (model.head.bias.detach() - bias), history[0]["loss"]
+
+
+def test_prompt_and_padding_are_masked_and_eos_is_not():
+    rows = [{"prompt": "abcdefgh", "chosen": "x"}, {"prompt": "a", "chosen": "yyyyyyyyyyyyyyyyyyy"}]
+    masked, loss = one_step_change(rows)
+    taught = {ord("x"), ord("y"), 257}
+    # Adam's first step moves each output bias by the learning rate, up where a token is taught, else down.
+    assert {token for token in range(258) if masked[token] > 0} == taught
+    weighted, loss_weighted = one_step_change(rows, prompt_weight=1.0)
+    raised = {token for token in range(258) if weighted[token] > 0}
+    assert raised == taught | set(b"bcdefgh\n")  # the first token has no predecessor; pad (256) never
+    assert loss != pytest.approx(loss_weighted, abs=1e-3)
+
+
+def test_sft_loss_is_the_mean_over_response_tokens_of_the_batch():
+    rows = [{"prompt": "ab", "response": "cd"}, {"prompt": "e", "response": "f"}]
+    model = worker.TinyLanguageModel(dtype=torch.float64)
+    total = 0.0
+    with torch.no_grad():
+        for text, start in ((b"ab\ncd", 3), (b"e\nf", 2)):
+            ids = torch.tensor([[*text, 257]])
+            logps = model(ids).logits.log_softmax(-1)[0]
+            total -= sum(logps[t - 1, ids[0, t]].item() for t in range(start, ids.shape[1]))
+    _, loss = one_step_change(rows)
+    assert loss == pytest.approx(total / 5, abs=1e-6)  # 2 + 1 letters and two EOS
+
+
+@pytest.mark.parametrize("bucket", [True, False])
+def test_sft_accumulation_two_of_eight_equals_sixteen(bucket):
+    (small, small_history), (large, large_history) = (
+        worker.sft_run(8, 2, bucket=bucket),
+        worker.sft_run(16, bucket=bucket),
+    )
+    torch.testing.assert_close(weights(small), weights(large), atol=1e-9, rtol=0)
+    assert len(small_history) == len(large_history) == 4
+    for a, b in zip(small_history, large_history, strict=True):
+        assert a == pytest.approx(b, abs=1e-9)
+
+
+def test_buckets_hold_every_row_once_and_pad_less():
+    lengths = np.random.default_rng(0).integers(5, 100, 500)
+
+    def padded(batches):
+        return sum(len(b) * lengths[b].max() for b in batches) / lengths.sum()
+
+    plain = epoch_batches(lengths, 16, seed=[0, 0], bucket=False)
+    bucketed = epoch_batches(lengths, 16, seed=[0, 0], bucket=True)
+    for batches in (plain, bucketed):
+        assert sorted(np.concatenate(batches)) == list(range(500))
+        assert sorted(map(len, batches)) == [4] + [16] * 31
+    assert padded(bucketed) < 1.2 < 1.6 < padded(plain)
+    again = epoch_batches(lengths, 16, seed=[0, 1], bucket=True)
+    assert not all(np.array_equal(a, b) for a, b in zip(bucketed, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "completion": "  "}, "row 1: completion is empty"),
+        ({"prompt": "a", "answer": "b"}, "row 1 needs prompt and one of"),
+        ({"completion": "b"}, "row 1 needs prompt and one of"),
+        ({"prompt": "a", "chosen": ["b"]}, "row 1: chosen must be text"),
+    ],
+)
+def test_sft_names_the_row_that_is_wrong(row, message):
+    rows = [{"prompt": "a", "completion": "b"}, row]
+    with pytest.raises(ValueError, match=message):
+        encode_rows(worker.ByteTokenizer(), rows)
+    with pytest.raises(ValueError, match="no rows"):
+        encode_rows(worker.ByteTokenizer(), [])
+
+
+@pytest.mark.parametrize("field", ["epochs", "batch_size", "prompt_weight"])
+def test_sft_refuses_senseless_numbers(field):
+    value = math.nan if field == "prompt_weight" else 0
+    with pytest.raises(ValueError, match=field):
+        sft(worker.TinyLanguageModel(), worker.ByteTokenizer(), worker.ROWS, quiet(), **{field: value})
+
+
+def test_sft_rows_may_be_lazy_or_made_for_each_epoch():
+    class Lazy:
+        def __len__(self):
+            return len(worker.ROWS)
+
+        def __getitem__(self, index):
+            return dict(worker.ROWS[index])
+
+    def run(rows):
+        model = worker.TinyLanguageModel()
+        return sft(model, worker.ByteTokenizer(), rows, quiet(learning_rate=1e-2), epochs=2, batch_size=8)
+
+    asked = []
+    assert run(Lazy()) == run(worker.ROWS) == run(lambda epoch: asked.append(epoch) or worker.ROWS)
+    assert asked == [0, 1]
+    with pytest.raises(ValueError, match=r"rows\(1\) returned 20 rows, rows\(0\) 21"):
+        run(lambda epoch: worker.ROWS[epoch:])
+
+
+def test_sft_resumes_and_refuses_other_data(tmp_path):
+    def run(rows, folder, **options):
+        model = worker.TinyLanguageModel(dropout=0.3)
+        place = {"run_dir": tmp_path / folder, "checkpoint_every": 2, "keep_checkpoints": 9}
+        settings = quiet(learning_rate=1e-2, **place)
+        return sft(model, worker.ByteTokenizer(), rows, settings, epochs=2, batch_size=8, **options), model
+
+    whole, model = run(worker.ROWS, "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "step-00000004").rename(tmp_path / "b" / "step-00000004")
+    resumed, again = run(worker.ROWS, "b", resume=True)
+    assert resumed == whole
+    assert equal(weights(model), weights(again))
+    with pytest.raises(ValueError, match="data_checksum was"):
+        run([*worker.ROWS[1:], worker.ROWS[0]], "b", resume=True)
+
+
+def test_memory_efficient_training_trains_a_real_model(llama):
+    before, mode = weights(llama), llama.eval().training
+    rows = worker.ROWS[:8]
+    fields = {"learning_rate": 1e-3, "accumulation_steps": 2, "progress": False}
+    forwards = []
+    hook = llama.model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
+    trained = memory_efficient_training(llama, rows, 2, tokenizer=worker.ByteTokenizer(), **fields)
+    hook.remove()
+    assert trained is llama
+    assert len(forwards) == 2 * 4  # four micro-batches of two rows, each computed twice
+    assert llama.training == mode
+    assert not equal(before, weights(llama))
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in llama.modules())
+
+
+def test_the_weight_of_a_row_counts_its_response_tokens_so_often():
+    rows = [{"prompt": "a", "completion": "bb", "weight": 3.0}, {"prompt": "a", "completion": "c"}]
+    encoded = EncodedRows(
+        np.arange(7), np.array([0, 4, 7]), np.array([1, 1]), np.array([r.get("weight", 1.0) for r in rows])
+    )
+    assert token_weights(encoded, np.array([0, 1]), 0.0) == (3 * 3 + 2, 5)
+    weights = collate(encoded, np.array([0, 1]), 0.5, pad_id=0)[2]
+    assert weights.tolist() == [[3.0, 3.0, 3.0], [1.0, 1.0, 0.0]]
