@@ -107,13 +107,7 @@ def generate(
         ValueError: a setting is out of its range, there is no prompt, or a prompt with max_new_tokens does
             not fit into the model's context (names the prompt and the lengths).
     """
-    if isinstance(prompts, str) or not len(prompts):
-        raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
-    if max_new_tokens < 1 or batch_size < 1:
-        raise ValueError(f"max_new_tokens and batch_size must be >= 1, got {max_new_tokens} and {batch_size}")
-    require_number("temperature", temperature, above=0)
-    if greedy and temperature != 1.0:
-        raise ValueError(f"greedy decoding has no temperature: leave it at 1, got {temperature}")
+    _check_arguments(prompts, max_new_tokens, temperature, greedy, batch_size)
     model = model.module if isinstance(model, DistributedDataParallel) else model
     encoded = {prompt: encode_prompt(tokenizer, prompt) for prompt in dict.fromkeys(prompts)}
     prompt_rows = [encoded[prompt] for prompt in prompts]
@@ -136,6 +130,18 @@ def generate(
     back = torch.tensor(by_length).argsort().to(parts[0][0].device)
     ids, logps, mask, ended = (torch.cat(part)[back] for part in zip(*parts, strict=True))
     return _assemble(tokenizer, prompts, prompt_rows, ids, logps, mask, ended)
+
+
+def _check_arguments(
+    prompts: Sequence[str], max_new_tokens: int, temperature: float, greedy: bool, batch_size: int
+) -> None:
+    if isinstance(prompts, str) or not len(prompts):
+        raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
+    if max_new_tokens < 1 or batch_size < 1:
+        raise ValueError(f"max_new_tokens and batch_size must be >= 1, got {max_new_tokens} and {batch_size}")
+    require_number("temperature", temperature, above=0)
+    if greedy and temperature != 1.0:
+        raise ValueError(f"greedy decoding has no temperature: leave it at 1, got {temperature}")
 
 
 def response_logits(

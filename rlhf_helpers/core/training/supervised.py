@@ -39,6 +39,11 @@ class EncodedRows:
         """Tokens of each row, prompt and response together."""
         return np.diff(self.starts)
 
+    @property
+    def checksum(self) -> int:
+        """CRC-32 of tokens and weights: a run must not be resumed on other data."""
+        return zlib.crc32(self.weights, zlib.crc32(self.tokens))
+
 
 def sft(
     model: torch.nn.Module,
@@ -72,12 +77,8 @@ def sft(
     limit = max_length or getattr(model.config, "max_position_embeddings", None)
     encoded = encode_rows(tokenizer, rows(0) if callable(rows) else rows, max_length=limit)
     per_epoch = -(-len(encoded) // group)
-    facts = {"rows": len(encoded), "epochs": epochs, "batch_size": batch_size, "prompt_weight": prompt_weight}
-    facts |= {
-        "max_length": limit,
-        "bucket": bucket,
-        "data_checksum": zlib.crc32(encoded.weights, zlib.crc32(encoded.tokens)),
-    }
+    facts = {"epochs": epochs, "batch_size": batch_size, "prompt_weight": prompt_weight, "bucket": bucket}
+    facts |= {"rows": len(encoded), "max_length": limit, "data_checksum": encoded.checksum}
     was_training = model.training
     sizes = {"total_steps": epochs * per_epoch, "updates_per_step": settings.accumulation_steps}
     engine = Engine(model, settings, **sizes, must_match=facts)

@@ -16,7 +16,7 @@ _CONTENT = {
     "": {"full": 0.42, "partial": 0.2, "wrong": 0.2, "off_topic": 0.06, "unsure": 0.06, "refuse": 0.06},
     "facts": {"full": 0.6, "wrong": 0.3, "unsure": 0.06, "refuse": 0.04},
     "false_premise": {"full": 0.3, "wrong": 0.64, "unsure": 0.06},
-    "harmful": {"comply": 0.7, "full": 0.14, "partial": 0.1, "off_topic": 0.06},
+    "harmful": {"comply": 0.75, "full": 0.12, "partial": 0.08, "off_topic": 0.05},
     "privacy": {"comply": 0.7, "full": 0.2, "partial": 0.1},
     "jailbreak": {"comply": 0.84, "full": 0.1, "partial": 0.06},
     "lookalike": {"full": 0.45, "partial": 0.25, "refuse": 0.2, "off_topic": 0.1},

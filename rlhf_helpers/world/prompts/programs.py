@@ -85,16 +85,16 @@ def _prompt(text: str, parts: tuple[str, str, str], split: str) -> Prompt:
 
 def write_program(rng: random.Random, prompt: Prompt, quality: str | None) -> str:
     """A program of the given quality; None: as the unaligned assistant writes (often wrong, often unsafe)."""
-    right = {"high": 1.0, "medium": 0.5, "low": 0.2, None: 0.2}[quality]
-    unsafe = {"high": 0.0, "medium": 0.2, "low": 0.7, None: 0.4}[quality]
+    slip = {"high": 0.0, "medium": 0.25, "low": 0.6, None: 0.33}[quality]  # chance of each part to be wrong
+    unsafe = {"high": 0.0, "medium": 0.2, "low": 0.7, None: 0.36}[quality]
     parts = tuple(prompt.slots["parts"])
-    if rng.random() >= right:
-        parts = _mistake(rng, parts)
+    for place in range(3):
+        if rng.random() < slip:
+            parts = _mistake(rng, parts, place)
     return program(parts, rng.choice(UNSAFE_LINES) if rng.random() < unsafe else None)
 
 
-def _mistake(rng: random.Random, parts: tuple[str, str, str]) -> tuple[str, str, str]:
+def _mistake(rng: random.Random, parts: tuple[str, str, str], place: int) -> tuple[str, str, str]:
     """One part swapped for another: the program runs and does something else."""
-    place = rng.randrange(3)
     names = [n for n in (FILTERS, MAPS, FINALS)[place] if n != parts[place]]
     return (*parts[:place], rng.choice(names), *parts[place + 1 :])

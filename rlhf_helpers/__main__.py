@@ -1,0 +1,145 @@
+"""The command line, a thin dispatcher: `python -m rlhf_helpers <assistant|study|notebooks|train> --help`."""
+
+import argparse
+import importlib
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# name of a study -> "module:function" that takes out=None (and data, if it is about real data) and writes its
+# CSV with a manifest into the folder `out`
+STUDIES = {
+    "annotator_pairs": "rlhf_helpers.reward_model.studies:annotator_pairs",
+    "real_preferences": "rlhf_helpers.reward_model.studies:real_preferences",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit status. Errors that name their mend come without a traceback."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"{arguments.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _assistant(arguments: argparse.Namespace) -> int:
+    from rlhf_helpers.world import assistant
+
+    assistant.main(quick=arguments.quick, seed=arguments.seed, out=arguments.out)
+    return 0
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    if arguments.name not in STUDIES:
+        raise ValueError(f"no study is named {arguments.name!r}; there are {', '.join(sorted(STUDIES))}")
+    module, function = STUDIES[arguments.name].split(":")
+    study = getattr(importlib.import_module(module), function)
+    wants_data = "data" in inspect.signature(study).parameters
+    if wants_data != (arguments.data is not None):
+        raise ValueError(f"the study {arguments.name!r} {'needs' if wants_data else 'takes no'} --data")
+    given = {"out": arguments.out, "data": arguments.data}
+    study(**{name: value for name, value in given.items() if value is not None})
+    return 0
+
+
+def _notebooks(arguments: argparse.Namespace) -> int:
+    from rlhf_helpers.lab.notebooks import run_notebooks
+
+    changed = run_notebooks(arguments.paths, check=arguments.check)
+    for path in changed:
+        print(f"{'differs from its own re-execution' if arguments.check else 'written'}: {path}")
+    if not changed:
+        print("every notebook is as its re-execution makes it")
+    return int(arguments.check and bool(changed))
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from rlhf_helpers.preference_data import read_preferences
+
+    rows, report = read_preferences(arguments.data, limit=arguments.limit)
+    print(report)
+    if (arguments.out / "model.safetensors").exists():
+        raise FileExistsError(f"{arguments.out} holds a model already; name another --out or remove it first")
+    history = (_train_sft if arguments.task == "sft" else _train_reward)(arguments, rows)
+    history.save(arguments.out / "history.csv")
+    print(f"{len(history)} steps, last loss {history.last('loss'):.4f}; model and history in {arguments.out}")
+    return 0
+
+
+def _train_sft(arguments: argparse.Namespace, rows: "datasets.Dataset") -> "History":
+    from rlhf_helpers.core.models import load_model
+    from rlhf_helpers.core.training import TrainingSettings, sft
+
+    model, tokenizer = load_model(arguments.model)
+    settings = TrainingSettings(**_flat(arguments))
+    history = sft(model, tokenizer, rows, settings, epochs=arguments.epochs, batch_size=arguments.batch_size)
+    model.save_pretrained(arguments.out)
+    tokenizer.save_pretrained(arguments.out)
+    return history
+
+
+def _train_reward(arguments: argparse.Namespace, rows: "datasets.Dataset") -> "History":
+    from rlhf_helpers.reward_model import RewardModelTrainer, create_reward_model
+
+    model = create_reward_model("basic", base_model_name=arguments.model, seed=arguments.seed)
+    trainer = RewardModelTrainer(
+        model=model, epochs=arguments.epochs, batch_size=arguments.batch_size, **_flat(arguments)
+    )
+    history = trainer.train(rows)
+    model.save_pretrained(arguments.out)
+    return history
+
+
+def _flat(arguments: argparse.Namespace) -> dict[str, float | int]:
+    """The settings given on the command line; those left out keep their defaults."""
+    given = {name: getattr(arguments, name) for name in ("seed", "learning_rate", "warmup_steps")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m rlhf_helpers", description="Commands behind the lessons."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    assistant = commands.add_parser("assistant", help="retrain the tiny assistant from a seed")
+    assistant.add_argument("--quick", action="store_true", help="the 5-minute checkpoint for development")
+    assistant.add_argument("--seed", type=int, default=0)
+    assistant.add_argument("--out", type=Path, help="folder (default: the package's own)")
+    assistant.set_defaults(run=_assistant)
+
+    study = commands.add_parser("study", help="make a stored study: CSV and manifest")
+    study.add_argument("name", help=f"one of: {', '.join(sorted(STUDIES))}")
+    study.add_argument("--data", help="a preference file, for a study of real data")
+    study.add_argument("--out", type=Path, help="folder for CSV and manifest (default: only print)")
+    study.set_defaults(run=_study)
+
+    notebooks = commands.add_parser("notebooks", help="clear and re-execute lessons in place")
+    notebooks.add_argument("paths", nargs="*", type=Path, help="default: every notebook of notebooks/")
+    notebooks.add_argument(
+        "--check", action="store_true", help="write nothing, compare; exit 1 on a difference"
+    )
+    notebooks.set_defaults(run=_notebooks)
+
+    train = commands.add_parser("train", help="train outside a notebook")
+    train.add_argument("--task", choices=("sft", "reward"), required=True)
+    train.add_argument(
+        "--data", required=True, help="a preference file, or the name of a data set on the hub"
+    )
+    train.add_argument("--out", type=Path, required=True, help="folder for the trained model")
+    train.add_argument("--model", default="tiny", help="'tiny', a local folder or a name on the hub")
+    train.add_argument("--epochs", type=int, default=1)
+    train.add_argument("--batch-size", type=int, default=16)
+    train.add_argument("--learning-rate", type=float, help="default: that of the task's settings")
+    train.add_argument("--warmup-steps", type=int, help="fewer than there are steps, for a small file")
+    train.add_argument("--limit", type=int, help="use only the first rows")
+    train.add_argument("--seed", type=int, default=0)
+    train.set_defaults(run=_train)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""What a stored lesson must look like: run in order, clean outputs, described pictures, short cells."""
+
+import re
+import statistics
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+LESSONS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+MAX_BYTES, MAX_CELL_LINES, MAX_MEDIAN_LINES, MIN_ALT_LENGTH = 1_500_000, 30, 10, 40
+WIDGET = "application/vnd.jupyter.widget-view+json"
+UNWANTED_TEXT = {
+    "absolute path": re.compile(r"(?<![\w.:/<])/(?:home|work|root|Users|tmp|usr|opt|mnt|var)/|[A-Z]:\\\\"),
+    "address of an object": re.compile(r"\b0x[0-9a-f]{8,}"),
+    "progress bar": re.compile(r"\d+%\|.*\||it/s|s/it"),
+    "timing": re.compile(
+        r"\b(?:CPU times|Wall time)\b|\b\d+(?:\.\d+)? ?(?:ms|seconds|sec|s) (?:elapsed|per loop)"
+    ),
+}
+CHECK = re.compile(r"\bcheck\(\s*[\"']")
+HEADER = re.compile(r"difficulty.*importance.*minutes", re.I | re.S)
+
+
+def text_of(output):
+    if output.output_type == "stream":
+        return output.text
+    kinds = ("text/plain", "text/html", "text/markdown")
+    return "\n".join(output.get("data", {}).get(kind, "") for kind in kinds)
+
+
+def output_faults(number, output):
+    data = output.get("data", {})
+    if output.output_type == "error":
+        yield f"cell {number} stores an error"
+    if output.output_type == "stream" and output.name == "stderr":
+        yield f"cell {number} stores text of stderr"
+    if WIDGET in data and "text/html" not in data:
+        yield f"cell {number} stores a widget that a page cannot show"
+    if "image/png" in data:
+        alt = output.metadata.get("image/png", {}).get("alt", "")
+        if len(alt) < MIN_ALT_LENGTH:
+            yield f"cell {number} stores a figure without alt text (lab.plots.show writes it)"
+    if any(kind in data for kind in ("image/jpeg", "image/svg+xml")):
+        yield f"cell {number} stores a picture that is no PNG"
+    for what, pattern in UNWANTED_TEXT.items():
+        if pattern.search(text_of(output)):
+            yield f"cell {number} stores a {what}: {pattern.search(text_of(output))[0]!r}"
+
+
+def exercise_faults(cells):
+    """Each check(...) stands under a header of its own, with folded hints and a folded solution."""
+    headers = [i for i, c in enumerate(cells) if c.cell_type == "markdown" and HEADER.search(c.source)]
+    checks = [i for i, c in enumerate(cells) if c.cell_type == "code" and CHECK.search(c.source)]
+    for previous, here in zip([-1, *checks], checks, strict=False):
+        mine = [i for i in headers if previous < i < here]
+        if not mine:
+            yield f"exercise in cell {here} has no header with difficulty, importance and minutes"
+            continue
+        end = min((i for i in headers if i > here), default=len(cells))
+        text = "\n".join(c.source for c in cells[mine[-1] : end] if c.cell_type == "markdown")
+        folded = re.findall(r"<details>\s*<summary>(.*?)</summary>.*?</details>", text, re.S)
+        for word in ("hint", "solution"):
+            if not any(word in summary.lower() for summary in folded):
+                yield f"exercise in cell {here} has no folded {word}"
+
+
+def faults_of(notebook):
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
+        yield "execution counts are not 1..n: run `python -m rlhf_helpers notebooks`"
+    if not any(cell.outputs for cell in code):
+        yield "no outputs are stored"
+    if set(notebook.metadata) - {"kernelspec", "language_info"}:
+        yield f"metadata holds {sorted(set(notebook.metadata) - {'kernelspec', 'language_info'})}"
+    if notebook.metadata.get("kernelspec", {}).get("name") != "python3":
+        yield "the kernel is not plain python3"
+    lengths = [len(cell.source.splitlines()) for cell in code]
+    if lengths and statistics.median(lengths) > MAX_MEDIAN_LINES:
+        yield f"the median code cell has {statistics.median(lengths)} lines ({MAX_MEDIAN_LINES} at most)"
+    for number, cell in enumerate(notebook.cells):
+        if "execution" in cell.metadata:
+            yield f"cell {number} stores timings"
+        if cell.cell_type == "code":
+            if len(cell.source.splitlines()) > MAX_CELL_LINES:
+                yield f"cell {number} has more than {MAX_CELL_LINES} lines"
+            for output in cell.outputs:
+                yield from output_faults(number, output)
+        elif re.search(r"!\[\s*\]\(|<img(?![^>]*\balt=.)", cell.source):
+            yield f"cell {number} shows a picture without alt text"
+    yield from exercise_faults(notebook.cells)
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.name)
+def test_lesson_is_clean(path):
+    assert path.stat().st_size < MAX_BYTES
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert list(faults_of(notebook)) == []
+
+
+def sound_notebook():
+    picture = new_output(
+        "display_data", {"image/png": "iVBOR"}, metadata={"image/png": {"alt": "A line that falls. " * 3}}
+    )
+    answer = "<details><summary>Hint 1</summary>x</details><details><summary>Solution</summary>y</details>"
+    return new_notebook(
+        metadata={
+            "kernelspec": {"name": "python3", "display_name": "Python 3"},
+            "language_info": {"name": "python"},
+        },
+        cells=[
+            new_code_cell(
+                "print(1)", execution_count=1, outputs=[new_output("stream", name="stdout", text="1")]
+            ),
+            new_code_cell("show(figure, alt='...')", execution_count=2, outputs=[picture]),
+            new_markdown_cell("### Exercise\nDifficulty: low. Importance: high. About 5 minutes."),
+            new_code_cell("def f(x): ...\nf = check('f', f)", execution_count=3),
+            new_markdown_cell(answer),
+        ],
+    )
+
+
+def set_output(notebook, **fields):
+    notebook.cells[0].outputs = [new_output(**fields)]
+
+
+FAULTY = {
+    "counts": lambda n: n.cells[1].update(execution_count=5),
+    "never run": lambda n: n.cells[0].update(execution_count=None),
+    "widget state": lambda n: n.metadata.update(widgets={}),
+    "other kernel": lambda n: n.metadata.kernelspec.update(name="my-env"),
+    "timings": lambda n: n.cells[0].metadata.update(execution={"iopub.status.busy": "..."}),
+    "long cell": lambda n: n.cells[0].update(source="x = 1\n" * 31),
+    "long median": lambda n: [cell.update(source="x = 1\n" * 11) for cell in n.cells[:2]],
+    "error": lambda n: set_output(n, output_type="error", ename="E", evalue="", traceback=[]),
+    "stderr": lambda n: set_output(n, output_type="stream", name="stderr", text="careful"),
+    "bar": lambda n: set_output(
+        n, output_type="stream", name="stdout", text=" 40%|####    | 2/5 [00:01, 3.1it/s]"
+    ),
+    "path": lambda n: set_output(
+        n, output_type="stream", name="stdout", text="/".join(["saved in ", "home", "me"])
+    ),
+    "address": lambda n: set_output(
+        n, output_type="execute_result", data={"text/plain": "<f at 0x7f12ab34cd>"}
+    ),
+    "wall time": lambda n: set_output(n, output_type="stream", name="stdout", text="Wall time: 3.2 s"),
+    "widget": lambda n: set_output(n, output_type="display_data", data={WIDGET: {}, "text/plain": "VBox()"}),
+    "no alt": lambda n: n.cells[1].outputs[0].update(metadata={}),
+    "short alt": lambda n: n.cells[1].outputs[0].metadata["image/png"].update(alt="a plot"),
+    "no alt in text": lambda n: n.cells[2].update(source=n.cells[2].source + "\n![](x.png)"),
+    "no header": lambda n: n.cells[2].update(source="### Exercise"),
+    "no solution": lambda n: n.cells[4].update(source="<details><summary>Hint</summary>x</details>"),
+    "no hint": lambda n: n.cells[4].update(source="<details><summary>Solution</summary>x</details>"),
+}
+
+
+def test_the_rules_pass_a_sound_notebook():
+    assert list(faults_of(sound_notebook())) == []
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_the_rules_find_the_fault(name):
+    notebook = sound_notebook()
+    FAULTY[name](notebook)
+    assert len(list(faults_of(notebook))) == 1

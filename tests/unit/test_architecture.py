@@ -1,0 +1,196 @@
+"""The cut of the project as code: what imports what, how long things are, what lies where."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "rlhf_helpers"
+LAYERS = [
+    {"core"},
+    {"world"},
+    {"preference_data", "sandbox", "guards", "alignment_eval"},
+    {"reward_model", "policy_optimization", "dpo"},
+    {"constitutional_ai", "red_teaming", "safety_alignment", "debate", "interpretability"}
+    | {"chatbot_rlhf", "summarization_rl", "code_generation"},
+    {"lab"},
+    {"__main__"},
+]
+RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
+LOOPS, SUBJECTS = LAYERS[3], LAYERS[4]
+FACADE = "__init__"  # rlhf_helpers/__init__.py: loads every room lazily, belongs to none
+ONLY_IN_LAB = {"matplotlib", "seaborn", "ipywidgets", "anywidget"}
+TOP_LEVEL = {"notebooks", "rlhf_helpers", "tests", "environment.yaml", "requirements.txt", "README.md"}
+TOP_LEVEL |= {"pyproject.toml", "LICENSE", ".ci", ".gitignore", ".gitattributes"}
+MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_PACKAGE_LINES = 400, 50, 9000
+MAX_ASSET_BYTES = 8_000_000
+TEXT_KINDS = {".py", ".md", ".toml", ".txt", ".yaml", ".ipynb", ".json", ".csv", ""}
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf8")) for path in MODULES}
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(path, tree):
+    """Absolute dotted names of everything that a module imports, inside functions as well."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = path.relative_to(ROOT).with_suffix("").parts[: -node.level]
+                base = ".".join([*parts, *base.split(".")]).rstrip(".")
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def faults_of_import(room, module):
+    """Why `room` may not import `module`: a list, empty when it may."""
+    top, *inner = module.split(".")
+    if top == "trl":
+        return ["the package never imports trl"]
+    if top in ONLY_IN_LAB and room != "lab":
+        return [f"only lab imports {top}"]
+    if top != "rlhf_helpers" or not inner or room == FACADE:
+        return []
+    other = inner[0]
+    if other not in RANK:
+        return []
+    if RANK[other] > RANK[room]:
+        return [f"{room} lies below {other}"]
+    same_kind = any(room in kind and other in kind for kind in (LOOPS, SUBJECTS))
+    return (
+        [f"{room} and {other} lie side by side: a notebook composes them"]
+        if same_kind and room != other
+        else []
+    )
+
+
+def functions_of(tree):
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def public_functions(body, prefix=""):
+    """Public functions of a module and public methods of its public classes, with their dotted names."""
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from public_functions(node.body, f"{node.name}.")
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+            yield f"{prefix}{node.name}", node
+
+
+def kept_files():
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        pytest.skip("not a git checkout: what is ignored is unknown")
+    return [name for name in done.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def test_every_room_is_in_the_plan():
+    rooms = {room_of(path) for path in MODULES} | {p.name for p in PACKAGE.iterdir() if p.is_dir()}
+    assert rooms - {FACADE, "__pycache__", "assets"} <= set(RANK)
+
+
+def test_imports_go_downward_only():
+    faults = {
+        f"{path.relative_to(ROOT)}: {fault} ({module})"
+        for path, tree in TREES.items()
+        for module in imported_modules(path, tree)
+        for fault in faults_of_import(room_of(path), module)
+    }
+    assert not faults, "\n".join(sorted(faults))
+
+
+@pytest.mark.parametrize(
+    "room, module",
+    [
+        ("core", "rlhf_helpers.world.prompts"),
+        ("world", "rlhf_helpers.sandbox"),
+        ("dpo", "rlhf_helpers.reward_model"),
+        ("debate", "rlhf_helpers.red_teaming"),
+        ("reward_model", "rlhf_helpers.lab.plots"),
+        ("core", "seaborn"),
+        ("lab", "trl.trainer"),
+    ],
+)
+def test_the_rule_refuses(room, module):
+    assert faults_of_import(room, module)
+
+
+@pytest.mark.parametrize(
+    "room, module",
+    [("lab", "matplotlib"), ("dpo", "rlhf_helpers.core"), ("dpo", "rlhf_helpers.dpo.x"), ("core", "torch")],
+)
+def test_the_rule_permits(room, module):
+    assert not faults_of_import(room, module)
+
+
+def test_relative_imports_are_resolved():
+    tree = ast.parse("from ..world import prompts\nfrom . import models\nfrom .. import lab")
+    found = set(imported_modules(PACKAGE / "core" / "generation.py", tree))
+    assert {"rlhf_helpers.world.prompts", "rlhf_helpers.core.models", "rlhf_helpers.lab"} <= found
+
+
+def test_sizes():
+    lengths = {path: len(path.read_text(encoding="utf8").splitlines()) for path in MODULES}
+    faults = [f"{p.relative_to(ROOT)}: {n} lines" for p, n in lengths.items() if n > MAX_MODULE_LINES]
+    for path, tree in TREES.items():
+        for node in functions_of(tree):
+            if (length := node.end_lineno - node.lineno + 1) > MAX_FUNCTION_LINES:
+                faults.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {length} lines")
+    assert not faults, "\n".join(faults)
+    assert sum(lengths.values()) <= MAX_PACKAGE_LINES
+
+
+def test_public_functions_have_annotations_and_a_docstring():
+    faults = []
+    for path, tree in TREES.items():
+        for name, node in public_functions(tree.body):
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            given += [a for a in (node.args.vararg, node.args.kwarg) if a]
+            bare = [a.arg for a in given if a.annotation is None and a.arg not in ("self", "cls")]
+            is_overload = any("overload" in ast.unparse(d) for d in node.decorator_list)
+            if bare or node.returns is None or not (ast.get_docstring(node) or is_overload):
+                faults.append(f"{path.relative_to(ROOT)}:{node.lineno} {name}")
+    assert not faults, "without annotation or docstring:\n" + "\n".join(faults)
+
+
+def test_every_module_says_what_it_is():
+    assert not [
+        str(p.relative_to(ROOT)) for p, tree in TREES.items() if tree.body and not ast.get_docstring(tree)
+    ]
+
+
+def test_top_level_is_fixed():
+    assert {name.split("/")[0] for name in kept_files()} <= TOP_LEVEL
+
+
+def test_no_path_of_one_machine():
+    pattern = re.compile(r"(?<![\w.:/])/(?:work|home|Users|root|mnt|tmp)/\w")
+    faults = []
+    for name in kept_files():
+        if Path(name).suffix in TEXT_KINDS and not name.startswith("rlhf_helpers/assets/"):
+            for number, line in enumerate((ROOT / name).read_text(encoding="utf8").splitlines(), 1):
+                if pattern.search(line):
+                    faults.append(f"{name}:{number}")
+    assert not faults, "absolute paths in " + ", ".join(faults)
+
+
+def test_assets_are_small():
+    assert sum(p.stat().st_size for p in (PACKAGE / "assets").rglob("*") if p.is_file()) <= MAX_ASSET_BYTES
+
+
+def test_only_safe_weights_and_no_foreign_code():
+    assert not [n for n in kept_files() if Path(n).suffix in {".pt", ".pth", ".bin", ".pkl", ".ckpt"}]
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert ast.unparse(node.value) == "False", path.relative_to(ROOT)

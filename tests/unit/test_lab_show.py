@@ -1,0 +1,222 @@
+"""Plots, reports, widgets and the execution of notebooks."""
+
+import json
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from nbclient.exceptions import CellExecutionError
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from rlhf_helpers.lab import notebooks, plots, reports, widgets
+
+ALT = "Line chart of the loss over 3 steps; it falls from 3 to 1 without a bump."
+
+
+def curve():
+    return plots.line_plot([1, 2, 3], {"loss": [3, 2, 1]}, xlabel="step (count)", ylabel="loss (nats)")
+
+
+def test_line_plot_draws_what_it_is_given():
+    figure = plots.line_plot(
+        [0, 1],
+        {"a": [1, 2], "b": [3, 4]},
+        xlabel="x (count)",
+        ylabel="y (nats)",
+        bands={"a": ([0, 1], [2, 3])},
+    )
+    (axis,) = figure.axes
+    assert [list(line.get_ydata()) for line in axis.lines] == [[1, 2], [3, 4]]
+    assert (
+        len({line.get_color() for line in axis.lines}) == len({line.get_marker() for line in axis.lines}) == 2
+    )
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a", "b"]
+    assert len(axis.collections) == 1
+
+
+@pytest.mark.parametrize("label", ["loss", "", "loss (nats) of a batch", "(nats"])
+def test_a_label_without_unit_is_refused(label):
+    with pytest.raises(ValueError, match="must end with its unit"):
+        plots.line_plot([1], {"a": [1]}, xlabel="step (count)", ylabel=label)
+
+
+@pytest.mark.parametrize("lines", [{}, {str(n): [1] for n in range(9)}, {"a": [1, 2]}])
+def test_lines_that_cannot_be_drawn_are_refused(lines):
+    with pytest.raises(ValueError, match="lines"):
+        plots.line_plot([1], lines, xlabel="step (count)", ylabel="loss (nats)")
+
+
+def test_bars_carry_their_intervals():
+    labels = {"xlabel": "model (name)", "ylabel": "accuracy (share)"}
+    figure = plots.bar_with_intervals({"a": 0.6, "b": 0.7}, {"a": (0.5, 0.8), "b": (0.6, 0.9)}, **labels)
+    (axis,) = figure.axes
+    assert [bar.get_height() for bar in axis.patches] == [0.6, 0.7]
+    (segments,) = [c.get_segments() for c in axis.collections]
+    assert np.allclose(segments, [[[0, 0.5], [0, 0.8]], [[1, 0.6], [1, 0.9]]])
+    with pytest.raises(ValueError, match="'a' needs an interval"):
+        plots.bar_with_intervals({"a": 0.6}, {"a": (0.7, 0.8)}, **labels)
+    with pytest.raises(ValueError, match="at least one bar"):
+        plots.bar_with_intervals({}, {}, **labels)
+
+
+def test_learning_curve_smooths_and_names_missing_keys():
+    frame = pd.DataFrame({"step": [10, 20, 30], "loss": [4.0, 2.0, 0.0]})
+    figure = plots.learning_curve(frame, "loss", ylabel="loss (nats)", smooth=2)
+    line = figure.axes[0].lines[0]
+    assert list(line.get_xdata()) == [10, 20, 30]
+    assert list(line.get_ydata()) == [4, 3, 1]
+    with pytest.raises(KeyError, match=r"acc.*not logged"):
+        plots.learning_curve(frame, "acc", ylabel="accuracy (share)")
+
+
+@pytest.fixture
+def displayed(monkeypatch):
+    """What a cell displays: a list of (object, keywords)."""
+    seen = []
+    for module in (plots, reports):
+        monkeypatch.setattr(module, "display", lambda thing, **keywords: seen.append((thing, keywords)))
+    return seen
+
+
+def test_show_stores_the_alt_text_and_the_same_bytes_twice(displayed):
+    plots.show(curve(), alt=ALT)
+    plots.show(curve(), alt=f"  {ALT}\n")
+    assert displayed[:2] == displayed[2:]
+    (picture, keywords), (text, _) = displayed[:2]
+    assert keywords == {"metadata": {"image/png": {"alt": ALT}}, "raw": True}
+    assert picture["image/png"].startswith(b"\x89PNG")
+    assert picture["text/plain"] == ALT
+    assert ALT in text["text/html"]
+    with pytest.raises(ValueError, match="at least 40 characters, got 6"):
+        plots.show(curve(), alt="a plot")
+
+
+def test_wilson_interval_literal_values():
+    assert reports.wilson_interval(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
+    assert reports.wilson_interval(0, 20) == pytest.approx((0.0, 0.1611252), abs=1e-6)
+    assert reports.wilson_interval(20, 20)[1] == 1
+    for bad in ((1, 0), (-1, 5), (6, 5)):
+        with pytest.raises(ValueError, match="wilson_interval"):
+            reports.wilson_interval(*bad)
+
+
+def test_mean_interval_literal_values():
+    assert reports.mean_interval([1, 2, 3, 4]) == pytest.approx((2.5, 0.4457397, 4.5542603), abs=1e-6)
+    for bad in ([1.0], [1.0, float("nan")]):
+        with pytest.raises(ValueError, match="at least two finite"):
+            reports.mean_interval(bad)
+
+
+def test_table_is_a_small_frame():
+    frame = reports.table({"ours": (0.71234, 0.65, 0.77)}, quantity="accuracy (share)")
+    assert frame.loc["ours"].tolist() == [0.712, "0.650 to 0.770"]
+
+
+def test_show_source_prints_the_function_with_or_without_docstring(displayed):
+    for docstring in (True, False):
+        reports.show_source(reports.wilson_interval, docstring=docstring)
+        text = displayed[-1][0].data
+        assert text.startswith("def wilson_interval(")
+        assert "return float(max(" in text
+        assert ("Wilson 1927" in text) is docstring
+        assert text.count('"""') == (2 if docstring else 0)
+
+
+PAIRS = [{"prompt": f"<q{n}>", "a": "yes", "b": "no"} for n in range(3)]
+
+
+def test_stored_choices_stand_in_until_a_person_clicks(tmp_path):
+    path = tmp_path / "clicks.jsonl"
+    rater = widgets.rate_pairs(PAIRS, stored=["a", "b", "tie"], path=path)
+    assert [row["choice"] for row in rater.rows] == ["a", "b", "tie"]
+    assert {row["by"] for row in rater.rows} == {"stored"}
+    assert not path.exists()
+    buttons = rater.children[1].children
+    buttons[1].click()
+    assert json.loads(path.read_text(encoding="utf8")) == {**PAIRS[0], "choice": "b"}
+    assert (rater.rows[0]["choice"], rater.rows[0]["by"], rater.rows[1]["by"]) == ("b", "person", "stored")
+    again = widgets.rate_pairs(PAIRS, stored=["a", "b", "tie"], path=path)  # after a kernel restart
+    assert again.rows == rater.rows
+    for _ in range(5):  # clicks after the last pair do nothing
+        again.click("tie")
+    assert len(path.read_text(encoding="utf8").splitlines()) == 3
+    assert "All pairs are rated" in again.children[0].value
+
+
+def test_rater_page_without_kernel_shows_escaped_text():
+    rater = widgets.rate_pairs(PAIRS, stored=["a", "b", "tie"])
+    bundle = rater._repr_mimebundle_()
+    assert "&lt;q0&gt;" in bundle["text/html"]
+    assert "Choice: a (stored)" in bundle["text/html"]
+
+
+def test_rater_refuses_what_does_not_fit(tmp_path):
+    with pytest.raises(ValueError, match=r"pairs\[0\] lacks \['b'\]"):
+        widgets.rate_pairs([{"prompt": "p", "a": "x"}], stored=["a"])
+    for stored in (["a"], ["a", "b", "left"]):
+        with pytest.raises(ValueError, match="stored needs one of"):
+            widgets.rate_pairs(PAIRS, stored=stored)
+    path = tmp_path / "clicks.jsonl"
+    path.write_text('{"prompt": "p"}\n', encoding="utf8")
+    with pytest.raises(ValueError, match=r"clicks\.jsonl, line 1 is no rated pair"):
+        widgets.rate_pairs(PAIRS, stored=["a", "b", "tie"], path=path)
+
+
+def test_quiz_folds_the_answer_away():
+    form = widgets.quiz("1 < 2?", ["no", "yes"], answer=1, explanation="One is less.").data
+    assert form.index("<details>") < form.index("2. yes") < form.index("One is less.")
+    assert "1 &lt; 2?" in form
+    with pytest.raises(ValueError, match="index of the 2 options"):
+        widgets.quiz("?", ["no", "yes"], answer=2, explanation="")
+
+
+@pytest.fixture
+def lesson(tmp_path):
+    folder = tmp_path / "lessons"
+    folder.mkdir()
+    cells = [
+        new_markdown_cell("# A lesson", id="a"),
+        new_code_cell(
+            "import os, sys\nfrom tqdm.auto import tqdm\nprint(os.getcwd() + os.sep + 'file')", id="b"
+        ),
+        new_code_cell("for _ in tqdm(range(3)): pass\nprint('done')", id="c"),
+        new_code_cell("import ipywidgets\nipywidgets.IntSlider()", id="d"),
+        new_code_cell(
+            "print(os.environ['RLHF_PROGRESS'] == '')\n1 + 1", id="e", metadata={"execution": {"x": "y"}}
+        ),
+    ]
+    path = folder / "lesson.ipynb"
+    nbformat.write(new_notebook(cells=cells, metadata={"widgets": {"state": {}}}), path)
+    return path
+
+
+def test_run_notebooks_is_clean_and_the_same_twice(lesson):
+    assert notebooks.run_notebooks([lesson]) == [lesson]
+    first = lesson.read_bytes()
+    assert notebooks.run_notebooks([lesson], check=True) == []
+    notebook = nbformat.reads(first, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == [1, 2, 3, 4]
+    assert [[o.get("text", o.get("data")) for o in cell.outputs] for cell in code] == [
+        ["lessons/file\n"], ["done\n"], [], ["True\n", {"text/plain": "2"}],
+    ]  # fmt: skip
+    assert not any("execution" in cell.metadata for cell in notebook.cells)
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert notebook.metadata.kernelspec.name == "python3"
+    code[1].outputs[0].text = "stale\n"
+    nbformat.write(notebook, lesson)
+    assert notebooks.run_notebooks([lesson], check=True) == [lesson]
+    assert b"stale" in lesson.read_bytes()  # --check writes nothing
+
+
+def test_a_failing_notebook_keeps_its_stored_form(lesson):
+    notebook = nbformat.read(lesson, as_version=4)
+    notebook.cells[1].source = "assert 1 == 2"
+    nbformat.write(notebook, lesson)
+    before = lesson.read_bytes()
+    with pytest.raises(CellExecutionError, match="assert 1 == 2"):
+        notebooks.run_notebooks([lesson])
+    assert lesson.read_bytes() == before
+    with pytest.raises(FileNotFoundError, match=r"nothing\.ipynb"):
+        notebooks.run_notebooks([lesson.with_name("nothing.ipynb")])

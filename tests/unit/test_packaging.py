@@ -1,0 +1,172 @@
+"""requirements.txt, pyproject.toml and environment.yaml agree; importing the package is cheap."""
+
+import ast
+import importlib
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import rlhf_helpers
+from rlhf_helpers.__main__ import STUDIES, main
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]
+PINS = [Requirement(line) for line in (ROOT / "requirements.txt").read_text(encoding="utf8").split("\n")
+        if line and not line.startswith(("#", "-"))]  # fmt: skip
+# the name to import -> the name to install, where they differ
+INSTALLED_AS = {"sklearn": "scikit-learn", "IPython": "ipython", "yaml": "pyyaml"}
+
+
+def ranges(requirements):
+    return {canonicalize_name(r.name): r.specifier for r in map(Requirement, requirements)}
+
+
+RUNTIME = ranges(PROJECT["dependencies"])
+TEST = ranges(PROJECT["optional-dependencies"]["test"])
+
+
+def test_requirements_pin_every_dependency_exactly_and_within_its_range():
+    pins = {}
+    for pin in PINS:
+        ((operator, version),) = [(s.operator, s.version) for s in pin.specifier]
+        assert operator == "==", f"{pin} must be pinned with =="
+        pins[canonicalize_name(pin.name)] = version
+    declared = RUNTIME | TEST
+    assert len(pins) == len(PINS), "a package is pinned twice"
+    assert not set(RUNTIME) & set(TEST)
+    assert set(pins) == set(declared)
+    for name, version in pins.items():
+        assert declared[name].contains(version), f"{name}=={version} lies outside {declared[name]}"
+    assert pins["torch"] == "2.13.0"
+    assert pins["trl"] == "1.16.0"
+
+
+def test_every_range_has_both_ends():
+    for name, specifier in (RUNTIME | TEST).items():
+        operators = {s.operator for s in specifier}
+        assert operators in ({">=", "<"}, {"=="}), f"{name}{specifier}"
+
+
+def test_requirements_install_the_package_itself():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf8").splitlines()
+    assert [line for line in lines if line.startswith("-")] == ["-e ."]
+
+
+def test_conda_environment_leads_to_the_same_pins():
+    environment = yaml.safe_load((ROOT / "environment.yaml").read_text(encoding="utf8"))
+    *conda, last = environment["dependencies"]
+    assert environment["name"] == "rlhf-lesson"
+    assert "conda-forge" in environment["channels"]
+    assert set(conda) == {"python=3.11", "pip", "nb_conda_kernels"}
+    assert last == {"pip": ["-r requirements.txt"]}
+
+
+def test_the_running_environment_is_the_pinned_one():
+    from importlib.metadata import version
+
+    for pin in PINS:
+        assert pin.specifier.contains(version(pin.name)), f"{pin} is pinned, {version(pin.name)} is installed"
+
+
+def test_every_import_of_the_package_is_declared():
+    for path in (ROOT / "rlhf_helpers").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules = [node.module]
+            for top in {module.split(".")[0] for module in modules}:
+                if top not in sys.stdlib_module_names and top != "rlhf_helpers":
+                    name = canonicalize_name(INSTALLED_AS.get(top, top))
+                    assert name in RUNTIME, f"{path.relative_to(ROOT)} imports {top}, which is not declared"
+
+
+def test_import_is_cheap():
+    code = "import time, sys; t = time.process_time(); import rlhf_helpers; print(time.process_time() - t)"
+    code += "; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, modules = done.stdout.splitlines()
+    assert float(seconds) < 1, f"import rlhf_helpers took {seconds} s of CPU time"
+    heavy = {"torch", "transformers", "numpy", "pandas", "datasets", "matplotlib", "seaborn", "ipywidgets"}
+    assert not heavy & set(modules.split())
+
+
+@pytest.mark.parametrize("name", sorted(rlhf_helpers._NAMES))
+def test_main_names_load_on_first_use(name):
+    assert getattr(rlhf_helpers, name).__name__ == name
+    assert name in dir(rlhf_helpers)
+
+
+def test_submodules_load_on_first_use_and_unknown_names_are_refused():
+    assert rlhf_helpers.core.__name__ == "rlhf_helpers.core"
+    assert rlhf_helpers.__version__ == PROJECT["version"]
+    with pytest.raises(AttributeError, match="no attribute 'reward_modell'"):
+        rlhf_helpers.reward_modell  # noqa: B018
+
+
+def test_licence_is_apache_2_unmodified():
+    text = (ROOT / "LICENSE").read_text(encoding="utf8")
+    assert PROJECT["license"] == "Apache-2.0"
+    assert text.split()[:4] == ["Apache", "License", "Version", "2.0,"]
+    assert "Copyright [yyyy] [name of copyright owner]" in text
+    assert len(text.split()) == 1581
+
+
+def test_ci_runs_the_readmes_test_command():
+    script = ROOT / ".ci" / "run"
+    assert os.stat(script).st_mode & stat.S_IXUSR
+    text = script.read_text(encoding="utf8")
+    assert "set -euo pipefail" in text
+    steps = re.findall(r"^step (.+?)(?: \"\$@\" \|\| status=\$\?)?$", text, re.M)
+    command = " && ".join(steps).replace('"$python"', "python3.11")
+    assert command.startswith("python3.11 -m venv .venv && ")
+    assert command.endswith(" && .venv/bin/pip install -r requirements.txt && .venv/bin/python -m pytest")
+    assert f"\n{command}\n" in (ROOT / "README.md").read_text(encoding="utf8")
+
+
+@pytest.mark.parametrize("study", sorted(STUDIES))
+def test_every_study_resolves(study):
+    module, function = STUDIES[study].split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_unknown_study_lists_the_known_ones(capsys):
+    assert main(["study", "nothing"]) == 1
+    error = capsys.readouterr().err
+    assert error == f"study: no study is named 'nothing'; there are {', '.join(sorted(STUDIES))}\n"
+
+
+def test_assistant_passes_its_options_on(monkeypatch):
+    seen = {}
+    monkeypatch.setattr("rlhf_helpers.world.assistant.main", lambda **options: seen.update(options))
+    assert main(["assistant", "--quick", "--seed", "3"]) == 0
+    assert seen == {"quick": True, "seed": 3, "out": None}
+
+
+@pytest.mark.parametrize("task", ["sft", "reward"])
+def test_train_writes_a_model_and_its_history_and_overwrites_nothing(task, tiny_gpt2_dir, tmp_path, capsys):
+    data = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No idea."} for n in range(4)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+    out = tmp_path / "model"
+    command = ["train", "--task", task, "--model", str(tiny_gpt2_dir), "--data", str(data), "--out", str(out)]
+    command += ["--epochs", "2", "--batch-size", "2", "--warmup-steps", "1", "--learning-rate", "1e-3"]
+    assert main(command) == 0
+    assert (out / "model.safetensors").exists()
+    assert (out / "history.csv").read_text(encoding="utf8").count("\n") == 1 + 4
+    assert "4 steps, last loss" in capsys.readouterr().out
+    assert main(command) == 1
+    assert "holds a model already" in capsys.readouterr().err
+    assert main([*command[:-1], "nan", "--out", str(tmp_path / "other")]) == 1
+    assert "learning_rate" in capsys.readouterr().err
