@@ -1,0 +1,21 @@
+"""Policy optimization: loops that move a language model towards any reward, one file per idea."""
+
+from rlhf_helpers.policy_optimization.rloo import RLOOSettings, reinforce_loss, rloo
+from rlhf_helpers.policy_optimization.rollouts import (
+    collect,
+    evaluate_policy,
+    policy_logps,
+    rollout_metrics,
+    score,
+)
+
+__all__ = [
+    "RLOOSettings",
+    "collect",
+    "evaluate_policy",
+    "policy_logps",
+    "reinforce_loss",
+    "rloo",
+    "rollout_metrics",
+    "score",
+]

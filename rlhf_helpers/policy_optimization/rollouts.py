@@ -1,0 +1,195 @@
+"""What every on-policy loop does before it learns: sample, score, compare with the reference, measure."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf_helpers.core.generation import Rollout, generate, response_logits
+from rlhf_helpers.core.models import RewardFn, as_reward_fn
+from rlhf_helpers.core.policy_losses import kl_estimate
+from rlhf_helpers.core.tensors import entropy_from_logits, masked_mean, require_shapes, token_logps
+
+Columns = Mapping[str, Sequence[Any]]
+ROWS_PER_FORWARD = 16
+
+
+def collect(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    samples_per_prompt: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> Rollout:
+    """Sample G = samples_per_prompt responses to each prompt; B = G len(prompts) rows, one prompt's together.
+
+    Row i answers prompt i // G, so `rewards.view(-1, G)` puts the samples of a prompt into one row.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
+    return generate(
+        model, tokenizer, repeated, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    )
+
+
+def score(reward_fn: RewardFn, rollout: Rollout, columns: Columns | None = None) -> Float[Tensor, "B"]:
+    """Ask the reward for one finite number a response, (B,) float32 without gradient.
+
+    columns: further columns of the prompts' data (references, tests), one entry a row of the rollout. Raises
+    what `as_reward_fn` raises: no tensor, another shape than (B,), a number that is not finite.
+    """
+    scores = as_reward_fn(reward_fn)(rollout.prompts, rollout.responses, **(columns or {}))
+    return scores.to(rollout.old_logps.device)
+
+
+def repeat_columns(columns: Columns, rows: Sequence[int], samples_per_prompt: int) -> dict[str, list[Any]]:
+    """Take the entries of these prompts, each once for every response: one a row of the rollout."""
+    return {
+        name: [values[row] for row in rows for _ in range(samples_per_prompt)]
+        for name, values in columns.items()
+    }
+
+
+def require_columns(prompts: Sequence[str], columns: Columns) -> None:
+    """Refuse prompts that are no texts, and columns that do not hold one entry a prompt.
+
+    Raises:
+        ValueError: names the prompt or the column.
+    """
+    if isinstance(prompts, str) or not len(prompts):
+        raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
+    for row, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"prompts[{row}] must be a text that is not empty, got {prompt!r}")
+    for name, values in columns.items():
+        if isinstance(values, str) or len(values) != len(prompts):
+            raise ValueError(
+                f"column {name!r} must hold one entry for each of {len(prompts)} prompts, got {len(values)}"
+            )
+
+
+def policy_logps(
+    model: torch.nn.Module, rollout: Rollout, *, temperature: float
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, ""]]:
+    """Log-prob of each sampled token under `model` now, (B, T), with gradient, and its entropy, without.
+
+    Of the policy that sampled and at its temperature, the log-probs equal `rollout.old_logps`; padding is 0.
+    The entropy is the mean over response tokens, in nats a token. Rows of similar length go through the model
+    together, so that little of the work is spent on padding.
+    """
+    order = rollout.attention_mask.sum(-1).argsort(stable=True)
+    width = rollout.response_mask.shape[1]
+    logps, entropies = [], []
+    for rows in order.split(ROWS_PER_FORWARD):
+        part = _without_padding(rollout[rows])
+        mask = part.response_mask
+        logits = response_logits(model, part.input_ids, part.attention_mask, response_length=mask.shape[1])
+        now = torch.where(mask, token_logps(logits, part.response_ids, temperature=temperature), 0.0)
+        logps.append(F.pad(now, (0, width - mask.shape[1])))
+        with torch.no_grad():
+            entropies.append(entropy_from_logits(logits, mask, temperature=temperature) * mask.sum())
+    return torch.cat(logps)[order.argsort()], torch.stack(entropies).sum() / rollout.response_mask.sum()
+
+
+def _without_padding(rollout: Rollout) -> Rollout:
+    """Drop the columns that are padding in every row."""
+    width = rollout.response_mask.shape[1]
+    prompt_width = rollout.input_ids.shape[1] - width
+    longest = int(rollout.response_lengths.max())
+    first = prompt_width - int(rollout.attention_mask[:, :prompt_width].sum(-1).max())
+    return replace(
+        rollout,
+        input_ids=rollout.input_ids[:, first : prompt_width + longest],
+        attention_mask=rollout.attention_mask[:, first : prompt_width + longest],
+        response_mask=rollout.response_mask[:, :longest],
+        old_logps=rollout.old_logps[:, :longest],
+    )
+
+
+def sequence_kl(rollout: Rollout, ref_logps: Float[Tensor, "B T"]) -> Float[Tensor, "B"]:
+    """k1 estimate of KL(policy || reference) a response: sum_t (old_logp_t - ref_logp_t), (B,) in nats."""
+    per_token = kl_estimate(rollout.old_logps, ref_logps, estimator="k1")
+    return torch.where(rollout.response_mask, per_token, 0.0).sum(-1)
+
+
+def rollout_metrics(
+    rollout: Rollout,
+    scores: Float[Tensor, "B"],
+    rewards: Float[Tensor, "B"],
+    ref_logps: Float[Tensor, "B T"],
+    *,
+    samples_per_prompt: int,
+) -> dict[str, float]:
+    """What was sampled and what it earned, by TRL's names; every mean over real tokens or whole responses.
+
+    objective/scores: mean of what the reward said, before any penalty; objective/rlhf_reward: mean of what is
+    maximised, penalties taken off. objective/kl: nats a response (sum over its tokens);
+    objective/kl_per_token: nats a token (mean over all tokens of the batch): a target for one is none for the
+    other. response_length: tokens, EOS counted. frac_reward_zero_std: share of prompts all of whose samples
+    got the same score, which teach nothing.
+    """
+    require_shapes("B", scores=scores, rewards=rewards)
+    mask = rollout.response_mask
+    per_token = kl_estimate(rollout.old_logps, ref_logps, estimator="k1")
+    groups = scores.view(-1, samples_per_prompt)
+    return {
+        "objective/scores": scores.mean().item(),
+        "objective/rlhf_reward": rewards.mean().item(),
+        "objective/kl": sequence_kl(rollout, ref_logps).mean().item(),
+        "objective/kl_per_token": masked_mean(per_token, mask).item(),
+        "eos_fraction": rollout.ended.float().mean().item(),
+        "response_length": mask.sum(-1).float().mean().item(),
+        "frac_reward_zero_std": (groups == groups[:, :1]).all(-1).float().mean().item(),
+    }
+
+
+def evaluate_policy(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    reward_fn: RewardFn,
+    *,
+    samples: int = 1,
+    seed: int = 0,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    columns: Columns | None = None,
+    keep_responses: bool = False,
+) -> dict[str, Any]:
+    """Mean reward of a policy's own samples on given prompts, with its standard error.
+
+    mean = average over prompts of the average over a prompt's samples;  standard_error = std of those P
+    per-prompt averages / sqrt(P), so samples of one prompt do not count as independent. Returns mean,
+    standard_error, n (samples in all), and with keep_responses also prompts, responses and scores, one entry
+    a sample, the samples of a prompt together.
+
+    Raises:
+        ValueError: fewer than two prompts, samples < 1, or what `score` refuses.
+    """
+    columns = dict(columns or {})
+    require_columns(prompts, columns)
+    if len(prompts) < 2 or samples < 1:
+        raise ValueError(
+            f"a standard error needs at least 2 prompts and samples >= 1, got {len(prompts)} and {samples}"
+        )
+    rollout = collect(
+        model, tokenizer, prompts,
+        samples_per_prompt=samples, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+    )  # fmt: skip
+    scores = score(reward_fn, rollout, repeat_columns(columns, range(len(prompts)), samples))
+    averages = scores.double().view(-1, samples).mean(-1)
+    result = {
+        "mean": averages.mean().item(),
+        "standard_error": averages.std().item() / math.sqrt(len(prompts)),
+        "n": len(scores),
+    }
+    if keep_responses:
+        result |= {"prompts": rollout.prompts, "responses": rollout.responses, "scores": scores.tolist()}
+    return result

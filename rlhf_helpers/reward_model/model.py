@@ -1,0 +1,272 @@
+"""The reward model: a trunk that reads prompt and response together, and one number at the end.
+
+r(x, y) = w . h + b, with h the hidden state at the last real token (causal trunks) or the first (encoders).
+"""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from rlhf_helpers.core.models import ScalarHead, encode_pair, load_encoder, remember_tokenizer, tokenizer_for
+from rlhf_helpers.core.tensors import as_bool_mask, pad_right, require_shapes
+
+POOLINGS = ("last", "first", "mean")
+KINDS = ("basic",)
+HEAD_FILE = "reward_head.safetensors"
+
+
+class RewardModel(nn.Module):
+    """Joint encoder: `model(input_ids)` -> rewards (B,); only differences for one prompt mean anything.
+
+    pooling: the hidden state that the head reads. "last" real token for causal trunks, the only one that has
+        seen the whole text; "first" for encoders (CLS), which sees all of it and is where public classifiers
+        read; "mean" over real tokens for either, where what a response contributes shrinks with the length of
+        its prompt.
+    max_length: tokens read of prompt and response together (the prompt loses its beginning first); default
+        and limit: the trunk's own context.
+
+    Dropout is 0: a text has one reward, in training as in use. The head is linear and starts at
+    N(0, 1/(d+1)) (Stiennon et al. 2020), drawn from torch's global generator. Ouyang et al. 2022, section
+    3.5. Lesson 1.
+
+    Raises:
+        ValueError: unknown pooling, "first" over a causal trunk, or no tokenizer given or remembered.
+    """
+
+    def __init__(
+        self,
+        trunk: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        pooling: str | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        """Put a new head on `trunk` (from `load_encoder`), which is trained along with it."""
+        super().__init__()
+        causal = _is_causal(trunk.config)
+        pooling = pooling or ("last" if causal else "first")
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {POOLINGS}, got {pooling!r}")
+        if pooling == "first" and causal:
+            raise ValueError(
+                f'pooling "first" over a causal {trunk.config.model_type} reads a token that has seen '
+                'nothing of the text: use "last" or "mean"'
+            )
+        self.trunk, self.pooling = trunk, pooling
+        self.tokenizer = tokenizer or tokenizer_for(trunk)
+        remember_tokenizer(self, self.tokenizer)
+        self.max_length = _usable_length(trunk.config, max_length)
+        self.head = ScalarHead(trunk.config.hidden_size).to(trunk.device)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The trunk's configuration."""
+        return self.trunk.config
+
+    def forward(
+        self, input_ids: Int[Tensor, "B T"], attention_mask: Shaped[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B"]:
+        """Rewards (B,), float32, of token ids padded on the right, on the left, or both.
+
+        Without a mask it is inferred: every pad token is padding (so pad must not be EOS: `load_encoder` sees
+        to that). Rows are first moved to start at position 0: padding changes no reward.
+
+        Raises:
+            ValueError: shapes differ, the mask is not 0/1, or a row holds no real token.
+        """
+        require_shapes("B T", input_ids=input_ids)
+        if attention_mask is None:
+            attention_mask = input_ids != self.tokenizer.pad_token_id
+        require_shapes("B T", input_ids=input_ids, attention_mask=attention_mask)
+        ids, mask = _move_to_start(input_ids, as_bool_mask(attention_mask, "attention_mask"))
+        options = {"use_cache": False} if _is_causal(self.config) else {}
+        hidden = self.trunk(input_ids=ids, attention_mask=mask.long(), **options).last_hidden_state
+        pooled = self._pool(hidden, mask).float()
+        # bf16 keeps 8 bits, too few for a difference of two rewards: the head is computed in float32.
+        with torch.autocast(pooled.device.type, enabled=False):
+            return nn.functional.linear(
+                pooled, self.head.linear.weight.float(), self.head.linear.bias.float()
+            ).squeeze(-1)
+
+    def _pool(self, hidden: Float[Tensor, "B T d"], mask: Shaped[Tensor, "B T"]) -> Float[Tensor, "B d"]:
+        if self.pooling == "first":
+            return hidden[:, 0]
+        if self.pooling == "last":
+            return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+        return torch.where(mask.unsqueeze(-1), hidden, 0.0).sum(1) / mask.sum(1, keepdim=True)
+
+    def encode(self, prompt: str, response: str) -> list[int]:
+        """Token ids of prompt and response, joined by `core.models.encode_pair`, at most max_length."""
+        prompt_ids, response_ids = encode_pair(self.tokenizer, prompt, response, max_length=self.max_length)
+        return prompt_ids + response_ids
+
+    def rewards_of(self, sequences: Sequence[Sequence[int]]) -> Float[Tensor, "B"]:
+        """One forward over token sequences (from `encode`), padded here; keeps the gradient."""
+        ids, mask = pad_right(sequences, self.tokenizer.pad_token_id, device=self.trunk.device)
+        return self(ids, mask)
+
+    @torch.no_grad()
+    def score(
+        self, prompts: Sequence[str], responses: Sequence[str], *, batch_size: int = 64
+    ) -> Float[Tensor, "B"]:
+        """Rewards (B,) of responses to prompts, without gradient; rows of similar length share a batch.
+
+        What `core.models.as_reward_fn` calls. Raises ValueError for unequal numbers or batch_size < 1.
+        """
+        if len(prompts) != len(responses) or batch_size < 1:
+            raise ValueError(
+                f"need as many prompts as responses and batch_size >= 1; got {len(prompts)} prompts, "
+                f"{len(responses)} responses, batch_size {batch_size}"
+            )
+        sequences = [
+            self.encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
+        rewards = torch.empty(len(sequences), device=self.trunk.device)
+        was_training = self.training
+        self.eval()
+        try:
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                rewards[rows] = self.rewards_of([sequences[row] for row in rows])
+        finally:
+            self.train(was_training)
+        return rewards
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a Hugging Face folder: config.json, safetensors, tokenizer.
+
+        Over a causal trunk with pooling "last" the folder has the layout of the library's classifiers:
+        `AutoModelForSequenceClassification.from_pretrained(folder)` gives these rewards as its logits, padded
+        on the right. (A bias that is not 0, which Bradley-Terry never makes it, is kept in the folder but not
+        read by the library.) Other poolings are this package's own: the trunk, and the head in its own file.
+        """
+        folder = Path(folder)
+        config = copy.deepcopy(self.config)
+        config.num_labels, config.pad_token_id = 1, self.tokenizer.pad_token_id
+        config.reward_pooling, config.reward_max_length = self.pooling, self.max_length
+        head, own = self.head.linear, self.trunk.config
+        try:
+            self.trunk.config = config
+            if self.pooling == "last":
+                _as_classifier(self.trunk, head, config).save_pretrained(folder)
+            else:
+                self.trunk.save_pretrained(folder)
+                tensors = {f"score.{name}": tensor.contiguous() for name, tensor in head.state_dict().items()}
+                save_file(tensors, folder / HEAD_FILE, metadata={"format": "pt"})
+        finally:
+            self.trunk.config = own
+        self.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "RewardModel":
+        """Load what `save_pretrained` wrote, or a local one-label sequence classifier over a causal LM.
+
+        Raises:
+            ModelNotFoundError: there is no such folder, or nothing in it to load.
+            ValueError: the folder holds no reward head of this size (a plain language model).
+        """
+        trunk, tokenizer = load_encoder(folder, device=device, dtype=dtype)
+        weight, bias = _read_head(Path(folder))
+        if weight is None or weight.shape != (1, trunk.config.hidden_size):
+            found = "none" if weight is None else f"shape {tuple(weight.shape)}"
+            raise ValueError(
+                f"{str(folder)!r} needs a reward head score.weight of shape (1, {trunk.config.hidden_size}), "
+                f"found {found}; for a new reward model over this trunk call create_reward_model"
+            )
+        pooling = getattr(trunk.config, "reward_pooling", None)
+        limit = getattr(trunk.config, "reward_max_length", None)
+        with torch.random.fork_rng(devices=[]):  # a head is drawn, then overwritten
+            model = cls(trunk, tokenizer, pooling=pooling, max_length=limit)
+        with torch.no_grad():
+            model.head.linear.weight.copy_(weight)
+            if bias is not None:
+                model.head.linear.bias.copy_(bias)
+        return model
+
+
+def create_reward_model(
+    kind: str = "basic",
+    *,
+    base_model_name: str | Path = "tiny",
+    pooling: str | None = None,
+    max_length: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> RewardModel:
+    """Make an untrained reward model over a pretrained trunk: "tiny", a local folder or a hub name.
+
+    kind: "basic", the joint encoder. seed: of the new head alone. All else as in `RewardModel` and
+    `load_encoder`.
+
+    Raises:
+        ValueError: an unknown kind, or what `RewardModel` refuses.
+        ModelNotFoundError: no such model.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"there is no reward model of kind {kind!r}; choose from {KINDS}")
+    trunk, tokenizer = load_encoder(base_model_name, device=device, dtype=dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return RewardModel(trunk, tokenizer, pooling=pooling, max_length=max_length)
+
+
+def _is_causal(config: PretrainedConfig) -> bool:
+    return config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(config, "is_decoder", False)
+
+
+def _usable_length(config: PretrainedConfig, wanted: int | None) -> int | None:
+    limit = getattr(config, "max_position_embeddings", None)
+    if wanted is not None and (wanted < 2 or (limit and wanted > limit)):
+        raise ValueError(f"max_length must lie between 2 and the trunk's context of {limit}, got {wanted}")
+    return wanted or limit
+
+
+def _move_to_start(
+    input_ids: Int[Tensor, "B T"], mask: Shaped[Tensor, "B T"]
+) -> tuple[Int[Tensor, "B T"], Shaped[Tensor, "B T"]]:
+    """Shift every row's real tokens to the front, in their order; columns that hold only padding go."""
+    lengths = mask.sum(1)
+    if (lengths == 0).any():
+        row = int((lengths == 0).nonzero()[0])
+        raise ValueError(f"row {row} of input_ids holds no real token, so there is nothing to reward")
+    order = torch.argsort(mask.int(), dim=1, descending=True, stable=True)[:, : int(lengths.max())]
+    return input_ids.gather(1, order), mask.gather(1, order)
+
+
+def _as_classifier(trunk: PreTrainedModel, head: nn.Linear, config: PretrainedConfig) -> PreTrainedModel:
+    """The library's classifier around our very modules, for saving: built without memory, then filled."""
+    with torch.device("meta"):
+        shell = AutoModelForSequenceClassification.from_config(config)
+    setattr(shell, shell.base_model_prefix, trunk)
+    shell.score = nn.Linear(head.in_features, 1, bias=bool(head.bias.item()), device="meta")
+    shell.score.weight = head.weight
+    if shell.score.bias is not None:
+        shell.score.bias = head.bias
+    return shell
+
+
+def _read_head(folder: Path) -> tuple[Tensor | None, Tensor | None]:
+    """score.weight and score.bias from whichever safetensors file (or shard) of the folder holds them."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            names = {"score.weight", "score.bias"} & set(tensors.keys())
+            found |= {name: tensors.get_tensor(name) for name in names}
+    return found.get("score.weight"), found.get("score.bias")
