@@ -23,7 +23,7 @@ class Annotator:
     """One simulated person; every field states how the person departs from the truth."""
 
     name: str = "standard"
-    temperature: float = 0.19  # Bradley-Terry noise in units of gold reward: 11 % flips; 0 never errs
+    temperature: float = 0.18  # Bradley-Terry noise in units of gold reward: 11 % flips; 0 never errs
     length_bias: float = 0.0  # utility for each further ten words
     flattery_bias: float = 0.0  # utility for each flattering sentence
     reliability: float = 1.0  # share of cases in which the person looks at all; the rest is a coin

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf_helpers.core.generation import sequence_logps
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.world import assistant, evaluator
 from rlhf_helpers.world.prompts import load_prompts
@@ -82,15 +84,14 @@ def test_base_programs_run_in_the_small_grammar():
     assert all(r.passed == 1.0 and not r.unsafe for r in ran)
 
 
-def test_a_short_run_learns():
+def test_a_short_run_learns(rows):
     recipe = assistant.Recipe(epochs=1, rows=640, batch_size=16, warmup_steps=2)
     model, tokenizer = assistant.train(recipe, seed=0)
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello to you!"}],
-        return_tensors="pt",
-    )
-    ids = ids["input_ids"] if hasattr(ids, "keys") else ids
-    assert model(input_ids=ids, labels=ids).loss.item() < 5.5  # a uniform guess over 1,024 tokens gives 6.93
+    prompts, answers = ([row[key] for row in rows[:60]] for key in ("prompt", "completion"))
+    with torch.no_grad():
+        logps, mask = sequence_logps(model, tokenizer, prompts, answers)
+    loss = -(logps.sum() / mask.sum()).item()
+    assert loss < 5.8, loss  # a uniform guess over 1,024 tokens gives 6.93
 
 
 def test_another_checkpoint_is_not_overwritten(tmp_path):
