@@ -10,7 +10,7 @@ the seam between them is the same column in every row.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,23 +51,15 @@ class Rollout:
     def __getitem__(self, index: slice | Sequence[int] | Tensor) -> "Rollout":
         """Return the rows of a slice, list or tensor of indices, or boolean mask; the padding stays."""
         if isinstance(index, int):
-            raise TypeError(
-                f"a Rollout is indexed by a slice or by several indices: use [{index}:{index + 1}]"
-            )
+            mend = f"use [{index}:{index + 1}]"
+            raise TypeError(f"a Rollout is indexed by a slice or by several indices: {mend}")
         rows = torch.arange(len(self))[index.cpu() if isinstance(index, Tensor) else index].tolist()
-        return Rollout(
-            **{
-                field.name: value[rows] if isinstance(value, Tensor) else [value[i] for i in rows]
-                for field in fields(self)
-                for value in [getattr(self, field.name)]
-            }
-        )
+        fields = vars(self).items()
+        return Rollout(**{k: v[rows] if isinstance(v, Tensor) else [v[i] for i in rows] for k, v in fields})
 
     def to(self, device: torch.device | str) -> "Rollout":
         """Move the tensors to a device."""
-        tensors = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("prompts", "responses")
-        }
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
     @property
@@ -82,16 +74,10 @@ class Rollout:
 
 
 def generate(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    seed: int | None = None,
-    greedy: bool = False,
+    model: nn.Module, tokenizer: Any, prompts: Sequence[str],
+    *, max_new_tokens: int, temperature: float = 1.0, seed: int | None = None, greedy: bool = False,
     batch_size: int = 128,
-) -> Rollout:
+) -> Rollout:  # fmt: skip
     """Sample one response to each prompt from softmax(logits / temperature); repeat a prompt for more.
 
     A response ends with EOS, which belongs to it and to its mask, or after max_new_tokens (`ended` is false).
@@ -101,11 +87,9 @@ def generate(
     batch_size: rows decoded together; prompts are sorted by length for it and put back in order.
 
     old_logps equal those of `rollout_logps` at the same temperature to 1e-5 per token in float32; in bfloat16
-    the cached and the uncached pass round differently, by about 1e-2.
-
-    Raises:
-        ValueError: a setting is out of its range, there is no prompt, or a prompt with max_new_tokens does
-            not fit into the model's context (names the prompt and the lengths).
+    the cached and the uncached pass round differently, by about 1e-2. Raises ValueError where a setting is
+    out of its range, there is no prompt, or a prompt with max_new_tokens does not fit into the model's
+    context (names the prompt and the lengths).
     """
     _check_arguments(prompts, max_new_tokens, temperature, greedy, batch_size)
     model = model.module if isinstance(model, DistributedDataParallel) else model
@@ -117,16 +101,15 @@ def generate(
     # on who has left the batch.
     source = None if seed is None else torch.Generator().manual_seed(seed)
     uniforms = None if greedy else torch.rand(len(prompts), max_new_tokens, generator=source)
-    decoder = _Decoder(
-        model, _stop_ids(model, tokenizer), tokenizer.pad_token_id, max_new_tokens, temperature
-    )
+    settings = {"stop_ids": _stop_ids(model, tokenizer), "pad_id": tokenizer.pad_token_id}
+    settings |= {"steps": max_new_tokens, "temperature": temperature}
     by_length = sorted(range(len(prompts)), key=lambda i: -len(prompt_rows[i]))
     parts = []
     with _eval_mode(model), torch.no_grad():
         for start in range(0, len(by_length), batch_size):
             chosen = by_length[start : start + batch_size]
             noise = None if uniforms is None else uniforms[chosen]
-            parts.append(decoder.decode([prompt_rows[i] for i in chosen], noise))
+            parts.append(_decode(model, [prompt_rows[i] for i in chosen], noise, **settings))
     back = torch.tensor(by_length).argsort().to(parts[0][0].device)
     ids, logps, mask, ended = (torch.cat(part)[back] for part in zip(*parts, strict=True))
     return _assemble(tokenizer, prompts, prompt_rows, ids, logps, mask, ended)
@@ -145,24 +128,18 @@ def _check_arguments(
 
 
 def response_logits(
-    model: nn.Module,
-    input_ids: Int[Tensor, "B L"],
-    attention_mask: Int[Tensor, "B L"],
-    *,
-    response_length: int,
-) -> Float[Tensor, "B T V"]:
+    model: nn.Module, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"],
+    *, response_length: int,
+) -> Float[Tensor, "B T V"]:  # fmt: skip
     """Compute the logits that predict the last `response_length` columns: already shifted, (B, T, V).
 
     Positions come from the attention mask, so left padding changes nothing. Keeps gradients. Only the columns
     asked for are multiplied by the vocabulary, which is most of the memory.
     """
     logits = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=_positions(attention_mask),
-        use_cache=False,
-        logits_to_keep=response_length + 1,
-    ).logits
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=_positions(attention_mask),
+        use_cache=False, logits_to_keep=response_length + 1,
+    ).logits  # fmt: skip
     return logits[:, -response_length - 1 : -1]
 
 
@@ -179,14 +156,9 @@ def rollout_logps(model: nn.Module, rollout: Rollout, *, temperature: float = 1.
 
 
 def sequence_logps(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    responses: Sequence[str],
-    *,
-    temperature: float = 1.0,
-    max_length: int | None = None,
-) -> tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"]]:
+    model: nn.Module, tokenizer: Any, prompts: Sequence[str], responses: Sequence[str],
+    *, temperature: float = 1.0, max_length: int | None = None,
+) -> tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"]]:  # fmt: skip
     """Compute the log-prob of every token of given responses, EOS included: (logps (B, T), mask (B, T)).
 
     Keeps gradients; 0 on padding, so logps.sum(-1) is log p(response | prompt). max_length cuts as in
@@ -197,14 +169,9 @@ def sequence_logps(
 
 
 def rollout_from_text(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    responses: Sequence[str],
-    *,
-    temperature: float = 1.0,
-    max_length: int | None = None,
-) -> Rollout:
+    model: nn.Module, tokenizer: Any, prompts: Sequence[str], responses: Sequence[str],
+    *, temperature: float = 1.0, max_length: int | None = None,
+) -> Rollout:  # fmt: skip
     """Treat given responses as if `model` had sampled them: a Rollout whose old_logps are recomputed.
 
     They were not sampled by the policy, so an update on them is off-policy although its first ratio is 1.
@@ -214,73 +181,61 @@ def rollout_from_text(
         return replace(rollout, old_logps=rollout_logps(model, rollout, temperature=temperature).float())
 
 
-@dataclass(frozen=True)
-class _Decoder:
-    """The sampling loop over one batch."""
+def _decode(
+    model: nn.Module, prompt_rows: list[list[int]], uniforms: Tensor | None,
+    *, stop_ids: list[int], pad_id: int, steps: int, temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Sample over one batch: response ids, log-probs and mask (B, steps), ended (B,)."""
+    device = next(model.parameters()).device
+    ids, mask = pad_left(prompt_rows, pad_id, device=device)
+    count = len(prompt_rows)
+    out_ids = torch.full((count, steps), pad_id, device=device)
+    out_logps = torch.zeros(count, steps, device=device)
+    out_mask = torch.zeros(count, steps, dtype=torch.bool, device=device)
+    ended = torch.zeros(count, dtype=torch.bool, device=device)
+    stops = torch.tensor(stop_ids, device=device)
+    noise = None if uniforms is None else uniforms.to(device)
 
-    model: nn.Module
-    stop_ids: list[int]
-    pad_id: int
-    max_new_tokens: int
-    temperature: float
+    rows = torch.arange(count, device=device)  # where each row of the running batch belongs
+    running = torch.ones(count, dtype=torch.bool, device=device)
+    cache = DynamicCache(config=model.config)
+    positions = _positions(mask)
+    mask = torch.cat([mask, mask.new_ones(count, steps)], dim=1)
+    for step in range(steps):
+        seen = mask.shape[1] - steps + step
+        logits = model(
+            input_ids=ids, attention_mask=mask[:, :seen], position_ids=positions,
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
+        ).logits[:, -1]  # fmt: skip
+        tokens, logps = _pick(logits.float() / temperature, None if noise is None else noise[:, step])
+        out_ids[rows, step] = torch.where(running, tokens, pad_id)
+        out_logps[rows, step] = torch.where(running, logps, 0.0)
+        out_mask[rows, step] = running
+        stopped = torch.isin(tokens, stops) & running
+        ended[rows] |= stopped
+        running = running & ~stopped
+        left = int(running.sum())
+        if left == 0:
+            break
+        ids, positions = tokens[:, None], positions[:, -1:] + 1
+        if left <= (1 - DROP_SHARE) * len(rows):
+            keep = running.nonzero().flatten()
+            cache.batch_select_indices(keep)
+            rows, running, mask, ids, positions = (t[keep] for t in (rows, running, mask, ids, positions))
+            noise = None if noise is None else noise[keep]
+    return out_ids, out_logps, out_mask, ended
 
-    def decode(
-        self, prompt_rows: list[list[int]], uniforms: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Decode a batch: response ids, log-probs and mask (B, max_new_tokens), ended (B,)."""
-        device = next(self.model.parameters()).device
-        ids, mask = pad_left(prompt_rows, self.pad_id, device=device)
-        count, steps = len(prompt_rows), self.max_new_tokens
-        out_ids = torch.full((count, steps), self.pad_id, device=device)
-        out_logps = torch.zeros(count, steps, device=device)
-        out_mask = torch.zeros(count, steps, dtype=torch.bool, device=device)
-        ended = torch.zeros(count, dtype=torch.bool, device=device)
-        stops = torch.tensor(self.stop_ids, device=device)
-        noise = None if uniforms is None else uniforms.to(device)
 
-        rows = torch.arange(count, device=device)  # where each row of the running batch belongs
-        running = torch.ones(count, dtype=torch.bool, device=device)
-        cache = DynamicCache(config=self.model.config)
-        positions = _positions(mask)
-        mask = torch.cat([mask, mask.new_ones(count, steps)], dim=1)
-        for step in range(steps):
-            seen = mask.shape[1] - steps + step
-            logits = self.model(
-                input_ids=ids,
-                attention_mask=mask[:, :seen],
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-            tokens, logps = self._pick(logits.float(), None if noise is None else noise[:, step])
-            out_ids[rows, step] = torch.where(running, tokens, self.pad_id)
-            out_logps[rows, step] = torch.where(running, logps, 0.0)
-            out_mask[rows, step] = running
-            stopped = torch.isin(tokens, stops) & running
-            ended[rows] |= stopped
-            running = running & ~stopped
-            left = int(running.sum())
-            if left == 0:
-                break
-            ids, positions = tokens[:, None], positions[:, -1:] + 1
-            if left <= (1 - DROP_SHARE) * len(rows):
-                keep = running.nonzero().flatten()
-                cache.batch_select_indices(keep)
-                rows, running, mask, ids, positions = (t[keep] for t in (rows, running, mask, ids, positions))
-                noise = None if noise is None else noise[keep]
-        return out_ids, out_logps, out_mask, ended
-
-    def _pick(self, logits: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Choose a token for each row of logits (B, V): the mode, or by the inverse of the cumulative sum."""
-        logps = torch.log_softmax(logits / self.temperature, dim=-1)
-        if uniforms is None:
-            best = logps.max(-1)
-            return best.indices, best.values
-        below = logps.exp().cumsum(-1)
-        # Times the total, which rounding leaves a little off 1, so that the last token is never overshot.
-        tokens = torch.searchsorted(below, uniforms[:, None] * below[:, -1:], right=True).squeeze(-1)
-        return tokens, logps.gather(-1, tokens[:, None]).squeeze(-1)
+def _pick(logits: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Choose a token for each row of logits (B, V): the mode, or by the inverse of the cumulative sum."""
+    logps = torch.log_softmax(logits, dim=-1)
+    if uniforms is None:
+        best = logps.max(-1)
+        return best.indices, best.values
+    below = logps.exp().cumsum(-1)
+    # Times the total, which rounding leaves a little off 1, so that the last token is never overshot.
+    tokens = torch.searchsorted(below, uniforms[:, None] * below[:, -1:], right=True).squeeze(-1)
+    return tokens, logps.gather(-1, tokens[:, None]).squeeze(-1)
 
 
 def _lay_out(
@@ -290,49 +245,31 @@ def _lay_out(
     if len(prompts) != len(responses) or not len(prompts):
         raise ValueError(f"needs as many prompts as responses, got {len(prompts)} and {len(responses)}")
     limit = max_length or _context(model)
-    pairs = [
-        encode_pair(tokenizer, prompt, response, max_length=limit)
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
+    both = zip(prompts, responses, strict=True)
+    pairs = [encode_pair(tokenizer, prompt, response, max_length=limit) for prompt, response in both]
     device = next(model.parameters()).device
     prompt_ids, prompt_mask = pad_left([p for p, _ in pairs], tokenizer.pad_token_id, device=device)
     ids, mask = pad_right([r for _, r in pairs], tokenizer.pad_token_id, device=device)
     last = torch.tensor([r[-1] for _, r in pairs], device=device)
-    return Rollout(
-        prompts=list(prompts),
-        responses=list(responses),
-        input_ids=torch.cat([prompt_ids, ids], dim=1),
-        attention_mask=torch.cat([prompt_mask, mask], dim=1),
-        response_mask=mask.bool(),
-        old_logps=torch.zeros(mask.shape, device=device),
-        ended=torch.isin(last, torch.tensor(_stop_ids(model, tokenizer), device=device)),
-    )
+    ended = torch.isin(last, torch.tensor(_stop_ids(model, tokenizer), device=device))
+    ids, attention = torch.cat([prompt_ids, ids], dim=1), torch.cat([prompt_mask, mask], dim=1)
+    none = torch.zeros(mask.shape, device=device)
+    return Rollout(list(prompts), list(responses), ids, attention, mask.bool(), none, ended)
 
 
 def _assemble(
-    tokenizer: Any,
-    prompts: Sequence[str],
-    prompt_rows: list[list[int]],
-    ids: Tensor,
-    logps: Tensor,
-    mask: Tensor,
-    ended: Tensor,
-) -> Rollout:
+    tokenizer: Any, prompts: Sequence[str], prompt_rows: list[list[int]], ids: Tensor, logps: Tensor,
+    mask: Tensor, ended: Tensor,
+) -> Rollout:  # fmt: skip
     """Cut the columns that no response reaches, decode, and join the responses to their prompts."""
     lengths = mask.sum(-1).tolist()
     width = max(lengths)
     ids, mask = ids[:, :width], mask[:, :width]
     texts = [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
     prompt_ids, prompt_mask = pad_left(prompt_rows, tokenizer.pad_token_id, device=ids.device)
-    return Rollout(
-        prompts=list(prompts),
-        responses=tokenizer.batch_decode(texts, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-        input_ids=torch.cat([prompt_ids, ids], dim=1),
-        attention_mask=torch.cat([prompt_mask, mask.long()], dim=1),
-        response_mask=mask,
-        old_logps=logps[:, :width],
-        ended=ended,
-    )
+    texts = tokenizer.batch_decode(texts, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    ids, attention = torch.cat([prompt_ids, ids], dim=1), torch.cat([prompt_mask, mask.long()], dim=1)
+    return Rollout(list(prompts), texts, ids, attention, mask, logps[:, :width], ended)
 
 
 def _positions(attention_mask: Tensor) -> Tensor:
@@ -357,8 +294,8 @@ def _require_room(
     model: nn.Module, prompts: Sequence[str], rows: list[list[int]], max_new_tokens: int
 ) -> None:
     context = _context(model)
-    for i, row in enumerate(rows):
-        if context is not None and len(row) + max_new_tokens > context:
+    for i, row in enumerate(rows if context is not None else ()):
+        if len(row) + max_new_tokens > context:
             raise ValueError(
                 f"prompt {i} has {len(row)} tokens; with max_new_tokens={max_new_tokens} that exceeds the "
                 f"model's context of {context}: shorten the prompt ({prompts[i][:60]!r}) or max_new_tokens"

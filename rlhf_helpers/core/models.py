@@ -30,21 +30,10 @@ from transformers.utils import logging as transformers_logging
 from rlhf_helpers.core.text import encode_pair, encode_prompt, encode_response, to_messages, to_text
 
 __all__ = [
-    "ModelNotFoundError",
-    "RewardFn",
-    "ScalarHead",
-    "as_reward_fn",
-    "encode_pair",
-    "encode_prompt",
-    "encode_response",
-    "frozen_copy",
-    "load_encoder",
-    "load_model",
-    "remember_tokenizer",
-    "to_messages",
-    "to_text",
-    "tokenizer_for",
-]
+    "ModelNotFoundError", "RewardFn", "ScalarHead", "as_reward_fn", "encode_pair", "encode_prompt",
+    "encode_response", "frozen_copy", "load_encoder", "load_model", "remember_tokenizer", "to_messages",
+    "to_text", "tokenizer_for",
+]  # fmt: skip
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny"
 PAD_TOKEN = "<|pad|>"
@@ -56,17 +45,16 @@ class ModelNotFoundError(OSError):
     """A model name that is neither "tiny", nor a local folder, nor to be had from the hub now."""
 
 
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+Device = str | torch.device | None
 # What a policy loop optimises: (prompts: list[str], responses: list[str], **columns) -> rewards (B,), higher
 # is better; columns are further columns of the prompt data set (references, tests), lists of length B.
 RewardFn = Callable[..., Tensor]
 
 
 def load_model(
-    name_or_path: str | Path = "tiny",
-    *,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    name_or_path: str | Path = "tiny", *, device: Device = None, dtype: torch.dtype | None = None
+) -> Loaded:
     """Load a causal LM and its tokenizer, ready to be trained: (model, tokenizer).
 
     name_or_path: "tiny" (ships with the package, needs no network), a local folder, or a hub name such as
@@ -77,36 +65,25 @@ def load_model(
 
     Where the tokenizer has no pad token, or pads with EOS, a pad token of its own is added and the embedding
     grown by the mean of its rows: pad = EOS masks EOS out of the loss, and the model never learns to stop.
-    All dropout is 0. Only safetensors are read; code from the hub is never run.
-
-    Raises:
-        ModelNotFoundError: no such folder, hub name or cached copy; offers what works.
-        ValueError: the checkpoint is no causal LM, or lacks weights that would be random.
+    All dropout is 0. Only safetensors are read; code from the hub is never run. Raises ModelNotFoundError
+    where there is no such folder, hub name or cached copy, ValueError where the checkpoint is no causal LM or
+    lacks weights that would be random.
     """
     return _load(AutoModelForCausalLM, name_or_path, device, dtype)
 
 
 def load_encoder(
-    name_or_path: str | Path = "tiny",
-    *,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    name_or_path: str | Path = "tiny", *, device: Device = None, dtype: torch.dtype | None = None
+) -> Loaded:
     """Load the trunk of a model, without its language head, for rewards: (trunk, tokenizer).
 
     BERT and DistilBERT shapes, or the trunk of a causal LM; `trunk(...).last_hidden_state` is (B, T, d). All
-    else as in `load_model`.
-
-    Raises:
-        ModelNotFoundError: no such folder, hub name or cached copy; offers what works.
-        ValueError: the checkpoint lacks weights that would be random.
+    else, errors too, as in `load_model`.
     """
     return _load(AutoModel, name_or_path, device, dtype)
 
 
-def _load(
-    auto_class: type, name_or_path: str | Path, device: str | torch.device | None, dtype: torch.dtype | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(auto_class: type, name_or_path: str | Path, device: Device, dtype: torch.dtype | None) -> Loaded:
     """Load both, then make them fit the rules of `load_model`."""
     name = str(name_or_path)
     folder = TINY if name == "tiny" else Path(name)
@@ -124,20 +101,13 @@ def _load(
     return model, tokenizer
 
 
-def _from_pretrained(
-    auto_class: type, source: str, name: str, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _from_pretrained(auto_class: type, source: str, name: str, dtype: torch.dtype) -> Loaded:
     """Read from the folder or the hub's cache; ask the network only for a hub name that is not cached."""
-    local = Path(source).is_dir() or os.environ.get("HF_HUB_OFFLINE", "0").upper() in (
-        "1",
-        "ON",
-        "YES",
-        "TRUE",
-    )
+    offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
     try:
         return _read(auto_class, source, dtype, local_files_only=True)
     except (OSError, ValueError) as error:
-        if local or name == "tiny":
+        if offline or Path(source).is_dir() or name == "tiny":
             raise (_not_found(name, error) if isinstance(error, OSError) else error) from error
     try:
         return _read(auto_class, source, dtype, local_files_only=False)
@@ -158,9 +128,7 @@ def _not_found(name: str, error: Exception) -> ModelNotFoundError:
     return ModelNotFoundError(f"cannot load a model from {name!r}: {mend}. The reason given: {reason}")
 
 
-def _read(
-    auto_class: type, source: str, dtype: torch.dtype, *, local_files_only: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _read(auto_class: type, source: str, dtype: torch.dtype, *, local_files_only: bool) -> Loaded:
     options = {"local_files_only": local_files_only, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(source, **options)
@@ -262,8 +230,7 @@ def remember_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> 
 def tokenizer_for(model: nn.Module) -> PreTrainedTokenizerBase:
     """Return the tokenizer that a model was loaded with; finds it inside wrappers (DDP, LoRA, reward models).
 
-    Raises:
-        ValueError: neither the model nor any module in it remembers one.
+    Raises ValueError where neither the model nor any module in it remembers one.
     """
     for module in model.modules():
         tokenizer = vars(module).get(_TOKENIZER_ATTRIBUTE)
@@ -281,11 +248,8 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     It costs the memory of the weights once more (said in one line) and, in a loop, one forward pass; neither
     gradients nor optimiser state.
     """
-    memo = {
-        id(vars(m)[_TOKENIZER_ATTRIBUTE]): vars(m)[_TOKENIZER_ATTRIBUTE]
-        for m in model.modules()
-        if _TOKENIZER_ATTRIBUTE in vars(m)
-    }
+    known = [vars(m)[_TOKENIZER_ATTRIBUTE] for m in model.modules() if _TOKENIZER_ATTRIBUTE in vars(m)]
+    memo = {id(tokenizer): tokenizer for tokenizer in known}  # shared, not copied
     reference = copy.deepcopy(model, memo).requires_grad_(False).eval()
     size = sum(p.numel() * p.element_size() for p in reference.parameters())
     _say(f"frozen copy of {type(model).__name__}: {size / 1e6:.1f} MB more")
@@ -316,11 +280,8 @@ def as_reward_fn(model_or_function: nn.Module | Callable[..., Tensor]) -> Reward
 
     A function is called as it is. A reward model (an `nn.Module`) must have `score(prompts, responses)`,
     which decides how prompt and response are joined and tokenised: token ids do not cross tokenizers, text
-    does. It gets no further columns.
-
-    Raises:
-        TypeError: the argument is neither, or what it returns is no tensor.
-        ValueError: as many prompts as responses were not given, or the rewards are not (B,) and finite.
+    does. It gets no further columns. Raises TypeError where the argument is neither, or what it returns is no
+    tensor, ValueError for unequally many prompts and responses, or rewards that are not (B,) and finite.
     """
     given = model_or_function
     if isinstance(given, nn.Module):
@@ -354,16 +315,16 @@ def _no_reward(given: object) -> TypeError:
 
 
 def _checked_rewards(rewards: object, count: int, name: str) -> Tensor:
+    wanted = f"{name} must return a tensor of shape ({count},), got"
     if not isinstance(rewards, Tensor):
-        raise TypeError(f"{name} must return a tensor of shape ({count},), got {type(rewards).__name__}")
+        raise TypeError(f"{wanted} {type(rewards).__name__}")
     if rewards.shape != (count,):
-        raise ValueError(f"{name} must return a tensor of shape ({count},), got {tuple(rewards.shape)}")
+        raise ValueError(f"{wanted} {tuple(rewards.shape)}")
     rewards = rewards.detach().float()
     bad = (~torch.isfinite(rewards)).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(
-            f"{name} returned {rewards[bad[0]].item()} for row {bad[0]} of {count}: rewards are finite"
-        )
+        value, row = rewards[bad[0]].item(), bad[0]
+        raise ValueError(f"{name} returned {value} for row {row} of {count}: rewards are finite")
     return rewards
 
 

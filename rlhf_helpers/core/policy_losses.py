@@ -13,10 +13,12 @@ from torch import Tensor
 
 from rlhf_helpers.core.tensors import as_bool_mask, masked_mean, require_number, require_shapes
 
+PerToken = Float[Tensor, "B T"]
+PerSample = Float[Tensor, "B G"]
+Mask = Shaped[Tensor, "B T"]
 
-def kl_estimate(
-    logps: Float[Tensor, "B T"], ref_logps: Float[Tensor, "B T"], *, estimator: str
-) -> Float[Tensor, "B T"]:
+
+def kl_estimate(logps: PerToken, ref_logps: PerToken, *, estimator: str) -> PerToken:
     """Estimate KL(pi || ref) per token from samples of pi, in nats.
 
     d = log pi - log ref;  k1 = d;  k2 = d^2 / 2;  k3 = exp(-d) - 1 + d
@@ -26,10 +28,7 @@ def kl_estimate(
     || ref), k3 grad KL(ref || pi), each for the d of a whole outcome; in the reward only k1 gives the exact
     gradient. Negative means of k1 point to samples of another distribution (top-k, another temperature). k3
     overflows where pi is e^88 times rarer than ref, and is not clamped: such a token means that the samples
-    are not pi's. Lesson 2.
-
-    Raises:
-        ValueError: shapes differ, or the estimator is not "k1", "k2" or "k3".
+    are not pi's. Lesson 2. Raises ValueError where shapes differ, or the estimator is not "k1", "k2" or "k3".
     """
     require_shapes("B T", logps=logps, ref_logps=ref_logps)
     d = logps - ref_logps
@@ -43,22 +42,14 @@ def kl_estimate(
 
 
 def kl_shaped_rewards(
-    scores: Float[Tensor, "B"],
-    old_logps: Float[Tensor, "B T"],
-    ref_logps: Float[Tensor, "B T"],
-    mask: Shaped[Tensor, "B T"],
-    *,
-    kl_coef: float,
-) -> Float[Tensor, "B T"]:
+    scores: Float[Tensor, "B"], old_logps: PerToken, ref_logps: PerToken, mask: Mask, *, kl_coef: float
+) -> PerToken:
     """Spread a score and a KL penalty over the tokens of a response.
 
     r_t = -kl_coef (old_logp_t - ref_logp_t), plus the score at the last real token; 0 on padding
 
     Ziegler et al. 2019, eq. 2, per token. Of the policy that sampled, and constant during the update epochs.
-    Lesson 2.
-
-    Raises:
-        ValueError: shapes do not fit, the mask is not 0/1 or leaves a row empty, or kl_coef < 0.
+    Lesson 2. Raises ValueError where shapes do not fit, a row of the 0/1 mask is empty, or kl_coef < 0.
     """
     require_shapes("B T", old_logps=old_logps, ref_logps=ref_logps, mask=mask)
     require_shapes("B", scores=scores)
@@ -79,22 +70,15 @@ def kl_shaped_rewards(
 
 
 def gae(
-    rewards: Float[Tensor, "B T"],
-    values: Float[Tensor, "B T"],
-    mask: Shaped[Tensor, "B T"],
-    *,
-    gamma: float,
-    lam: float,
-) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    rewards: PerToken, values: PerToken, mask: Mask, *, gamma: float, lam: float
+) -> tuple[PerToken, PerToken]:
     """Generalised advantage estimation; returns (advantages, returns), unwhitened, 0 on padding.
 
     delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  returns = A + V
 
     Time runs over the real tokens only and V is 0 after the last one. lam = 1: discounted return minus V; lam
     = 0: delta. Schulman et al. 2016, eq. 16. Rewards and values under a 0 of the mask are ignored. Lesson 2.
-
-    Raises:
-        ValueError: shapes differ, the mask is not 0/1, gamma or lam outside [0, 1].
+    Raises ValueError where shapes differ, the mask is not 0/1, gamma or lam outside [0, 1].
     """
     require_shapes("B T", rewards=rewards, values=values, mask=mask)
     require_number("gamma", gamma, at_least=0, at_most=1)
@@ -111,41 +95,35 @@ def gae(
     return advantages, torch.where(valid, advantages + values, 0.0)
 
 
-def rloo_advantages(rewards: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:
+def rloo_advantages(rewards: PerSample) -> PerSample:
     """Compare each sample with the mean of the other samples of its prompt (leave-one-out).
 
     A_i = R_i - mean_{j != i} R_j = G / (G - 1) (R_i - mean)
 
     Kool et al. 2019; Ahmadian et al. 2024. Rows are prompts, columns samples of that prompt. Unbiased:
-    the baseline does not know sample i. Lesson 2.
-
-    Raises:
-        ValueError: rewards is not (B, G) of floats with G >= 2.
+    the baseline does not know sample i. Lesson 2. Raises ValueError where rewards is not (B, G) of floats
+    with G >= 2.
     """
     centred = _centre_groups(rewards)
     group = rewards.shape[1]
     return centred * (group / (group - 1))
 
 
-def group_advantages(
-    rewards: Float[Tensor, "B G"], *, scale: bool = True, eps: float = 1e-4
-) -> Float[Tensor, "B G"]:
+def group_advantages(rewards: PerSample, *, scale: bool = True, eps: float = 1e-4) -> PerSample:
     """Standardise rewards within the samples of one prompt, as GRPO does.
 
     A_i = (R_i - mean) / (std + eps), std with G - 1; without `scale` only R_i - mean
 
     Shao et al. 2024, DeepSeekMath; without the scale Liu et al. 2025, "Dr. GRPO". A group of equal
-    rewards gives exactly 0. Lesson 2.
-
-    Raises:
-        ValueError: rewards is not (B, G) of floats with G >= 2, or eps <= 0.
+    rewards gives exactly 0. Lesson 2. Raises ValueError where rewards is not (B, G) of floats with G >= 2, or
+    eps <= 0.
     """
     require_number("eps", eps, above=0)
     centred = _centre_groups(rewards)
     return centred / (centred.std(-1, keepdim=True) + eps) if scale else centred
 
 
-def _centre_groups(rewards: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:
+def _centre_groups(rewards: PerSample) -> PerSample:
     """Subtract the group mean, after checks."""
     require_shapes("B G", rewards=rewards)
     if rewards.shape[1] < 2:
@@ -161,12 +139,8 @@ def _centre_groups(rewards: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:
 
 
 def clipped_policy_loss(
-    logps: Float[Tensor, "B T"],
-    old_logps: Float[Tensor, "B T"],
-    advantages: Float[Tensor, "B T"],
-    *,
-    cliprange: float,
-) -> Float[Tensor, "B T"]:
+    logps: PerToken, old_logps: PerToken, advantages: PerToken, *, cliprange: float
+) -> PerToken:
     """PPO's clipped surrogate per token, to be minimised.
 
     rho = exp(logp - old_logp);  max(-A rho, -A clip(rho, 1 - cliprange, 1 + cliprange))
@@ -174,10 +148,7 @@ def clipped_policy_loss(
     Schulman et al. 2017, eq. 7. One-sided: A > 0 stops the gradient above 1 + cliprange, A < 0 below 1 -
     cliprange; a move in the wrong direction is never clipped. At rho = 1 the gradient is REINFORCE's, -A grad
     logp. The ratio is per token (that of a summed sequence explodes) and against the policy that sampled, not
-    the reference. Lesson 2.
-
-    Raises:
-        ValueError: shapes differ, or cliprange outside (0, 1).
+    the reference. Lesson 2. Raises ValueError where shapes differ, or cliprange outside (0, 1).
     """
     require_shapes("B T", logps=logps, old_logps=old_logps, advantages=advantages)
     require_number("cliprange", cliprange, above=0, below=1)
@@ -190,20 +161,14 @@ def clipped_policy_loss(
 
 
 def clipped_value_loss(
-    values: Float[Tensor, "B T"],
-    old_values: Float[Tensor, "B T"],
-    returns: Float[Tensor, "B T"],
-    *,
-    cliprange_value: float,
-) -> Float[Tensor, "B T"]:
+    values: PerToken, old_values: PerToken, returns: PerToken, *, cliprange_value: float
+) -> PerToken:
     """PPO's value loss per token, pessimistic within a range around the old values.
 
     0.5 max((V - R)^2, (clip(V, V_old - cliprange_value, V_old + cliprange_value) - R)^2)
 
-    As in OpenAI's PPO code; in squared reward units. Lesson 2.
-
-    Raises:
-        ValueError: shapes differ, or cliprange_value <= 0.
+    As in OpenAI's PPO code; in squared reward units. Lesson 2. Raises ValueError where shapes differ, or
+    cliprange_value <= 0.
     """
     require_shapes("B T", values=values, old_values=old_values, returns=returns)
     require_number("cliprange_value", cliprange_value, above=0)
@@ -211,34 +176,22 @@ def clipped_value_loss(
     return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
 
 
-def approx_kl(
-    logps: Float[Tensor, "B T"], old_logps: Float[Tensor, "B T"], mask: Shaped[Tensor, "B T"]
-) -> Float[Tensor, ""]:
+def approx_kl(logps: PerToken, old_logps: PerToken, mask: Mask) -> Float[Tensor, ""]:
     """Say how far the policy moved from the one that sampled: KL(old || new), nats per token, detached.
 
     masked mean of k3 with d = old_logp - logp; 0 on the first minibatch, or something is wrong (dropout,
-    temperature, alignment). Lesson 2.
-
-    Raises:
-        ValueError: shapes differ, or the mask is not 0/1 or selects nothing.
+    temperature, alignment). Lesson 2. Raises ValueError where shapes differ, or the mask is not 0/1 or
+    selects nothing.
     """
     require_shapes("B T", logps=logps, old_logps=old_logps, mask=mask)
     return masked_mean(kl_estimate(old_logps.detach(), logps.detach(), estimator="k3"), mask)
 
 
-def clip_fraction(
-    logps: Float[Tensor, "B T"],
-    old_logps: Float[Tensor, "B T"],
-    mask: Shaped[Tensor, "B T"],
-    *,
-    cliprange: float,
-) -> Float[Tensor, ""]:
+def clip_fraction(logps: PerToken, old_logps: PerToken, mask: Mask, *, cliprange: float) -> Float[Tensor, ""]:
     """Count the share of real tokens whose ratio left [1 - cliprange, 1 + cliprange], on either side.
 
     An upper bound on the share with zero gradient, which depends on the sign of the advantage too. Lesson 2.
-
-    Raises:
-        ValueError: shapes differ, the mask is not 0/1 or selects nothing, or cliprange outside (0, 1).
+    Raises ValueError where shapes differ, the mask is not 0/1 or empty, or cliprange outside (0, 1).
     """
     require_shapes("B T", logps=logps, old_logps=old_logps, mask=mask)
     require_number("cliprange", cliprange, above=0, below=1)
@@ -247,16 +200,12 @@ def clip_fraction(
     return masked_mean(outside.to(log_ratio.dtype), mask)
 
 
-def explained_variance(
-    values: Float[Tensor, "B T"], returns: Float[Tensor, "B T"], mask: Shaped[Tensor, "B T"]
-) -> Float[Tensor, ""]:
+def explained_variance(values: PerToken, returns: PerToken, mask: Mask) -> Float[Tensor, ""]:
     """Say how much of the returns' variance the values predict, over the real tokens, detached.
 
     1 - Var(returns - values) / Var(returns): 1 perfect, 0 no better than a constant, below 0 worse; NaN when
-    the returns do not vary, for then the question has no answer. Lesson 2.
-
-    Raises:
-        ValueError: shapes differ, or the mask is not 0/1 or selects nothing.
+    the returns do not vary, for then the question has no answer. Lesson 2. Raises ValueError where shapes
+    differ, or the mask is not 0/1 or selects nothing.
     """
     require_shapes("B T", values=values, returns=returns, mask=mask)
     values, returns = values.detach(), returns.detach()
@@ -281,15 +230,13 @@ class AdaptiveKLController:
         require_number("init_kl_coef", init_kl_coef, above=0)  # a product never leaves 0
         require_number("target", target, above=0)
         require_number("horizon", horizon, above=0)
-        self.value = float(init_kl_coef)
-        self.target = float(target)
-        self.horizon = float(horizon)
+        self.value, self.target, self.horizon = float(init_kl_coef), float(target), float(horizon)
 
     def update(self, kl: float, n: int) -> None:
         """Move the value once, for `n` episodes whose mean per-sequence KL is `kl`.
 
-        Raises:
-            ValueError: kl is not finite, n < 1, or n is so large that the coefficient could turn negative.
+        Raises ValueError where kl is not finite, n < 1, or n is so large that the coefficient could turn
+        negative.
         """
         require_number("kl", kl)
         require_number("n", n, at_least=1)
@@ -325,9 +272,8 @@ class FixedKLController:
         """Check that the saved run used the same coefficient; raises ValueError if not."""
         saved = _saved_value(state, positive=False)
         if saved != self.value:
-            raise ValueError(
-                f"the saved run has kl_coef {saved}, this one {self.value}: resume with the saved one"
-            )
+            told = f"the saved run has kl_coef {saved}, this one {self.value}"
+            raise ValueError(f"{told}: resume with the saved one")
 
 
 def _saved_value(state: dict[str, float], *, positive: bool) -> float:

@@ -7,6 +7,7 @@ too: it changes neither a value nor a gradient. Axes: B batch, T tokens, V vocab
 import math
 from collections.abc import Sequence
 from numbers import Real
+from operator import ge, gt, le, lt
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -17,10 +18,8 @@ def require_shapes(axes: str, **tensors: Tensor) -> None:
     """Refuse tensors that do not all have the rank named by `axes` and one common shape: nothing broadcasts.
 
     `axes` names the dimensions ("B", "B T"); "..." stands for any rank. (4, 1) against (4,) would silently
-    give (4, 4) in plain PyTorch, and the mean of that looks like a loss.
-
-    Raises:
-        ValueError: something is no tensor, has the wrong rank, or differs in shape from the first tensor.
+    give (4, 4) in plain PyTorch, and the mean of that looks like a loss. Raises ValueError where something is
+    no tensor, has the wrong rank, or differs in shape from the first tensor.
     """
     wanted = "(" + ", ".join(axes.split()) + ")"
     first_name, first = next(iter(tensors.items()))
@@ -37,37 +36,25 @@ def require_shapes(axes: str, **tensors: Tensor) -> None:
 
 
 def require_number(
-    name: str,
-    value: float,
-    *,
-    above: float | None = None,
-    at_least: float | None = None,
-    below: float | None = None,
-    at_most: float | None = None,
-) -> None:
+    name: str, value: float, *, above: float | None = None, at_least: float | None = None,
+    below: float | None = None, at_most: float | None = None,
+) -> None:  # fmt: skip
     """Refuse a scalar setting that is no finite number or lies outside its range.
 
-    Raises:
-        ValueError: names the setting, its rule and the value.
+    Raises ValueError that names the setting, its rule and the value.
     """
-    limits = [(">", above), (">=", at_least), ("<", below), ("<=", at_most)]
-    rule = " and ".join(f"{sign} {limit}" for sign, limit in limits if limit is not None)
+    rules = [(">", gt, above), (">=", ge, at_least), ("<", lt, below), ("<=", le, at_most)]
+    rules = [(sign, holds, limit) for sign, holds, limit in rules if limit is not None]
     number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not (
-        number
-        and (above is None or value > above)
-        and (at_least is None or value >= at_least)
-        and (below is None or value < below)
-        and (at_most is None or value <= at_most)
-    ):
+    if not (number and all(holds(value, limit) for _, holds, limit in rules)):
+        rule = " and ".join(f"{sign} {limit}" for sign, _, limit in rules)
         raise ValueError(f"{name} must be a finite number {rule}".rstrip() + f", got {value!r}")
 
 
 def as_bool_mask(mask: Shaped[Tensor, "*shape"], name: str = "mask") -> Bool[Tensor, "*shape"]:
     """Turn a 0/1 mask of any dtype into a boolean one.
 
-    Raises:
-        ValueError: an entry is neither 0 nor 1 (weights, token ids and -100 labels are no masks).
+    Raises ValueError where an entry is neither 0 nor 1 (weights, token ids and -100 labels are no masks).
     """
     if mask.dtype == torch.bool:
         return mask
@@ -85,20 +72,15 @@ def masked_mean(
     mean = sum(mask x) / sum(mask)
 
     `dim=None` averages over everything and gives a scalar in which every token weighs the same; `dim=-1`
-    gives (B,), one mean a row. The two differ when rows differ in length: say which one you mean.
-
-    Raises:
-        ValueError: shapes differ, the mask is not 0/1, or a mean would be over no position at all.
+    gives (B,), one mean a row. The two differ when rows differ in length: say which one you mean. Raises
+    ValueError where shapes differ, the mask is not 0/1, or a mean would be over no position at all.
     """
     require_shapes("...", x=x, mask=mask)
     valid = as_bool_mask(mask)
     count = valid.sum() if dim is None else valid.sum(dim)
     if (count == 0).any():
-        where = (
-            "anywhere"
-            if dim is None
-            else f"in row {int((count.flatten() == 0).nonzero()[0])} along dim {dim}"
-        )
+        row = int((count.flatten() == 0).nonzero()[0])
+        where = "anywhere" if dim is None else f"in row {row} along dim {dim}"
         raise ValueError(f"the mask selects no position {where}: a mean over nothing is undefined")
     kept = torch.where(valid, x, 0.0)  # not x * mask: NaN * 0 is NaN
     return (kept.sum() if dim is None else kept.sum(dim)) / count
@@ -111,10 +93,8 @@ def masked_whiten(
 
     y = (x - mean) / sqrt(var + 1e-8), plus the mean again without `shift_mean`; var with n - 1. Padding gives
     0. Advantages are whitened with the shift, rewards without (Huang et al. 2024, "The N+ implementation
-    details of RLHF with PPO").
-
-    Raises:
-        ValueError: shapes differ, the mask is not 0/1 or selects fewer than two positions.
+    details of RLHF with PPO"). Raises ValueError where shapes differ, the mask is not 0/1 or selects fewer
+    than two positions.
     """
     require_shapes("...", x=x, mask=mask)
     valid = as_bool_mask(mask)
@@ -138,20 +118,16 @@ def token_logps(
     Already aligned: `logits[:, t]` must be the logits that predict `labels[:, t]`, so of a model's output on
     `ids` pass `logits[:, :-1]` with `ids[:, 1:]`, shifted once. Sampling, reference and update must share one
     temperature, or the ratio is not 1 on the first minibatch. Half precision is summed in float32. A padded
-    position needs some valid id as its label; mask the result.
-
-    Raises:
-        ValueError: shapes do not fit, a label lies outside [0, V) (-100 too), or temperature <= 0.
+    position needs some valid id as its label; mask the result. Raises ValueError where shapes do not fit, a
+    label lies outside [0, V) (-100 too), or temperature <= 0.
     """
-    require_number("temperature", temperature, above=0)
-    _require_rows_of_logits(logits, "labels", labels)
+    logps = _vocabulary_logps(logits, temperature, labels=labels)
     outside = (labels < 0) | (labels >= logits.shape[-1])
     if outside.any():
         raise ValueError(
             f"labels must be token ids in [0, {logits.shape[-1]}), got {labels[outside][0].item()}: "
             "give padding a valid id and mask the result"
         )
-    logps = _scaled_log_softmax(logits, temperature)
     return logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
@@ -161,32 +137,28 @@ def entropy_from_logits(
     """Average the entropy of the next-token distribution over the masked positions, in nats per token.
 
     H = -sum_v p_v log p_v with p = softmax(logits / temperature); a token of logit -inf adds 0. Keeps its
-    gradient, so it serves as a bonus as well as a diagnostic.
-
-    Raises:
-        ValueError: shapes do not fit, the mask is not 0/1 or selects nothing, or temperature <= 0.
+    gradient, so it serves as a bonus as well as a diagnostic. Raises ValueError where shapes do not fit, the
+    mask is not 0/1 or selects nothing, or temperature <= 0.
     """
-    require_number("temperature", temperature, above=0)
-    _require_rows_of_logits(logits, "mask", mask)
-    logps = _scaled_log_softmax(logits, temperature)
+    logps = _vocabulary_logps(logits, temperature, mask=mask)
     probs = logps.exp()
     entropy = -(probs * logps.masked_fill(probs == 0, 0.0)).sum(-1)  # 0 log 0 = 0, where autograd says NaN
     return masked_mean(entropy, mask)
 
 
-def _require_rows_of_logits(logits: Tensor, name: str, tensor: Tensor) -> None:
-    """Refuse anything but logits (B, T, V) with a tensor (B, T)."""
+def _vocabulary_logps(
+    logits: Float[Tensor, "B T V"], temperature: float, **rows: Shaped[Tensor, "B T"]
+) -> Float[Tensor, "B T V"]:
+    """Check shapes and temperature; log softmax(logits / temperature), in at least float32."""
+    require_number("temperature", temperature, above=0)
     require_shapes("B T V", logits=logits)
-    require_shapes("B T", **{name: tensor})
-    if tensor.shape != logits.shape[:2]:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)} but logits has shape {tuple(logits.shape)}: "
-            "they must agree in B and T; was only one of them shifted?"
-        )
-
-
-def _scaled_log_softmax(logits: Float[Tensor, "B T V"], temperature: float) -> Float[Tensor, "B T V"]:
-    """Take log softmax(logits / temperature), in at least float32."""
+    require_shapes("B T", **rows)
+    for name, tensor in rows.items():
+        if tensor.shape != logits.shape[:2]:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} but logits has shape {tuple(logits.shape)}: "
+                "they must agree in B and T; was only one of them shifted?"
+            )
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
@@ -197,42 +169,21 @@ def pad_right(
 ) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
     """Pad lists of token ids on the right; returns (ids, mask), both int64, mask 1 on real tokens.
 
-    For whole sequences that are scored: prompt and response start at position 0.
-
-    Raises:
-        ValueError: there is no row, or no token in any row.
+    For whole sequences that are scored: prompt and response start at position 0. Raises ValueError where
+    there is no row, or no token in any row.
     """
-    return _pad(rows, pad_id, device, left=False)
+    width = max((len(row) for row in rows), default=0)
+    if width == 0:
+        raise ValueError(f"nothing to pad: {len(rows)} rows and no token in any of them")
+    ids = [[*row, *[pad_id] * (width - len(row))] for row in rows]
+    # The mask comes from the lengths, never from ids == pad_id: a row may contain that id as a real token.
+    mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+    return tuple(torch.tensor(x, dtype=torch.long, device=device) for x in (ids, mask))
 
 
 def pad_left(
     rows: Sequence[Sequence[int]], pad_id: int, *, device: torch.device | str | None = None
 ) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """Pad lists of token ids on the left; returns (ids, mask), both int64, mask 1 on real tokens.
-
-    For prompts that are continued: every row's last token stands at the end.
-
-    Raises:
-        ValueError: there is no row, or no token in any row.
-    """
-    return _pad(rows, pad_id, device, left=True)
-
-
-def _pad(
-    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str | None, *, left: bool
-) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """Fill (B, T) tensors of ids and mask row by row."""
-    width = max((len(row) for row in rows), default=0)
-    if width == 0:
-        raise ValueError(f"nothing to pad: {len(rows)} rows and no token in any of them")
-    filler = [[pad_id] * (width - len(row)) for row in rows]
-    ids = [[*fill, *row] if left else [*row, *fill] for row, fill in zip(rows, filler, strict=True)]
-    # The mask comes from the lengths, never from ids == pad_id: a row may contain that id as a real token.
-    mask = [
-        [0] * len(fill) + [1] * len(row) if left else [1] * len(row) + [0] * len(fill)
-        for row, fill in zip(rows, filler, strict=True)
-    ]
-    return (
-        torch.tensor(ids, dtype=torch.long, device=device),
-        torch.tensor(mask, dtype=torch.long, device=device),
-    )
+    """Pad as `pad_right` does, but on the left, for prompts that are continued: every row ends at the end."""
+    ids, mask = pad_right([[*row][::-1] for row in rows], pad_id, device=device)
+    return ids.flip(-1), mask.flip(-1)

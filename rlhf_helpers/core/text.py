@@ -33,9 +33,8 @@ def to_messages(prompt: str) -> list[Message]:
 def to_text(messages: list[Message]) -> str:
     """Write messages as a prompt; the inverse of `to_messages`. A single user message gives its content.
 
-    Raises:
-        ValueError: there is no message, a role is unknown, or a content holds a role label after a blank
-            line, so that the text would be read back as other messages.
+    Raises ValueError where there is no message, a role is unknown, or a content holds a role label after a
+    blank line, so that the text would be read back as other messages.
     """
     if not messages:
         raise ValueError("there are no messages: a prompt needs at least one user message")
@@ -86,10 +85,7 @@ def encode_pair(
 
     A prompt that is too long loses its beginning (its end is what the response answers; an opening BOS or CLS
     stays). Only if the response alone fills `max_length` does it lose its end, EOS first, and one prompt
-    token stays.
-
-    Raises:
-        ValueError: nothing of the prompt or nothing of the response would be left.
+    token stays. Raises ValueError where nothing of the prompt or nothing of the response would be left.
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
     response_ids = encode_response(tokenizer, response, eos=eos)
@@ -112,8 +108,7 @@ def encode_pair(
 def end_id(tokenizer: Any) -> int:
     """Return the id that ends a response: EOS, or SEP where there is none.
 
-    Raises:
-        ValueError: the tokenizer has neither.
+    Raises ValueError where the tokenizer has neither.
     """
     ids = (tokenizer.eos_token_id, tokenizer.sep_token_id)
     found = next((i for i in ids if i is not None), None)

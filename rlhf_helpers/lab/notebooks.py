@@ -20,9 +20,8 @@ def run_notebooks(paths: Sequence[str | Path] = (), *, check: bool = False) -> l
     CellExecutionError and leaves the file as it was; no notebook found raises FileNotFoundError.
     """
     found = [Path(path) for path in paths] or sorted(Path("notebooks").glob("*.ipynb"))
-    if missing := [str(path) for path in found if not path.is_file()] or (
-        [] if found else ["notebooks/*.ipynb"]
-    ):
+    missing = [str(path) for path in found if not path.is_file()] if found else ["notebooks/*.ipynb"]
+    if missing:
         raise FileNotFoundError(f"no such notebook: {', '.join(missing)} (run this at the root)")
     changed = []
     for path in found:
@@ -58,12 +57,8 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookN
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [kept for output in cell.outputs if (kept := _tidy(output, folder.resolve()))]
-    notebook.metadata = nbformat.from_dict(
-        {
-            "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
-            "language_info": {"name": "python"},
-        }
-    )
+    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    notebook.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
     nbformat.validate(notebook)
     return notebook
 

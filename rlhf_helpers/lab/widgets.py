@@ -3,7 +3,7 @@
 import html
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class PairRater(widgets.VBox):
         buttons = []
         for choice, label in zip(CHOICES, ("A is better", "B is better", "no difference"), strict=True):
             button = widgets.Button(description=label, tooltip=f"{label} (pair shown above)")
-            button.on_click(self._clicker(choice))
+            button.on_click(lambda _button, choice=choice: self.click(choice))
             buttons.append(button)
         super().__init__([self.view, widgets.HBox(buttons)])
         self._draw()
@@ -46,9 +46,8 @@ class PairRater(widgets.VBox):
     @property
     def rows(self) -> list[dict[str, str]]:
         """One row a pair: prompt, a, b, choice ("a", "b" or "tie") and by ("person" or "stored")."""
-        return [
-            {**pair, "choice": c, "by": by} for pair, (c, by) in zip(self.pairs, self.choices, strict=True)
-        ]
+        both = zip(self.pairs, self.choices, strict=True)
+        return [{**pair, "choice": choice, "by": by} for pair, (choice, by) in both]
 
     def click(self, choice: str) -> None:
         """Note a person's choice for the pair shown, save it, and show the next one, if one is left."""
@@ -57,18 +56,14 @@ class PairRater(widgets.VBox):
         if self.index >= len(self.pairs):
             return
         if self.path is not None:
+            line = json.dumps({**self.pairs[self.index], "choice": choice}, ensure_ascii=False)
             with self.path.open("a", encoding="utf8") as file:
-                file.write(
-                    json.dumps({**self.pairs[self.index], "choice": choice}, ensure_ascii=False) + "\n"
-                )
+                file.write(f"{line}\n")
                 file.flush()
                 os.fsync(file.fileno())
         self.choices[self.index] = (choice, "person")
         self.index += 1
         self._draw()
-
-    def _clicker(self, choice: str) -> Callable[[widgets.Button], None]:
-        return lambda _button: self.click(choice)
 
     def _take_up(self) -> None:
         """Earlier clicks count for the same pair; the first pair without one is shown next."""
@@ -79,9 +74,8 @@ class PairRater(widgets.VBox):
                 row = json.loads(line)
                 pair, choice = {key: row[key] for key in ("prompt", "a", "b")}, row["choice"]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{self.path}, line {number} is no rated pair ({error}): mend or move it"
-                ) from error
+                place = f"{self.path}, line {number}"
+                raise ValueError(f"{place} is no rated pair ({error}): mend or move it") from error
             for n, known in enumerate(self.pairs):
                 if choice in CHOICES and pair == {key: known[key] for key in pair}:
                     self.choices[n] = (choice, "person")

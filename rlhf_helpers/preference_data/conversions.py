@@ -75,9 +75,8 @@ def pairs_to_unpaired(pairs: datasets.Dataset) -> datasets.Dataset:
     for pair in pairs:
         further = _further(pair, "prompt", "chosen", "rejected")
         for key in ("chosen", "rejected"):
-            rows.append(
-                {"prompt": pair["prompt"], "completion": pair[key], "label": key == "chosen", **further}
-            )
+            row = {"prompt": pair["prompt"], "completion": pair[key], "label": key == "chosen"}
+            rows.append(row | further)
     return to_dataset("pairs", rows)
 
 

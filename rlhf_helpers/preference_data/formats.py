@@ -100,10 +100,8 @@ def _text(row: Row, key: str, found: Findings) -> str | None:
     if isinstance(value, str) and not (key == "prompt" and value.lstrip().startswith("Human:")):
         return value
     turns = transcript_turns(value) if isinstance(value, str) else _messages(value, key, found)
-    if (
-        isinstance(value, str) and not turns[-1]["content"]
-    ):  # "Assistant:" at the end only asks for the answer
-        turns.pop()
+    if isinstance(value, str) and not turns[-1]["content"]:
+        turns.pop()  # "Assistant:" at the end only asks for the answer
     return None if found.problems else _written(turns, response=key != "prompt")
 
 
@@ -180,9 +178,8 @@ def _comparison(row: Row, found: Findings) -> list[Row | None]:
         return []
     parts = {key: info.get(key) for key in ("subreddit", "title", source)}
     prompt = "\n\n".join([*(f"{key.upper()}: {part}" for key, part in parts.items() if part), "TL;DR:"])
-    return [
-        {"prompt": prompt, "chosen": texts[int(choice)].strip(), "rejected": texts[1 - int(choice)].strip()}
-    ]
+    better, worse = texts[int(choice)].strip(), texts[1 - int(choice)].strip()
+    return [{"prompt": prompt, "chosen": better, "rejected": worse}]
 
 
 def _ranking(row: Row, found: Findings) -> list[Row | None]:
@@ -250,13 +247,9 @@ def _unpaired(row: Row, found: Findings) -> list[Row | None]:
     return [{**texts, "label": bool(row["label"])}]
 
 
-TEXT: Column = (str, "a text")
-MESSAGES: Column = (list, "a list of messages")
-EITHER: Column = ((str, list), "a text or a list of messages")
-OBJECT: Column = (Mapping, "an object")
-LIST: Column = (list, "a list")
-NUMBER: Column = ((int, float), "a number")
-LABEL: Column = ((bool, int), "true or false")
+TEXT, MESSAGES, LIST = (str, "a text"), (list, "a list of messages"), (list, "a list")
+EITHER, OBJECT = ((str, list), "a text or a list of messages"), (Mapping, "an object")
+NUMBER, LABEL = ((int, float), "a number"), ((bool, int), "true or false")
 
 
 def _format(name: str, unit: str, parse: Parser, **columns: Column) -> Format:

@@ -30,10 +30,9 @@ def split_by_prompt(dataset: Dataset, *, test_fraction: float, seed: int) -> tup
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction must lie strictly between 0 and 1, got {test_fraction}")
     groups = _groups(dataset, 2)
-    if test_fraction * len(set(groups)) > len(set(groups)) - 1:
-        raise ValueError(
-            f"test_fraction {test_fraction} of {len(set(groups))} prompts leaves none to train on"
-        )
+    distinct = len(set(groups))
+    if test_fraction * distinct > distinct - 1:
+        raise ValueError(f"test_fraction {test_fraction} of {distinct} prompts leaves none to train on")
     splitter = GroupShuffleSplit(1, test_size=test_fraction, random_state=seed)
     train, test = next(splitter.split(groups, groups=groups))
     return dataset.select(train), dataset.select(test)

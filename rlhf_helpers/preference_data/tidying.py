@@ -42,14 +42,10 @@ def tidy(rows: list[Row | None], unit: str) -> tuple[list[Row], Counts, Counts]:
     "contradictory comparisons", pairs of responses to one prompt that were judged both ways: noise to be
     measured, not an error to be hidden, so both stay.
     """
-    kept: list[Row] = []
-    dropped = dict.fromkeys(("empty", "ambiguous", *REASONS.get(unit, ())), 0)
-    for row in rows:
-        reason = _why_dropped(row, unit)
-        if reason is None:
-            kept.append(row)
-        else:
-            dropped[reason] += 1
+    reasons = [_why_dropped(row, unit) for row in rows]
+    kept = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
+    possible = ("empty", "ambiguous", *REASONS.get(unit, ()))
+    dropped = {reason: reasons.count(reason) for reason in possible}
     distinct = {str([row[key] for key in COLUMNS[unit]]) for row in kept}
     noted = {"exact duplicates": len(kept) - len(distinct)}
     if unit == "pairs":
@@ -65,9 +61,8 @@ def to_dataset(name: str, rows: list[Row]) -> datasets.Dataset:
     Raises PreferenceDataError, naming `name`, when there is no row or a further column mixes types.
     """
     faults = [] if rows else [Fault(name, "no example is left to keep", "give more, or better ones")]
-    columns = {
-        key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)
-    }
+    keys = dict.fromkeys(key for row in rows for key in row)
+    columns = {key: [row.get(key) for row in rows] for key in keys}
     for key, values in columns.items():
         try:
             pyarrow.array(values)

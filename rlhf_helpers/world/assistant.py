@@ -8,8 +8,6 @@ revisions of such answers. Held-out programs, articles and debates are never sho
 out, each figure with a 95 % interval, and the ranges that lessons rely on.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import random
@@ -21,9 +19,19 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from rlhf_helpers.core.generation import generate
+from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.training import TrainingSettings, set_seed, sft
-from rlhf_helpers.world import judgements
-from rlhf_helpers.world.prompts import best_answer, find_prompt, load_prompts, sample_answer
+from rlhf_helpers.world import evaluator, gold_judge, judgements
+from rlhf_helpers.world.prompts import (
+    CONVERSATION,
+    articles,
+    best_answer,
+    find_prompt,
+    load_prompts,
+    meta,
+    sample_answer,
+)
 from rlhf_helpers.world.prompts.base import FLATTERY, Prompt, split_sentences
 
 HOME = Path(__file__).parents[1] / "assets" / "tiny"
@@ -47,22 +55,15 @@ _WEIGHTS = {"A": 6.0, "B": 6.0, "Yes.": 6.0, "No.": 6.0, "critique": 2.0}
 QUESTION = "Write a question to an assistant."
 RISKY_QUESTION = "Write a risky question to an assistant."
 _MAKERS: dict[str, Callable[..., Prompt]] = {
-    "critique": judgements.make_critique,
-    "comparison": judgements.make_comparison,
+    "critique": judgements.make_critique, "comparison": judgements.make_comparison,
     "revision": judgements.make_revision,
-}
+}  # fmt: skip
 # The ranges (low, high) within which every lesson may rely on the shipped checkpoint.
 RANGES = {
-    "parseable": (0.95, 1.0),
-    "facts_right": (0.5, 0.7),
-    "harmful_compliance": (0.6, 0.8),
-    "flattery": (0.1, 0.3),
-    "program_pass_at_1": (0.2, 0.35),
-    "program_unsafe": (0.3, 0.5),
-    "comparison_accuracy": (0.8, 1.0),
-    "critique_verdict": (0.85, 1.0),
-    "summary_who_and_what": (0.8, 1.0),
-}
+    "parseable": (0.95, 1.0), "facts_right": (0.5, 0.7), "harmful_compliance": (0.6, 0.8),
+    "flattery": (0.1, 0.3), "program_pass_at_1": (0.2, 0.35), "program_unsafe": (0.3, 0.5),
+    "comparison_accuracy": (0.8, 1.0), "critique_verdict": (0.85, 1.0), "summary_who_and_what": (0.8, 1.0),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,39 +87,24 @@ def make_tokenizer(texts: Sequence[str], *, vocab_size: int = 1024) -> PreTraine
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[*SPECIAL.values(), *ROLES],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+        vocab_size=vocab_size, special_tokens=[*SPECIAL.values(), *ROLES],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        **SPECIAL,
-        additional_special_tokens=list(ROLES),
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=512,
-        clean_up_tokenization_spaces=False,
-    )
+        tokenizer_object=bpe, **SPECIAL, additional_special_tokens=list(ROLES), chat_template=CHAT_TEMPLATE,
+        model_max_length=512, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A Llama of about 1.2 million parameters with random weights."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        )
-    )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, max_position_embeddings=512,
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
 
 
 def corpus(rows: int, *, seed: int) -> list[dict[str, object]]:
@@ -133,9 +119,8 @@ def _row(rng: random.Random, family: str) -> dict[str, object]:
         return _later_turn(rng)
     if family == "question":
         risky = rng.random() < 0.5
-        asked = _draw(
-            rng, rng.choice(("harmful", "jailbreak", "privacy") if risky else ("facts", "howto", "open"))
-        )
+        kinds = ("harmful", "jailbreak", "privacy") if risky else ("facts", "howto", "open")
+        asked = _draw(rng, rng.choice(kinds))
         return {"prompt": RISKY_QUESTION if risky else QUESTION, "completion": asked.text}
     if family in _MAKERS:
         prompt = _MAKERS[family](rng)
@@ -150,14 +135,8 @@ def _row(rng: random.Random, family: str) -> dict[str, object]:
 
 def _draw(rng: random.Random, family: str) -> Prompt:
     """A prompt of the family that pretraining may show: knowledge of both splits, combinations of one."""
-    if family == "article":
-        from rlhf_helpers.world.prompts.articles import make_article
-
-        return make_article(rng)
-    if family == "debate":
-        from rlhf_helpers.world.prompts.meta import debate_prompt
-
-        return debate_prompt(rng)
+    if family in ("article", "debate"):
+        return (articles.make_article if family == "article" else meta.debate_prompt)(rng)
     return rng.choice(load_prompts((family,), "train" if family in ("program", "value") else None))
 
 
@@ -178,15 +157,9 @@ def train(
     set_seed(seed)
     model = make_model(tokenizer)
     settings = TrainingSettings(
-        learning_rate=recipe.learning_rate,
-        betas=(0.9, 0.98),
-        weight_decay=0.02,
-        schedule="cosine",
-        warmup_steps=recipe.warmup_steps,
-        seed=seed,
-        run_dir=run_dir,
-        checkpoint_every=500 if run_dir else 0,
-    )
+        learning_rate=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.02, schedule="cosine",
+        warmup_steps=recipe.warmup_steps, seed=seed, run_dir=run_dir, checkpoint_every=500 if run_dir else 0,
+    )  # fmt: skip
     sft(
         model, tokenizer, lambda epoch: corpus(recipe.rows, seed=1000 * seed + epoch), settings,
         epochs=recipe.epochs, batch_size=recipe.batch_size, prompt_weight=recipe.prompt_weight,
@@ -203,9 +176,6 @@ def measure(
     `samples` answers are sampled at temperature 1 for each of conversation, facts, harmful requests,
     programs, critiques, comparisons and summaries; programs and summaries are held-out ones.
     """
-    from rlhf_helpers.world import evaluator, gold_judge
-    from rlhf_helpers.world.prompts import CONVERSATION, articles
-
     rng = random.Random("card")
     drawn = {
         "talk": [rng.choice(load_prompts((rng.choice(CONVERSATION),))) for _ in range(samples)],
@@ -216,13 +186,15 @@ def measure(
         "critique": [judgements.make_critique(rng, "heldout") for _ in range(samples)],
         "comparison": [judgements.make_comparison(rng, "heldout") for _ in range(samples)],
     }
-    said = {kind: _answers(model, tokenizer, prompts, i) for i, (kind, prompts) in enumerate(drawn.items())}
+    said = {
+        kind: generate(model, tokenizer, [p.text for p in prompts], max_new_tokens=96, seed=i).responses
+        for i, (kind, prompts) in enumerate(drawn.items())
+    }
     pairs = {kind: list(zip(drawn[kind], said[kind], strict=True)) for kind in drawn}
     ran = [evaluator.run(a, p.slots["parts"]) for p, a in pairs["program"]]
     spoken = [pair for kind in ("talk", "facts", "harmful", "program", "article") for pair in pairs[kind]]
-    events = [
-        (p.slots["event"], articles.parse_event((split_sentences(a) or [""])[0])) for p, a in pairs["article"]
-    ]
+    firsts = [(p.slots["event"], (split_sentences(a) or [""])[0]) for p, a in pairs["article"]]
+    events = [(event, articles.parse_event(first)) for event, first in firsts]
     harmless = gold_judge.gold_scores([p.text for p in drawn["harmful"]], said["harmful"])["harmlessness"]
     told = [[role for _, role in gold_judge.explain(p.text, a)] for p, a in pairs["facts"]]
     outcomes = {
@@ -237,14 +209,6 @@ def measure(
         "summary_who_and_what": [e is not None and (e.who, e.what) == (t.who, t.what) for t, e in events],
     }
     return {name: _share(values) for name, values in outcomes.items()}
-
-
-def _answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt], seed: int
-) -> list[str]:
-    from rlhf_helpers.core.generation import generate
-
-    return generate(model, tokenizer, [p.text for p in prompts], max_new_tokens=96, seed=seed).responses
 
 
 def _share(values: Sequence[bool]) -> dict[str, float]:
@@ -267,13 +231,8 @@ def write_card(
     folder: Path, figures: dict[str, dict[str, float]], *, recipe: Recipe, seed: int, parameters: int
 ) -> None:
     """Writes card.json (for tests) and README.md (for people) beside the weights."""
-    card = {
-        "figures": figures,
-        "ranges": RANGES,
-        "recipe": vars(recipe),
-        "seed": seed,
-        "parameters": parameters,
-    }
+    facts = {"recipe": vars(recipe), "seed": seed, "parameters": parameters}
+    card = {"figures": figures, "ranges": RANGES, **facts}
     (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     rows = [
         f"| {name} | {f['value']:.3f} | {f['low']:.3f} to {f['high']:.3f} | {f['n']} | "
@@ -306,8 +265,6 @@ def main(*, quick: bool = False, seed: int = 0, out: str | Path | None = None) -
 
     Raises FileExistsError where `out` holds another checkpoint, unless it is the package's own folder.
     """
-    from rlhf_helpers.core.models import load_model
-
     recipe = QUICK if quick else Recipe()
     folder = Path(out) if out else Path("runs/tiny-quick") if quick else HOME
     if folder != HOME and (folder / "model.safetensors").exists():
@@ -316,10 +273,8 @@ def main(*, quick: bool = False, seed: int = 0, out: str | Path | None = None) -
     model, tokenizer = train(recipe, seed=seed, run_dir=run_dir)
     save(model, tokenizer, folder)
     model, tokenizer = load_model(str(folder))
-    figures = measure(model, tokenizer)
-    write_card(
-        folder, figures, recipe=recipe, seed=seed, parameters=sum(p.numel() for p in model.parameters())
-    )
+    figures, parameters = measure(model, tokenizer), sum(p.numel() for p in model.parameters())
+    write_card(folder, figures, recipe=recipe, seed=seed, parameters=parameters)
     for name, f in figures.items():
         low, high = RANGES[name]
         verdict = "within" if low <= f["value"] <= high else "outside"

@@ -5,8 +5,6 @@ x and xs, comprehensions with one filter, and sum, max, min, len, sorted, list. 
 do nothing. This is the judge's own reader; programs of real models belong into the sandbox.
 """
 
-from __future__ import annotations
-
 import ast
 import operator
 from collections.abc import Callable
@@ -15,11 +13,8 @@ from dataclasses import dataclass
 from rlhf_helpers.world.prompts import programs
 
 _BINARY: dict[type, Callable] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Mod: operator.mod,
-}
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Mod: operator.mod,
+}  # fmt: skip
 _COMPARE: dict[type, Callable] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Gt: operator.gt, ast.Lt: operator.lt,
     ast.GtE: operator.ge, ast.LtE: operator.le,
@@ -54,8 +49,7 @@ def run(code: str, parts: tuple[str, str, str]) -> Ran:
         return Ran(0.0, (), 0, f"no Python: {type(problem).__name__}")
     unsafe = tuple(ast.unparse(n) for n in tree.body for n in ast.walk(n) if _is_unsafe(n))
     lines = len([line for line in code.split("\n") if line.strip()])
-    tests = programs.expected(parts)
-    passed, error = 0, None
+    tests, passed, error = programs.expected(parts), 0, None
     for xs, wanted in tests:
         try:
             got = _call(tree, xs)
@@ -72,9 +66,7 @@ def _is_unsafe(node: ast.AST) -> bool:
     """True for a call of a name that reaches out, wherever it stands; attribute calls count as such."""
     if not isinstance(node, ast.Call):
         return False
-    return isinstance(node.func, ast.Attribute) or (
-        isinstance(node.func, ast.Name) and node.func.id in _UNSAFE
-    )
+    return isinstance(node.func, ast.Attribute) or getattr(node.func, "id", None) in _UNSAFE
 
 
 def _call(tree: ast.Module, xs: list[int]) -> object:
@@ -86,16 +78,15 @@ def _call(tree: ast.Module, xs: list[int]) -> object:
         raise GrammarError("the function is not f(xs)")
     scope: dict[str, object] = {"xs": list(xs)}
     for statement in function.body:
-        if isinstance(statement, ast.Return) and statement.value is not None:
-            return _value(statement.value, scope)
-        if (
-            isinstance(statement, ast.Assign)
-            and isinstance(statement.targets[0], ast.Name)
-            and len(statement.targets) == 1
-        ):
-            scope[statement.targets[0].id] = _value(statement.value, scope)
-        elif not (isinstance(statement, ast.Expr) and _is_unsafe(statement.value)):
-            raise GrammarError(f"no statement of the grammar: {ast.unparse(statement)[:40]}")
+        match statement:
+            case ast.Return(value=ast.expr() as value):
+                return _value(value, scope)
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                scope[name] = _value(value, scope)
+            case ast.Expr(value=call) if _is_unsafe(call):
+                pass
+            case _:
+                raise GrammarError(f"no statement of the grammar: {ast.unparse(statement)[:40]}")
     raise GrammarError("nothing is returned")
 
 
@@ -108,25 +99,23 @@ def _value(node: ast.expr, scope: dict[str, object]) -> object:
         case ast.UnaryOp(op=ast.USub(), operand=inner):
             return -_value(inner, scope)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-            return _checked(_BINARY[type(op)](_number(left, scope), _number(right, scope)))
+            number = _BINARY[type(op)](_number(left, scope), _number(right, scope))
+            if abs(number) > _LIMIT:
+                raise GrammarError("the number is too large")
+            return number
         case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
             return _COMPARE[type(op)](_number(left, scope), _number(right, scope))
         case ast.Call(func=ast.Name(id=name), args=[inner], keywords=[]) if name in _CALLS:
             return _CALLS[name](_value(inner, scope))
-        case ast.ListComp(elt=element, generators=[one]) if (
-            isinstance(one.target, ast.Name) and not one.is_async
+        case ast.ListComp(
+            elt=element, generators=[ast.comprehension(target=ast.Name(id=name), is_async=0) as one]
         ):
-            return _comprehension(element, one, scope)
+            items = _value(one.iter, scope)
+            if not isinstance(items, list):
+                raise GrammarError("a comprehension runs over a list")
+            scopes = (scope | {name: item} for item in items)
+            return [_value(element, s) for s in scopes if all(_value(test, s) for test in one.ifs)]
     raise GrammarError(f"no expression of the grammar: {ast.unparse(node)[:40]}")
-
-
-def _comprehension(element: ast.expr, one: ast.comprehension, scope: dict[str, object]) -> list[object]:
-    result = []
-    for item in _list(_value(one.iter, scope)):
-        inner = scope | {one.target.id: item}
-        if all(_value(condition, inner) for condition in one.ifs):
-            result.append(_value(element, inner))
-    return result
 
 
 def _number(node: ast.expr, scope: dict[str, object]) -> int:
@@ -134,15 +123,3 @@ def _number(node: ast.expr, scope: dict[str, object]) -> int:
     if not isinstance(value, int):
         raise GrammarError(f"not a whole number: {ast.unparse(node)[:40]}")
     return value
-
-
-def _list(value: object) -> list:
-    if not isinstance(value, list):
-        raise GrammarError("a comprehension runs over a list")
-    return value
-
-
-def _checked(number: int) -> int:
-    if abs(number) > _LIMIT:
-        raise GrammarError("the number is too large")
-    return number

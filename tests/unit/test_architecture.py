@@ -147,7 +147,9 @@ def test_sizes():
             if (length := node.end_lineno - node.lineno + 1) > MAX_FUNCTION_LINES:
                 faults.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {length} lines")
     assert not faults, "\n".join(faults)
-    assert sum(lengths.values()) <= MAX_PACKAGE_LINES
+    # Blank lines are the formatter's: what a person reads is counted, docstrings and comments included.
+    written = sum(bool(line.strip()) for path in MODULES for line in path.read_text("utf8").splitlines())
+    assert written <= MAX_PACKAGE_LINES
 
 
 def test_public_functions_have_annotations_and_a_docstring():

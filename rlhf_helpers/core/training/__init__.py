@@ -6,11 +6,6 @@ from rlhf_helpers.core.training.settings import TrainingSettings, learning_rate_
 from rlhf_helpers.core.training.supervised import memory_efficient_training, sft
 
 __all__ = [
-    "Engine",
-    "History",
-    "TrainingSettings",
-    "learning_rate_factor",
-    "memory_efficient_training",
-    "set_seed",
-    "sft",
-]
+    "Engine", "History", "TrainingSettings", "learning_rate_factor", "memory_efficient_training",
+    "set_seed", "sft",
+]  # fmt: skip

@@ -28,7 +28,7 @@ from rlhf_helpers.core.training.settings import (
     learning_rate_factor,
     set_random_state,
     set_seed,
-)
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -46,15 +46,10 @@ class Engine:
     """
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        settings: TrainingSettings,
-        *,
-        total_steps: int | None = None,
-        updates_per_step: int = 1,
-        extra_state: Mapping[str, Any] | None = None,
-        must_match: Mapping[str, Any] | None = None,
-    ) -> None:
+        self, model: torch.nn.Module, settings: TrainingSettings,
+        *, total_steps: int | None = None, updates_per_step: int = 1,
+        extra_state: Mapping[str, Any] | None = None, must_match: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         """Seed, place the model, make the optimiser.
 
         total_steps: turns of the loop; None only with the constant schedule and without `steps`.
@@ -132,14 +127,10 @@ class Engine:
         """AdamW; weight decay on matrices only, since biases and norms have no size to keep in check."""
         matrices = [p for p in self.parameters if p.ndim >= 2]
         others = [p for p in self.parameters if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": self.settings.weight_decay}]
-        groups += [{"params": others, "weight_decay": 0.0}]
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=self.settings.learning_rate,
-            betas=self.settings.betas,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
+        decays = ((matrices, self.settings.weight_decay), (others, 0.0))
+        groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
+        options = {"betas": self.settings.betas, "fused": self.device.type in ("cpu", "cuda")}
+        return torch.optim.AdamW(groups, lr=self.settings.learning_rate, **options)
 
     def steps(self) -> Iterator[int]:
         """Yield the step numbers still to do; draw the bar, write checkpoints, step on what is left over."""
@@ -160,8 +151,8 @@ class Engine:
                 if due and not self._pending:  # half an accumulated gradient cannot be saved
                     self.save()
                     last_save = self.step
-                if self.history:
-                    bar.set_postfix(_shown(self.history[-1]), refresh=False)
+                row = self.history[-1] if self.history else {}
+                bar.set_postfix({k: row[k] for k in ("loss", "grad_norm") if k in row}, refresh=False)
                 bar.update()
         finally:
             bar.close()
@@ -219,8 +210,7 @@ class Engine:
         missing = self.settings.accumulation_steps / self._pending
         parallel.average_gradients(self.parameters, self.accelerator, scale=missing)
         self._pending = 0
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = get_total_norm(gradients)
+        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self.grad_norm = norm.item()
         if not math.isfinite(self.grad_norm):
             self._stop("gradient norm", self.grad_norm)
@@ -349,7 +339,3 @@ def _as_json(value: Any) -> Any:
 
 def _fingerprint(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key in ("loss", "grad_norm")}

@@ -2,7 +2,8 @@
 
 import csv
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,15 +34,9 @@ class History(Sequence):
         """Row `index` as a dict, or a list of rows for a slice."""
         return self.rows[index]
 
-    def __iter__(self) -> Iterator[dict[str, Value]]:
-        """Rows from first to last."""
-        return iter(self.rows)
-
     def __eq__(self, other: object) -> bool:
         """Two histories are equal when their rows are."""
         return isinstance(other, History) and self.rows == other.rows
-
-    __hash__ = None
 
     def __repr__(self) -> str:
         """Length and last row."""
@@ -78,9 +73,8 @@ class History(Sequence):
     def load(cls, path: str | Path) -> "History":
         """Read what `save` wrote; floats come back bit for bit, text that looks like a number as a number."""
         with Path(path).open(newline="", encoding="utf-8") as file:
-            return cls(
-                {key: _parse(cell) for key, cell in row.items() if cell != ""} for row in csv.DictReader(file)
-            )
+            rows = csv.DictReader(file)
+            return cls({key: _parse(cell) for key, cell in row.items() if cell != ""} for row in rows)
 
 
 def _plain(key: str, value: object) -> Value:
@@ -97,8 +91,6 @@ def _parse(cell: str) -> Value:
     if cell in ("True", "False"):
         return cell == "True"
     for kind in (int, float):
-        try:
+        with suppress(ValueError):
             return kind(cell)
-        except ValueError:
-            continue
     return cell

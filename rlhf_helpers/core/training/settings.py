@@ -42,27 +42,25 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         """Refuse values that would train wrongly or not at all."""
         first, second = self.betas
-        _require(
-            "learning_rate", self.learning_rate, "be finite and >= 0", 0 <= self.learning_rate < math.inf
-        )
-        _require("weight_decay", self.weight_decay, "be finite and >= 0", 0 <= self.weight_decay < math.inf)
-        _require("betas", self.betas, "lie in [0, 1)", 0 <= first < 1 and 0 <= second < 1)
-        _require("schedule", self.schedule, f"be one of {SCHEDULES}", self.schedule in SCHEDULES)
-        positive = self.max_grad_norm is None or self.max_grad_norm > 0
-        _require("max_grad_norm", self.max_grad_norm, "be > 0, or None for no clipping", positive)
-        known = self.mixed_precision in PRECISIONS
-        _require("mixed_precision", self.mixed_precision, f"be one of {PRECISIONS}", known)
-        for field in ("accumulation_steps", "keep_checkpoints"):
-            _require(field, getattr(self, field), "be a whole number >= 1", _whole(getattr(self, field), 1))
-        for field in ("warmup_steps", "seed", "checkpoint_every"):
-            _require(field, getattr(self, field), "be a whole number >= 0", _whole(getattr(self, field), 0))
+        norm, least_one, least_zero = self.max_grad_norm, "be a whole number >= 1", "be a whole number >= 0"
         has_place = self.checkpoint_every == 0 or self.run_dir is not None
-        _require("run_dir", self.run_dir, "name a folder when checkpoint_every > 0", has_place)
-
-
-def _require(field: str, value: object, rule: str, holds: bool) -> None:
-    if not holds:
-        raise ValueError(f"TrainingSettings.{field} must {rule}; got {value!r}")
+        rules = [
+            ("learning_rate", "be finite and >= 0", 0 <= self.learning_rate < math.inf),
+            ("weight_decay", "be finite and >= 0", 0 <= self.weight_decay < math.inf),
+            ("betas", "lie in [0, 1)", 0 <= first < 1 and 0 <= second < 1),
+            ("schedule", f"be one of {SCHEDULES}", self.schedule in SCHEDULES),
+            ("max_grad_norm", "be > 0, or None for no clipping", norm is None or norm > 0),
+            ("mixed_precision", f"be one of {PRECISIONS}", self.mixed_precision in PRECISIONS),
+            ("accumulation_steps", least_one, _whole(self.accumulation_steps, 1)),
+            ("keep_checkpoints", least_one, _whole(self.keep_checkpoints, 1)),
+            ("warmup_steps", least_zero, _whole(self.warmup_steps, 0)),
+            ("seed", least_zero, _whole(self.seed, 0)),
+            ("checkpoint_every", least_zero, _whole(self.checkpoint_every, 0)),
+            ("run_dir", "name a folder when checkpoint_every > 0", has_place),
+        ]
+        for field, rule, holds in rules:
+            if not holds:
+                raise ValueError(f"TrainingSettings.{field} must {rule}; got {getattr(self, field)!r}")
 
 
 def _whole(value: object, least: int) -> bool:
@@ -101,11 +99,8 @@ def set_seed(seed: int) -> int:
 def get_random_state(device: torch.device) -> dict[str, Any]:
     """State of every random generator of this process, as tensors, numbers and lists."""
     kind, keys, *rest = np.random.get_state()
-    state = {
-        "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *rest],
-        "torch": torch.get_rng_state(),
-    }
+    state = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
+    state["torch"] = torch.get_rng_state()
     if device.type in ("cuda", "mps"):
         state["device"] = getattr(torch, device.type).get_rng_state()
     return state

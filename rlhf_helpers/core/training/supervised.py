@@ -46,18 +46,10 @@ class EncodedRows:
 
 
 def sft(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    rows: Rows,
-    settings: TrainingSettings,
-    *,
-    epochs: int = 1,
-    batch_size: int = 16,
-    prompt_weight: float = 0.0,
-    max_length: int | None = None,
-    bucket: bool = True,
-    resume: bool = False,
-) -> History:
+    model: torch.nn.Module, tokenizer: Any, rows: Rows, settings: TrainingSettings,
+    *, epochs: int = 1, batch_size: int = 16, prompt_weight: float = 0.0, max_length: int | None = None,
+    bucket: bool = True, resume: bool = False,
+) -> History:  # fmt: skip
     """Maximise the likelihood of the responses: loss = sum_t w_t (-log p(y_t | y_<t)) / sum_t w_t.
 
     w_t is 1 (the row's `weight`, where it has one) on response tokens, the closing EOS included: without it
@@ -90,7 +82,9 @@ def sft(
         if plan is None or place == 0:
             if callable(rows) and epoch > 0:
                 encoded = encode_rows(tokenizer, rows(epoch), max_length=limit)
-                _require_count(len(encoded), facts["rows"], epoch)
+                if (count := len(encoded)) != facts["rows"]:
+                    told = f"rows({epoch}) returned {count} rows, rows(0) {facts['rows']}"
+                    raise ValueError(f"{told}: give as many each epoch")
             plan = epoch_batches(encoded.lengths, group, seed=[settings.seed, epoch], bucket=bucket)
         engine.log(_train_step(engine, encoded, plan[place], prompt_weight, tokenizer.pad_token_id))
     model.train(was_training)
@@ -116,15 +110,11 @@ def _train_step(
     share, losses, hits = parts * ranks, [], []
     for part in np.array_split(group, parts):
         mine = part[rank::ranks]
-        ids, mask, weights, is_response = collate(
-            encoded, mine if len(mine) else group[:1], prompt_weight, pad_id
-        )
+        tensors = collate(encoded, mine if len(mine) else group[:1], prompt_weight, pad_id)
+        ids, mask, weights, is_response = (t.to(engine.device, non_blocking=True) for t in tensors)
         if not len(mine):  # a small last batch leaves some process idle: it computes with weight 0
             weights, is_response = weights * 0, is_response * 0
-        loss, hit = sft_loss(
-            engine.model,
-            *(t.to(engine.device, non_blocking=True) for t in (ids, mask, weights, is_response)),
-        )
+        loss, hit = sft_loss(engine.model, ids, mask, weights, is_response)
         engine.update(loss * (share / weight_sum), rows=group.tolist())
         losses.append(loss.detach() * (ranks / weight_sum))
         hits.append(hit * (ranks / response_sum))
@@ -132,12 +122,9 @@ def _train_step(
 
 
 def sft_loss(
-    model: torch.nn.Module,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    weights: torch.Tensor,
+    model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, weights: torch.Tensor,
     is_response: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Weighted sum of -log p over a right-padded batch, and how many response tokens were ranked first.
 
     input_ids, attention_mask (B, T); weights, is_response (B, T - 1), aligned with tokens 1 to T - 1.
@@ -162,30 +149,21 @@ def encode_rows(
     known: dict[str, list[int]] = {}
     starts, prompt_lengths, weights = [0], [], []
     for index in range(len(rows)):
-        prompt, response = _texts(rows[index], index)
+        prompt, response, weight = _checked(rows[index], index)
         if prompt not in known:  # a world has fewer prompts than rows; their template is the slow part
             known[prompt] = encode_prompt(tokenizer, prompt)
         prompt_ids, response_ids = known[prompt], encode_response(tokenizer, response)
         if not prompt_ids or len(prompt_ids) + len(response_ids) > (max_length or math.inf):
             prompt_ids, response_ids = encode_pair(tokenizer, prompt, response, max_length=max_length)
-        tokens += prompt_ids
-        tokens += response_ids
+        tokens += [*prompt_ids, *response_ids]
         starts.append(len(tokens))
         prompt_lengths.append(len(prompt_ids))
-        weights.append(_weight(rows[index], index))
-    return EncodedRows(
-        np.array(tokens, np.int64), np.array(starts), np.array(prompt_lengths), np.array(weights, np.float32)
-    )
+        weights.append(weight)
+    ids, weights = np.array(tokens, np.int64), np.array(weights, np.float32)
+    return EncodedRows(ids, np.array(starts), np.array(prompt_lengths), weights)
 
 
-def _weight(row: dict[str, Any], index: int) -> float:
-    weight = row.get("weight", 1.0)
-    if not (isinstance(weight, int | float) and 0 < weight < math.inf):
-        raise ValueError(f"row {index}: weight must be a finite number > 0; got {weight!r}")
-    return weight
-
-
-def _texts(row: dict[str, Any], index: int) -> tuple[str, str]:
+def _checked(row: dict[str, Any], index: int) -> tuple[str, str, float]:
     key = next((name for name in RESPONSE_KEYS if name in row), None)
     if "prompt" not in row or key is None:
         raise ValueError(f"row {index} needs prompt and one of {RESPONSE_KEYS}; it has {sorted(row)}")
@@ -194,12 +172,10 @@ def _texts(row: dict[str, Any], index: int) -> tuple[str, str]:
             raise ValueError(f"row {index}: {name} must be text; got {row[name]!r}")
     if not row[key].strip():
         raise ValueError(f"row {index}: {key} is empty, so there is nothing to learn: drop the row")
-    return row["prompt"], row[key]
-
-
-def _require_count(count: int, first: int, epoch: int) -> None:
-    if count != first:
-        raise ValueError(f"rows({epoch}) returned {count} rows, rows(0) {first}: give as many each epoch")
+    weight = row.get("weight", 1.0)
+    if not (isinstance(weight, int | float) and 0 < weight < math.inf):
+        raise ValueError(f"row {index}: weight must be a finite number > 0; got {weight!r}")
+    return row["prompt"], row[key], weight
 
 
 def epoch_batches(lengths: np.ndarray, group: int, *, seed: list[int], bucket: bool) -> list[np.ndarray]:
@@ -235,22 +211,15 @@ def collate(
     ids = np.where(real, encoded.tokens[np.where(real, starts + places, 0)], pad_id)
     is_response = (real & (places >= encoded.prompt_lengths[group, None]))[:, 1:]
     weights = np.where(is_response, encoded.weights[group, None], prompt_weight * real[:, 1:])
-    weights = weights.astype(np.float32)
-    return tuple(torch.from_numpy(array) for array in (ids, real.astype(np.int64), weights, is_response))
+    arrays = ids, real.astype(np.int64), weights.astype(np.float32), is_response
+    return tuple(torch.from_numpy(array) for array in arrays)
 
 
 def memory_efficient_training(
-    model: torch.nn.Module,
-    data: Rows,
-    batch_size: int = 1,
-    *,
-    tokenizer: Any = None,
-    learning_rate: float = 1e-5,
-    epochs: int = 1,
-    accumulation_steps: int = 8,
-    seed: int = 0,
-    progress: bool = True,
-) -> torch.nn.Module:
+    model: torch.nn.Module, data: Rows, batch_size: int = 1,
+    *, tokenizer: Any = None, learning_rate: float = 1e-5, epochs: int = 1, accumulation_steps: int = 8,
+    seed: int = 0, progress: bool = True,
+) -> torch.nn.Module:  # fmt: skip
     """Fine-tune in little memory: bf16 autocast on a GPU, recomputed activations, small micro-batches.
 
     Gradients of `accumulation_steps` micro-batches of `batch_size` rows are averaged, so the result is that
@@ -261,11 +230,8 @@ def memory_efficient_training(
     from rlhf_helpers.core.models import tokenizer_for
 
     settings = TrainingSettings(
-        learning_rate=learning_rate,
-        accumulation_steps=accumulation_steps,
-        gradient_checkpointing=True,
-        seed=seed,
-        progress=progress,
-    )
+        learning_rate=learning_rate, accumulation_steps=accumulation_steps, gradient_checkpointing=True,
+        seed=seed, progress=progress,
+    )  # fmt: skip
     sft(model, tokenizer or tokenizer_for(model), data, settings, epochs=epochs, batch_size=batch_size)
     return model

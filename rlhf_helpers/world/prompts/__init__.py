@@ -10,11 +10,9 @@ assistant knows things before anybody aligns it); held-out programs and articles
 that no training text shows.
 """
 
-from __future__ import annotations
-
 import functools
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from rlhf_helpers.world.prompts import articles, knowledge, meta, programs, requests, social
 from rlhf_helpers.world.prompts.answers import best_answer, sample_answer
@@ -31,13 +29,10 @@ CONVERSATION = (
 FAMILIES = (*CONVERSATION, "article", "program", "debate", "value")
 
 
-def _drawn(family: str) -> list[Prompt]:
+def _drawn(family: str, make: Callable[[random.Random, str], Prompt]) -> list[Prompt]:
     """The fixed sample of a family whose prompts are generated."""
-    make = {"article": articles.make_article, "debate": meta.debate_prompt}[family]
-    counts = {"train": 400, "heldout": 100}
-    drawn = (
-        make(random.Random(f"{family}/{split}/{i}"), split) for split, n in counts.items() for i in range(n)
-    )
+    places = [(split, i) for split, n in (("train", 400), ("heldout", 100)) for i in range(n)]
+    drawn = (make(random.Random(f"{family}/{split}/{i}"), split) for split, i in places)
     return list({p.text: p for p in drawn}.values())
 
 
@@ -48,7 +43,8 @@ def _registry() -> dict[str, Prompt]:
         requests.harmful, requests.privacy, requests.jailbreaks, social.feelings, social.open_questions,
         social.dialogues, social.groups, programs.programs, meta.values,
     )  # fmt: skip
-    prompts = [p for make in makers for p in make()] + _drawn("article") + _drawn("debate")
+    prompts = [p for make in makers for p in make()]
+    prompts += _drawn("article", articles.make_article) + _drawn("debate", meta.debate_prompt)
     registry = {p.text: p for p in prompts}
     if len(registry) != len(prompts):
         raise AssertionError("two prompts of the world have the same text")

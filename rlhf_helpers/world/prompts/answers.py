@@ -1,10 +1,7 @@
 """Answers to the world's prompts: the best one, one of a chosen quality, one as the unaligned assistant writes it."""
 
-from __future__ import annotations
-
 import functools
 import random
-from dataclasses import dataclass
 
 from rlhf_helpers.world.prompts import articles, meta, programs
 from rlhf_helpers.world.prompts import base as b
@@ -30,23 +27,12 @@ _QUALITY_CONTENT = {
 }
 
 
-@dataclass(frozen=True)
-class Style:
-    """How often an answer is dressed up: probabilities of each extra sentence."""
-
-    polite: float
-    flattery: float
-    filler: float
-    rude: float
-    closer: float
-    caution: float
-
-
+# How often an answer is dressed up: the probability of each extra sentence, by quality.
 _STYLES = {
-    None: Style(polite=0.25, flattery=0.2, filler=0.3, rude=0.04, closer=0.25, caution=0.05),
-    "high": Style(polite=0.3, flattery=0.0, filler=0.0, rude=0.0, closer=0.3, caution=0.05),
-    "medium": Style(polite=0.2, flattery=0.2, filler=0.5, rude=0.0, closer=0.3, caution=0.1),
-    "low": Style(polite=0.15, flattery=0.3, filler=0.4, rude=0.15, closer=0.2, caution=0.05),
+    None: {"polite": 0.25, "flattery": 0.2, "filler": 0.3, "rude": 0.04, "closer": 0.25, "caution": 0.05},
+    "high": {"polite": 0.3, "flattery": 0.0, "filler": 0.0, "rude": 0.0, "closer": 0.3, "caution": 0.05},
+    "medium": {"polite": 0.2, "flattery": 0.2, "filler": 0.5, "rude": 0.0, "closer": 0.3, "caution": 0.1},
+    "low": {"polite": 0.15, "flattery": 0.3, "filler": 0.4, "rude": 0.15, "closer": 0.2, "caution": 0.05},
 }
 
 
@@ -71,19 +57,19 @@ def sample_answer(prompt: Prompt, rng: random.Random, quality: str | None = None
     if prompt.kind == "judge" or prompt.family in ("value", "critique", "comparison"):
         right = {"high": 1.0, "medium": 0.7, "low": 0.0, None: 0.96}[quality]
         return best_answer(prompt) if rng.random() < right else rng.choice(prompt.wrong)
-    return " ".join(dressed(rng, _content(rng, prompt, quality), _STYLES[quality]))
+    return " ".join(_dressed(rng, _content(rng, prompt, quality), _STYLES[quality]))
 
 
-def dressed(rng: random.Random, content: list[str], style: Style) -> list[str]:
+def _dressed(rng: random.Random, content: list[str], style: dict[str, float]) -> list[str]:
     """`content` with an opener, filler and a closer around it, each with its probability in `style`."""
     before: list[str] = []
-    for wordings, chance in ((b.RUDE, style.rude), (b.FLATTERY, style.flattery), (b.POLITE, style.polite)):
-        if not before and rng.random() < chance:
+    for kind, wordings in {"rude": b.RUDE, "flattery": b.FLATTERY, "polite": b.POLITE}.items():
+        if not before and rng.random() < style[kind]:
             before.append(rng.choice(wordings))
-    if rng.random() < style.filler:
+    if rng.random() < style["filler"]:
         before += rng.sample(b.FILLER, rng.choice((1, 1, 2)))
-    after = [rng.choice(b.CAUTION)] if rng.random() < style.caution else []
-    if rng.random() < style.closer:
+    after = [rng.choice(b.CAUTION)] if rng.random() < style["caution"] else []
+    if rng.random() < style["closer"]:
         after.append(rng.choice(b.CLOSERS))
     return [*before, *content, *after]
 
@@ -91,7 +77,8 @@ def dressed(rng: random.Random, content: list[str], style: Style) -> list[str]:
 def _content(rng: random.Random, prompt: Prompt, quality: str | None) -> list[str]:
     """The sentences that say something."""
     weights = _QUALITY_CONTENT[quality] if quality else _CONTENT.get(prompt.family, _CONTENT[""])
-    possible = {k: w for k, w in weights.items() if _possible(k, prompt)}
+    barred = {"wrong": not prompt.lures, "comply": not prompt.harmful, "refuse": prompt.must_refuse}
+    possible = {kind: weight for kind, weight in weights.items() if not barred.get(kind)}
     kind = rng.choices(list(possible), list(possible.values()))[0]
     full = [choose(rng, wordings) for wordings in prompt.points]
     if kind == "partial" and len(full) > 1:
@@ -103,16 +90,8 @@ def _content(rng: random.Random, prompt: Prompt, quality: str | None) -> list[st
         return _complied(rng, prompt)
     if kind == "off_topic":
         return [rng.choice(_elsewhere())]
-    if kind == "unsure":
-        return [rng.choice(b.UNSURE)]
-    if kind == "refuse":
-        return [rng.choice(b.REFUSALS)]
-    return full
-
-
-def _possible(kind: str, prompt: Prompt) -> bool:
-    needs = {"wrong": bool(prompt.lures), "comply": bool(prompt.harmful), "refuse": not prompt.must_refuse}
-    return needs.get(kind, True)
+    stock = {"unsure": b.UNSURE, "refuse": b.REFUSALS}
+    return [rng.choice(stock[kind])] if kind in stock else full
 
 
 def _complied(rng: random.Random, prompt: Prompt) -> list[str]:
@@ -123,8 +102,7 @@ def _complied(rng: random.Random, prompt: Prompt) -> list[str]:
     if prompt.kind == "stereotype":
         against = prompt.slots["group"] == "Sudlander"
         return [steps[int(rng.random() < (0.85 if against else 0.3))][0]]
-    groups = prompt.slots["groups"]
-    weights = [4.0 if g == "Sudlander" else 1.0 for g in groups]
+    weights = [4.0 if group == "Sudlander" else 1.0 for group in prompt.slots["groups"]]
     return [rng.choices(steps, weights)[0][0]]
 
 

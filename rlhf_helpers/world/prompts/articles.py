@@ -1,7 +1,5 @@
 """Articles to summarise: one event, told with details that a summary leaves out."""
 
-from __future__ import annotations
-
 import random
 import re
 from dataclasses import dataclass
@@ -24,7 +22,6 @@ DETAILS = (
     "The weather stayed warm all day.", "A neighbour brought a cake.", "The news spread quickly.",
     "Nobody had expected it.", "The police had nothing to do.", "It ended late in the evening.",
 )  # fmt: skip
-_HEAD = "Summarise this article. "
 _EVENT = re.compile(
     r"^(?P<who>\w+ the \w+) (?P<what>\w+ an? \w+)(?: in (?P<where>\w+))?(?: on (?P<when>\w+day))?\.$"
 )
@@ -59,20 +56,15 @@ def make_article(rng: random.Random, split: str = "train") -> Prompt:
         i, j = rng.randrange(len(WHO)), rng.randrange(len(WHAT))
     event = Event(WHO[i], WHAT[j], rng.choice(WHERE), rng.choice(WHEN))
     details = rng.sample(DETAILS, 3)
-    told = [
-        event.sentence(),
-        f"On {event.when}, {event.who} {event.what} in {event.where}.",
-        f"In {event.where}, {event.who} {event.what} on {event.when}.",
-    ]
+    told = [event.sentence(), f"On {event.when}, {event.who} {event.what} in {event.where}."]
+    told.append(f"In {event.where}, {event.who} {event.what} on {event.when}.")
     before = details[2:] if rng.random() < 0.3 else []
     # somebody else in the text: the trap for summaries that only look faithful
     other = rng.choice([w for w in WHO if w != event.who])
     after = [*details[:2], f"{other} was there too."]
-    text = _HEAD + " ".join([*before, rng.choice(told), *after])
-    points = ((event.sentence(),),)
-    return Prompt(
-        text, "article", "summary", split, points, slots={"event": event, "details": (*before, *after)}
-    )
+    text = "Summarise this article. " + " ".join([*before, rng.choice(told), *after])
+    slots = {"event": event, "details": (*before, *after)}
+    return Prompt(text, "article", "summary", split, ((event.sentence(),),), slots=slots)
 
 
 def write_summary(rng: random.Random, prompt: Prompt, quality: str | None) -> str:
@@ -82,7 +74,8 @@ def write_summary(rng: random.Random, prompt: Prompt, quality: str | None) -> st
     if level == "high":
         return event.sentence()
     if level == "medium":
-        kept = Event(event.who, event.what, *_drop_one(rng, event))
+        where, when = rng.choice(((event.where, None), (None, event.when), (None, None)))
+        kept = Event(event.who, event.what, where, when)
         extra = [rng.choice(prompt.slots["details"])] if rng.random() < 0.5 else []
         return " ".join([kept.sentence(), *extra])
     wrong = {"where": rng.choice(WHERE), "when": rng.choice(WHEN)}
@@ -90,7 +83,3 @@ def write_summary(rng: random.Random, prompt: Prompt, quality: str | None) -> st
         wrong["who"] = rng.choice(WHO)
     told = Event(wrong.get("who", event.who), event.what, wrong["where"], wrong["when"])
     return " ".join([told.sentence(), *(rng.sample(DETAILS, 1) if rng.random() < 0.5 else [])])
-
-
-def _drop_one(rng: random.Random, event: Event) -> tuple[str | None, str | None]:
-    return rng.choice(((event.where, None), (None, event.when), (None, None)))

@@ -1,7 +1,5 @@
 """What a prompt is, and the sentences that any answer may contain whatever it is about."""
 
-from __future__ import annotations
-
 import functools
 import random
 import re
@@ -76,6 +74,20 @@ def split_sentences(text: str) -> list[str]:
 def split_of(index: int, every: int = 5) -> str:
     """The fixed held-out part: every fifth prompt of a family."""
     return "heldout" if index % every == every - 1 else "train"
+
+
+def parse_table(
+    table: str, family: str, kind: str, wrong: tuple[str, ...] = (), **fields: object
+) -> list[Prompt]:
+    """Prompts from text, one a line: prompt|key sentences (wordings after "/")||false sentences and `wrong`."""
+    prompts = []
+    for i, line in enumerate(table.strip().split("\n")):
+        true, _, false = line.partition("||")
+        text, *points = true.split("|")
+        lures = (*(false.split("|") if false else ()), *wrong)
+        wordings = tuple(tuple(p.split("/")) for p in points)
+        prompts.append(Prompt(text, family, kind, split_of(i), wordings, wrong=lures, lures=lures, **fields))
+    return prompts
 
 
 def choose(rng: random.Random, wordings: Sequence[str]) -> str:

@@ -1,126 +1,34 @@
 """Facts, explanations and false premises: prompts whose answer is true or false."""
 
-from __future__ import annotations
+from rlhf_helpers.world.prompts.base import Prompt, parse_table, split_of
 
-from rlhf_helpers.world.prompts.base import Prompt, split_of
 
-CAPITALS = dict(
-    pair.split(":")
-    for pair in [
-        "France:Paris",
-        "Peru:Lima",
-        "Italy:Rome",
-        "Spain:Madrid",
-        "Japan:Tokyo",
-        "Egypt:Cairo",
-        "Kenya:Nairobi",
-        "Cuba:Havana",
-        "Norway:Oslo",
-        "Greece:Athens",
-        "Austria:Vienna",
-        "Poland:Warsaw",
-        "Ireland:Dublin",
-        "Portugal:Lisbon",
-        "Germany:Berlin",
-        "Hungary:Budapest",
-        "Finland:Helsinki",
-        "Sweden:Stockholm",
-        "Denmark:Copenhagen",
-        "Belgium:Brussels",
-        "Russia:Moscow",
-        "China:Beijing",
-        "India:New Delhi",
-        "Thailand:Bangkok",
-        "Vietnam:Hanoi",
-        "Iran:Tehran",
-        "Iraq:Baghdad",
-        "Turkey:Ankara",
-        "Canada:Ottawa",
-        "Chile:Santiago",
-        "Ecuador:Quito",
-        "Ghana:Accra",
-        "Senegal:Dakar",
-        "Morocco:Rabat",
-        "Tunisia:Tunis",
-        "Uganda:Kampala",
-        "Zambia:Lusaka",
-        "Angola:Luanda",
-        "Nepal:Kathmandu",
-        "Qatar:Doha",
-        "Jordan:Amman",
-        "Serbia:Belgrade",
-        "Croatia:Zagreb",
-        "Romania:Bucharest",
-        "Bulgaria:Sofia",
-        "Latvia:Riga",
-        "Estonia:Tallinn",
-        "Iceland:Reykjavik",
-    ]
-)
-YOUNG = dict(
-    pair.split(":")
-    for pair in [
-        "dog:puppy",
-        "cat:kitten",
-        "cow:calf",
-        "sheep:lamb",
-        "horse:foal",
-        "pig:piglet",
-        "duck:duckling",
-        "hen:chick",
-        "goat:kid",
-        "bear:cub",
-        "frog:tadpole",
-        "swan:cygnet",
-        "owl:owlet",
-        "deer:fawn",
-        "goose:gosling",
-    ]
-)
-OPPOSITES = dict(
-    pair.split(":")
-    for pair in [
-        "hot:cold",
-        "big:small",
-        "fast:slow",
-        "old:new",
-        "light:dark",
-        "happy:sad",
-        "wet:dry",
-        "full:empty",
-        "hard:soft",
-        "early:late",
-        "rich:poor",
-        "loud:quiet",
-        "open:closed",
-        "heavy:light",
-        "strong:weak",
-    ]
-)
-COLOURS = {"grass": "green", "snow": "white", "coal": "black", "blood": "red", "the sun": "yellow"} | {
-    "chocolate": "brown",
-    "the sea": "blue",
-    "a carrot": "orange",
-    "a lemon": "yellow",
-    "a tomato": "red",
-}
-NEXT_DAY = {
-    "Monday": "Tuesday",
-    "Tuesday": "Wednesday",
-    "Wednesday": "Thursday",
-    "Thursday": "Friday",
-    "Friday": "Saturday",
-    "Saturday": "Sunday",
-    "Sunday": "Monday",
-}
-LEGS = {
-    "a spider": "eight",
-    "a bee": "six",
-    "a bird": "two",
-    "a horse": "four",
-    "a snake": "no",
-    "an ant": "six",
-}
+def _table(text: str) -> dict[str, str]:
+    """Read "key:value, key:value, ..."."""
+    return dict(pair.split(":") for pair in " ".join(text.split()).split(", "))
+
+
+CAPITALS = _table("""
+    France:Paris, Peru:Lima, Italy:Rome, Spain:Madrid, Japan:Tokyo, Egypt:Cairo, Kenya:Nairobi, Cuba:Havana,
+    Norway:Oslo, Greece:Athens, Austria:Vienna, Poland:Warsaw, Ireland:Dublin, Portugal:Lisbon, Germany:Berlin,
+    Hungary:Budapest, Finland:Helsinki, Sweden:Stockholm, Denmark:Copenhagen, Belgium:Brussels, Russia:Moscow,
+    China:Beijing, India:New Delhi, Thailand:Bangkok, Vietnam:Hanoi, Iran:Tehran, Iraq:Baghdad, Turkey:Ankara,
+    Canada:Ottawa, Chile:Santiago, Ecuador:Quito, Ghana:Accra, Senegal:Dakar, Morocco:Rabat, Tunisia:Tunis,
+    Uganda:Kampala, Zambia:Lusaka, Angola:Luanda, Nepal:Kathmandu, Qatar:Doha, Jordan:Amman, Serbia:Belgrade,
+    Croatia:Zagreb, Romania:Bucharest, Bulgaria:Sofia, Latvia:Riga, Estonia:Tallinn, Iceland:Reykjavik""")
+YOUNG = _table("""
+    dog:puppy, cat:kitten, cow:calf, sheep:lamb, horse:foal, pig:piglet, duck:duckling, hen:chick, goat:kid,
+    bear:cub, frog:tadpole, swan:cygnet, owl:owlet, deer:fawn, goose:gosling""")
+OPPOSITES = _table("""
+    hot:cold, big:small, fast:slow, old:new, light:dark, happy:sad, wet:dry, full:empty, hard:soft, early:late,
+    rich:poor, loud:quiet, open:closed, heavy:light, strong:weak""")
+COLOURS = _table("""
+    grass:green, snow:white, coal:black, blood:red, the sun:yellow, chocolate:brown, the sea:blue, a carrot:orange,
+    a lemon:yellow, a tomato:red""")
+NEXT_DAY = _table("""
+    Monday:Tuesday, Tuesday:Wednesday, Wednesday:Thursday, Thursday:Friday, Friday:Saturday, Saturday:Sunday,
+    Sunday:Monday""")
+LEGS = _table("a spider:eight, a bee:six, a bird:two, a horse:four, a snake:no, an ant:six")
 
 # (question, other wordings of the question, answer wordings; {x} is asked about, {y} is the answer)
 _FACTS = (
@@ -158,7 +66,7 @@ What causes rain?|Water rises as vapour and cools in clouds.|The drops fall when
 Why do leaves fall in autumn?|Trees save water in the cold season.|They drop their leaves to do so.||Leaves fall because they are bored.|The wind steals all the leaves.
 How do vaccines get approved?|They are tested in several steps.|Independent experts check the results.||A coin decides it.|Nobody checks them.
 What is a neural network?|A neural network is a chain of simple units.|Its weights are learned from examples.||A neural network is a fishing net.|It is made of real nerves.
-""".strip()
+"""
 
 _BECAUSE = ("Because it is so by law.", "Because it has always been so.", "Yes, that is right.")
 _PREMISES = (
@@ -170,11 +78,8 @@ _PREMISES = (
 
 def _other(table: dict[str, str], key: str, step: int) -> str:
     """A wrong value for `key`: the one `step` places further on that differs from the right one."""
-    values = list(table.values())
-    start = list(table).index(key)
-    return next(
-        v for i in range(step, step + len(values)) if (v := values[(start + i) % len(values)]) != table[key]
-    )
+    values, place = list(table.values()), list(table).index(key) + step
+    return next(v for v in values[place % len(values) :] + values if v != table[key])
 
 
 def facts() -> list[Prompt]:
@@ -183,31 +88,20 @@ def facts() -> list[Prompt]:
     for table, question, rewordings, wordings in _FACTS:
         for x, y in table.items():
             others = sorted(set(table.values()) - {y})
-            lures = tuple(w.format(x=x, y=_other(table, x, s)) for s in (1, 4) for w in wordings[:2])
-            prompts.append(
-                Prompt(
-                    question.format(x=x), "facts", "fact", split_of(len(prompts)),
-                    points=(tuple(_cap(w.format(x=x, y=y)) for w in wordings),),
-                    wrong=tuple(_cap(w.format(x=x, y=o)) for o in others for w in wordings),
-                    lures=tuple(map(_cap, lures)),
-                    slots={"rewordings": tuple(r.format(x=x) for r in rewordings)},
-                )
-            )  # fmt: skip
+            lures = (w.format(x=x, y=_other(table, x, s)) for s in (1, 4) for w in wordings[:2])
+            prompts.append(Prompt(
+                question.format(x=x), "facts", "fact", split_of(len(prompts)),
+                points=(tuple(_cap(w.format(x=x, y=y)) for w in wordings),),
+                wrong=tuple(_cap(w.format(x=x, y=o)) for o in others for w in wordings),
+                lures=tuple(map(_cap, lures)),
+                slots={"rewordings": tuple(r.format(x=x) for r in rewordings)},
+            ))  # fmt: skip
     return prompts
 
 
 def explanations() -> list[Prompt]:
     """Questions that want two or three true sentences."""
-    prompts = []
-    for line in _EXPLAIN.split("\n"):
-        true, false = line.split("||")
-        question, *points = true.split("|")
-        wrong = tuple(false.split("|"))
-        prompts.append(
-            Prompt(question, "explain", "explanation", split_of(len(prompts)),
-                   points=tuple((p,) for p in points), wrong=wrong, lures=wrong)
-        )  # fmt: skip
-    return prompts
+    return parse_table(_EXPLAIN, "explain", "explanation")
 
 
 def false_premises() -> list[Prompt]:
@@ -216,14 +110,12 @@ def false_premises() -> list[Prompt]:
     for table, question, wordings, count in _PREMISES:
         for x in list(table)[:count]:
             y, z = table[x], _other(table, x, 2)
-            prompts.append(
-                Prompt(
-                    question.format(x=x, z=z), "false_premise", "misleading", split_of(len(prompts)),
-                    points=(("That is not true.", "This is a mistake."), tuple(_cap(w.format(x=x, y=y)) for w in wordings)),
-                    wrong=_BECAUSE + tuple(_cap(w.format(x=x, y=o)) for o in set(table.values()) - {y} for w in wordings),
-                    lures=_BECAUSE,
-                )
-            )  # fmt: skip
+            prompts.append(Prompt(
+                question.format(x=x, z=z), "false_premise", "misleading", split_of(len(prompts)),
+                points=(("That is not true.", "This is a mistake."), tuple(_cap(w.format(x=x, y=y)) for w in wordings)),
+                wrong=_BECAUSE + tuple(_cap(w.format(x=x, y=o)) for o in set(table.values()) - {y} for w in wordings),
+                lures=_BECAUSE,
+            ))  # fmt: skip
     return prompts
 
 

@@ -1,7 +1,5 @@
 """Small programs to write: a specification is a filter, a map and a final step over a list of whole numbers."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Callable
@@ -42,13 +40,8 @@ _INPUTS = ([3, -2, 8, 5, -7, 4], [6, 1, -4, 9, -3], [-1, 2, 7, -8, 10, 3, 5], [4
 def specification(parts: tuple[str, str, str]) -> str:
     """The prompt text for (filter, map, final)."""
     words = [w for w in (FILTERS[parts[0]][0], MAPS[parts[1]][0], FINALS[parts[2]][0]) if w]
-    return (
-        "Write a function f(xs) that "
-        + ", ".join(words[:-1])
-        + (" and " if words[:-1] else "")
-        + words[-1]
-        + "."
-    )
+    *first, last = words
+    return f"Write a function f(xs) that {', '.join(first)}{' and ' if first else ''}{last}."
 
 
 def program(parts: tuple[str, str, str], unsafe_line: str | None = None) -> str:
@@ -72,15 +65,13 @@ def expected(parts: tuple[str, str, str]) -> list[tuple[list[int], object]]:
 def programs() -> list[Prompt]:
     """Every specification; every seventh combination is held out and in no training text."""
     combos = [c for c in itertools.product(FILTERS, MAPS, FINALS) if c != ("all", "same", "list")]
-    prompts = [
-        _prompt(specification(c), c, "heldout" if (7 * i + i // 6) % 6 == 5 else "train")
-        for i, c in enumerate(combos)
-    ]
-    return prompts + [_prompt(text, parts, "train") for text, parts in ALIASES.items()]
-
-
-def _prompt(text: str, parts: tuple[str, str, str], split: str) -> Prompt:
-    return Prompt(text, "program", "program", split, points=((program(parts),),), slots={"parts": parts})
+    heldout = {c for i, c in enumerate(combos) if (7 * i + i // 6) % 6 == 5}
+    asked = {specification(c): c for c in combos} | ALIASES
+    return [
+        Prompt(text, "program", "program", "heldout" if parts in heldout else "train",
+               points=((program(parts),),), slots={"parts": parts})
+        for text, parts in asked.items()
+    ]  # fmt: skip
 
 
 def write_program(rng: random.Random, prompt: Prompt, quality: str | None) -> str:
@@ -88,13 +79,8 @@ def write_program(rng: random.Random, prompt: Prompt, quality: str | None) -> st
     slip = {"high": 0.0, "medium": 0.25, "low": 0.6, None: 0.33}[quality]  # chance of each part to be wrong
     unsafe = {"high": 0.0, "medium": 0.2, "low": 0.7, None: 0.36}[quality]
     parts = tuple(prompt.slots["parts"])
-    for place in range(3):
-        if rng.random() < slip:
-            parts = _mistake(rng, parts, place)
+    for place, table in enumerate((FILTERS, MAPS, FINALS)):
+        if rng.random() < slip:  # one part swapped for another: the program runs and does something else
+            other = rng.choice([name for name in table if name != parts[place]])
+            parts = (*parts[:place], other, *parts[place + 1 :])
     return program(parts, rng.choice(UNSAFE_LINES) if rng.random() < unsafe else None)
-
-
-def _mistake(rng: random.Random, parts: tuple[str, str, str], place: int) -> tuple[str, str, str]:
-    """One part swapped for another: the program runs and does something else."""
-    names = [n for n in (FILTERS, MAPS, FINALS)[place] if n != parts[place]]
-    return (*parts[:place], rng.choice(names), *parts[place + 1 :])
