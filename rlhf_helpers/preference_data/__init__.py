@@ -5,10 +5,12 @@ reading with one error that lists them all; what is wrong in meaning is dropped 
 people merely contradict each other, kept and counted.
 """
 
+import importlib
 import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from datasets import Dataset
 
@@ -50,10 +52,39 @@ __all__ = [
     "to_conversational",
 ]
 
+# What needs torch, models or the world loads on first use (PEP 562): name -> its file.
+_LAZY = {
+    "Guideline": "collection",
+    "PreferenceDataset": "creation",
+    "ai_labels": "selection",
+    "annotator_reliability": "quality",
+    "augment": "augmentation",
+    "cohen_kappa": "quality",
+    "collect_comparisons": "collection",
+    "collect_rankings": "collection",
+    "collect_ratings": "collection",
+    "create_preference_data": "creation",
+    "flattery_bias": "quality",
+    "fleiss_kappa": "quality",
+    "krippendorff_alpha": "quality",
+    "length_bias": "quality",
+    "position_bias": "quality",
+    "select_pairs": "selection",
+    "under_guideline": "collection",
+}
+__all__ += [*_LAZY]
+
 logger = logging.getLogger(__name__)
 
 Reading = tuple[Dataset, LoadReport]
 READERS = {"pairs": "preferences", "rankings": "rankings", "ratings": "ratings", "labels": "unpaired"}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a name of `_LAZY` when it is first asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
 
 
 def load_preferences(source: Source, *, split: str | None = None, limit: int | None = None) -> Dataset:

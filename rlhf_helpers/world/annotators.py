@@ -47,9 +47,13 @@ class Annotator:
             worth = sum(w * scores[axis].numpy() for axis, w in self.axis_weights.items())
         else:
             worth = gold_reward(prompts, responses, **columns).numpy()
+        return worth + self.biases(responses)
+
+    def biases(self, responses: Sequence[str]) -> np.ndarray:
+        """What length and flattery alone are worth to this person, (B,)."""
         words = np.array([len(r.split()) for r in responses])
         flattered = np.array([sum(s in FLATTERY for s in split_sentences(r)) for r in responses])
-        return worth + self.length_bias * words / 10 + self.flattery_bias * flattered
+        return self.length_bias * words / 10 + self.flattery_bias * flattered
 
     def compare(
         self,
@@ -63,7 +67,7 @@ class Annotator:
         """For each pair whether `first` is preferred, (B,) bool; the same seed gives the same answers."""
         rng = np.random.default_rng(seed)
         gap = self.utility(prompts, first, **columns) - self.utility(prompts, second, **columns)
-        return self._decide(gap, rng)
+        return self.decide(gap, rng)
 
     def rank(self, prompt: str, responses: Sequence[str], *, seed: int) -> list[int]:
         """Indices of the responses, best first: a draw from the Plackett-Luce model (Gumbel trick)."""
@@ -83,7 +87,8 @@ class Annotator:
         worth = np.where(rng.random(len(responses)) < self.reliability, worth, rng.random(len(responses)))
         return np.clip(np.floor(worth * levels) + 1, 1, levels).astype(int)
 
-    def _decide(self, gap: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def decide(self, gap: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Whether the first is preferred where its utility is greater by `gap`, (B,) bool, noise included."""
         coin = rng.random(gap.shape)
         awake = rng.random(gap.shape) < self.reliability
         if self.temperature == 0:

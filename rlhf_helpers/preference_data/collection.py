@@ -1,0 +1,116 @@
+"""Collecting judgements: people compare, rank or rate the same answers, with or without a guideline."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rlhf_helpers.world.annotators import Annotator
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Guideline:
+    """A written rule for annotators; `axis_weights` say what it puts first, and how clearly.
+
+    The weights are of helpfulness, harmlessness and honesty, in units of gold reward, in which a person's
+    noise is measured (the gold reward itself is near 0.7, 1, 0.3; empty stands for it): a vague rule with
+    small weights can lower agreement. Raises ValueError unless adherence lies in [0, 1]. Lesson 1.
+    """
+
+    text: str
+    axis_weights: Mapping[str, float]
+    adherence: float = 0.8  # 0: nobody reads it; 1: own values and biases no longer count
+
+    def __post_init__(self) -> None:
+        """Refuse a share that is none."""
+        if not 0 <= self.adherence <= 1:
+            raise ValueError(f"adherence={self.adherence} is a share between 0 and 1")
+
+
+@dataclass(frozen=True)
+class _GuidedAnnotator(Annotator):
+    person: Annotator = field(default_factory=Annotator)
+    rules: Annotator = field(default_factory=Annotator)
+    adherence: float = 0.0
+
+    def utility(
+        self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[str]
+    ) -> np.ndarray:
+        own = self.person.utility(prompts, responses, **columns)
+        return (1 - self.adherence) * own + self.adherence * self.rules.utility(prompts, responses, **columns)
+
+    def biases(self, responses: Sequence[str]) -> np.ndarray:
+        return (1 - self.adherence) * self.person.biases(responses)
+
+
+def under_guideline(annotator: Annotator, guideline: Guideline) -> Annotator:
+    """The person who follows the guideline with its adherence a: u = (1 - a) u_own + a u_guideline.
+
+    u_own holds the person's biases, so they too shrink to (1 - a); noise and carelessness stay. Raises
+    ValueError for an axis that the world does not judge. Lesson 1.
+    """
+    return _GuidedAnnotator(
+        f"{annotator.name}, guided",
+        temperature=annotator.temperature,
+        reliability=annotator.reliability,
+        person=annotator,
+        rules=Annotator(axis_weights=guideline.axis_weights),
+        adherence=guideline.adherence,
+    )
+
+
+def collect_comparisons(
+    rows: Rows, annotators: Sequence[Annotator], *, guideline: Guideline | None = None, seed: int = 0
+) -> np.ndarray:
+    """Let each of R people compare N pairs: labels (N, R) int, 1 where `first` is preferred, else 0.
+
+    rows: prompt, first, second, of the world. Each person has an own stream of chance, so one more person
+    changes nobody's labels. Raises ValueError for a prompt from outside the world or no annotator. Lesson 1.
+    """
+    columns = [[row[key] for row in rows] for key in ("prompt", "first", "second")]
+    panel = _panel(annotators, guideline, seed)
+    return np.stack([person.compare(*columns, seed=own) for person, own in panel], axis=1).astype(int)
+
+
+def collect_rankings(
+    rows: Rows, annotators: Sequence[Annotator], *, guideline: Guideline | None = None, seed: int = 0
+) -> np.ndarray:
+    """Let each of R people order N sets of K answers: (N, R, K) int, indices of the answers, best first.
+
+    rows: prompt, responses (K of them in every row). Draws from the Plackett-Luce model; `argsort(-1)` gives
+    each answer's rank. Raises as `collect_comparisons`, and where rows differ in K. Lesson 1.
+    """
+    sets = _answer_sets(rows)
+    panel = _panel(annotators, guideline, seed)
+    return np.stack([[a.rank(*one, seed=own + i) for i, one in enumerate(sets)] for a, own in panel], axis=1)
+
+
+def collect_ratings(
+    rows: Rows, annotators: Sequence[Annotator], *, guideline: Guideline | None = None, seed: int = 0
+) -> np.ndarray:
+    """Let each of R people rate N sets of K answers one by one: (N, R, K) int, marks from 1 to 5.
+
+    rows: prompt, responses (K of them in every row). Raises as `collect_rankings`. Lesson 1.
+    """
+    sets = _answer_sets(rows)
+    prompts = [prompt for prompt, answers in sets for _ in answers]
+    responses = [answer for _, answers in sets for answer in answers]
+    marks = [a.rate(prompts, responses, seed=own) for a, own in _panel(annotators, guideline, seed)]
+    return np.stack(marks, axis=1).reshape(len(sets), -1, len(marks)).swapaxes(1, 2)
+
+
+def _panel(
+    annotators: Sequence[Annotator], guideline: Guideline | None, seed: int
+) -> list[tuple[Annotator, int]]:
+    """The people, each with an own seed."""
+    people = [under_guideline(person, guideline) for person in annotators] if guideline else annotators
+    return list(zip(people, np.random.SeedSequence(seed).generate_state(len(people)).tolist(), strict=True))
+
+
+def _answer_sets(rows: Rows) -> list[tuple[str, Sequence[str]]]:
+    if len(counts := {len(row["responses"]) for row in rows}) != 1:
+        raise ValueError(f"rows hold {sorted(counts)} responses; give rows, each with the same number")
+    return [(row["prompt"], row["responses"]) for row in rows]

@@ -1,0 +1,116 @@
+"""Preference pairs made to order: answers of known quality levels to any prompts, compared."""
+
+import random
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from rlhf_helpers.core.text import to_messages
+from rlhf_helpers.preference_data.tidying import Row
+from rlhf_helpers.world.annotators import Annotator
+from rlhf_helpers.world.prompts import CONVERSATION, find_prompt, load_prompts, sample_answer
+
+LEVEL_WORTH = {"high": 1.0, "medium": 0.5, "low": 0.0}  # in units of gold reward
+# Nobody here knows the answer to a prompt from outside the world, so no level claims one: they differ in
+# how much use they are.
+_GENERIC = {
+    "high": (
+        'I cannot answer all of "{asked}" at once, so start small: split it into parts.',
+        'With "{asked}" I would say what is known, then what is not, and name a source for each.',
+        'For "{asked}", two sources that agree and one example of your own go a long way.',
+    ),
+    "medium": ('I am not sure about "{asked}".', 'Much is said about "{asked}".', "You could look it up."),
+    "low": ("I do not know.", "You should know that yourself.", "Do not waste my time."),
+}  # fmt: skip
+_DRAWS = 100  # before a prompt is held to have one answer only
+
+
+class PreferenceDataset(Dataset):
+    """Compared pairs as a map-style `torch.utils.data.Dataset`: len, [i] a dict, [a:b] a list of dicts.
+
+    Raises ValueError, naming the row, where one lacks prompt, chosen or rejected. Lesson 1.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Keep copies of `rows`: dicts with prompt, chosen, rejected and any further columns."""
+        self.rows = [dict(row) for row in rows]
+        for i, row in enumerate(self.rows):
+            if missing := {"prompt", "chosen", "rejected"} - set(row):
+                raise ValueError(f"row {i} lacks {sorted(missing)}; it has {sorted(row)}: rename its columns")
+
+    def __len__(self) -> int:
+        """Count the pairs."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        """Return one row, or the list of rows of a slice."""
+        return self.rows[index]
+
+
+def create_preference_data(
+    num_samples: int = 1000,
+    prompt_templates: Sequence[str] | None = None,
+    response_quality_levels: Sequence[str] = ("high", "medium", "low"),
+    *,
+    annotator: Annotator | None = None,
+    seed: int = 0,
+) -> PreferenceDataset:
+    """Draw pairs of answers of two different levels, and let the better level (or an annotator) win.
+
+    prompt_templates: any prompts (None: the world's conversation, the part to train on), drawn alike. The
+        world's get answers as `sample_answer` writes them; to any other the answers are generic: they claim
+        nothing about the prompt, and differ by level in how much use they are.
+    response_quality_levels: at least two of "high", "medium", "low".
+    annotator: None: the better level always wins. Otherwise it wins with probability
+        sigmoid((u_better - u_worse) / temperature), Bradley and Terry 1952, where u is the level's worth (1,
+        0.5, 0) plus this person's biases.
+
+    Rows: prompt, chosen, rejected, chosen_quality, rejected_quality; the two answers always differ. With few
+    prompts pairs repeat. Raises ValueError for num_samples < 1, no or a blank prompt, fewer than two levels,
+    an unknown level, or a prompt to which these levels give one and the same answer. Lesson 1.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples}: ask for at least one")
+    levels = sorted(set(response_quality_levels))
+    if len(levels) < 2 or not set(levels) <= set(LEVEL_WORTH):
+        raise ValueError(f"response_quality_levels={levels}: name at least two of {list(LEVEL_WORTH)}")
+    if prompt_templates is None:
+        prompt_templates = [prompt.text for prompt in load_prompts(CONVERSATION, "train")]
+    if isinstance(prompt_templates, str) or not prompt_templates or not all(map(str.strip, prompt_templates)):
+        raise ValueError(f"prompt_templates={prompt_templates!r}: give a list of prompts, none of them blank")
+    rng = random.Random(f"preference data/{seed}")
+    prompts = [rng.choice(prompt_templates) for _ in range(num_samples)]
+    pairs = [_two_answers(prompt, levels, rng) for prompt in prompts]
+    wins = np.ones(num_samples, bool)
+    if annotator:
+        worth = np.array([[LEVEL_WORTH[level] for _, level in two] for two in pairs])
+        worth += np.array([annotator.biases([answer for answer, _ in two]) for two in pairs])
+        wins = annotator.decide(worth[:, 0] - worth[:, 1], np.random.default_rng(seed))
+    rows = []
+    for prompt, two, better_wins in zip(prompts, pairs, wins, strict=True):
+        (chosen, best), (rejected, rest) = two if better_wins else reversed(two)
+        qualities = {"chosen_quality": best, "rejected_quality": rest}
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, **qualities})
+    return PreferenceDataset(rows)
+
+
+def _two_answers(text: str, levels: Sequence[str], rng: random.Random) -> list[tuple[str, str]]:
+    """Two different answers, each with its level, the better level first."""
+    two = sorted(rng.sample(levels, 2), key=LEVEL_WORTH.__getitem__, reverse=True)
+    for _ in range(_DRAWS):
+        answers = [_answer(text, level, rng) for level in two]
+        if answers[0] != answers[1]:
+            return list(zip(answers, two, strict=True))
+    raise ValueError(f"the prompt {text[:80]!r} has one answer only, of levels {two}: leave it out")
+
+
+def _answer(text: str, level: str, rng: random.Random) -> str:
+    try:
+        prompt = find_prompt(text)
+    except ValueError:  # not of the world; of a conversation the last turn alone, on one line
+        asked = textwrap.shorten(to_messages(text)[-1]["content"], 80, placeholder=" ...")
+        return rng.choice(_GENERIC[level]).format(asked=asked)
+    return sample_answer(prompt, rng, level)

@@ -1,0 +1,56 @@
+"""Spending labels well: which pairs to show to people, and labels that a language model gives."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from rlhf_helpers.core.generation import sequence_logps
+from rlhf_helpers.world.prompts.meta import comparison_text
+
+_BATCH = 32  # rows whose four continuations are scored at once
+
+
+def select_pairs(margins: ArrayLike, n: int) -> np.ndarray:
+    """Indices (n,) of the pairs that a reward model is least sure of: the smallest |margin| first.
+
+    margins (N,): reward of one answer minus that of the other; under Bradley-Terry the label's entropy falls
+    with |margin|, so this is uncertainty sampling (Lewis and Gale 1994). Ties keep their order. Raises
+    ValueError for n outside 1..N or a margin that is not finite. Lesson 1.
+    """
+    margins = np.asarray(margins, dtype=float)
+    if not 1 <= n <= len(margins):
+        raise ValueError(f"n={n} of {len(margins)} pairs: choose from 1 to {len(margins)}")
+    if not np.isfinite(margins).all():
+        raise ValueError(f"margin {np.argmin(np.isfinite(margins))} is not finite: score the pairs again")
+    return np.argsort(np.abs(margins), kind="stable")[:n]
+
+
+@torch.no_grad()
+def ai_labels(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]
+) -> Float[Tensor, "N"]:
+    """Probability (N,) that `first` beats `second`, by the model's own answer to "Which is better, A or B?".
+
+    In each order l = log p(A) - log p(B); p = sigmoid((l_as_given - l_swapped) / 2): whatever the model adds
+    for standing first cancels, so p(first, second) = 1 - p(second, first). Soft labels, on the CPU; hard ones
+    throw away how sure the model was (Bai et al. 2022, Constitutional AI, section 4.1).
+
+    rows: prompt, first, second, at least one. Lesson 1.
+    """
+    log_odds = []
+    for start in range(0, len(rows), _BATCH):
+        batch = rows[start : start + _BATCH]
+        asked = [comparison_text(r["prompt"], r["first"], r["second"]) for r in batch]
+        asked += [comparison_text(r["prompt"], r["second"], r["first"]) for r in batch]
+        answers = ["A"] * len(asked) + ["B"] * len(asked)
+        logps, _ = sequence_logps(model, tokenizer, asked * 2, answers)
+        says_a, says_b = logps.sum(-1).float().cpu().view(2, 2, -1)
+        as_given, swapped = says_a - says_b
+        log_odds.append((as_given - swapped) / 2)
+    return torch.sigmoid(torch.cat(log_odds))
