@@ -10,9 +10,12 @@ from pathlib import Path
 # name of a study -> "module:function" that takes out=None (and data, if it is about real data) and writes its
 # CSV with a manifest into the folder `out`
 STUDIES = {
-    "annotator_pairs": "rlhf_helpers.reward_model.studies:annotator_pairs",
-    "real_preferences": "rlhf_helpers.reward_model.studies:real_preferences",
-}
+    name: f"rlhf_helpers.lab.studies.lesson1:{name}"
+    for name in (
+        "annotator_pairs", "pairs_and_noise", "model_kinds", "label_formats", "label_budget",
+        "reward_ensembles",
+    )
+} | {"real_preferences": "rlhf_helpers.lab.studies.real_preferences:real_preferences"}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,52 +60,34 @@ def _notebooks(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from rlhf_helpers.core.models import load_model
+    from rlhf_helpers.core.training import TrainingSettings, sft
     from rlhf_helpers.preference_data import read_preferences
+    from rlhf_helpers.reward_model import RewardModelTrainer, create_reward_model
 
     rows, report = read_preferences(arguments.data, limit=arguments.limit)
     print(report)
     if (arguments.out / "model.safetensors").exists():
         raise FileExistsError(f"{arguments.out} holds a model already; name another --out or remove it first")
-    history = (_train_sft if arguments.task == "sft" else _train_reward)(arguments, rows)
+    given = {name: getattr(arguments, name) for name in ("seed", "learning_rate", "warmup_steps")}
+    given = {name: value for name, value in given.items() if value is not None}  # else the default stays
+    size = {"epochs": arguments.epochs, "batch_size": arguments.batch_size}
+    if arguments.task == "sft":
+        model, tokenizer = load_model(arguments.model)
+        history = sft(model, tokenizer, rows, TrainingSettings(**given), **size)
+        tokenizer.save_pretrained(arguments.out)
+    else:
+        model = create_reward_model("basic", base_model_name=arguments.model, seed=arguments.seed)
+        history = RewardModelTrainer(model=model, **size, **given).train(rows)
+    model.save_pretrained(arguments.out)
     history.save(arguments.out / "history.csv")
     print(f"{len(history)} steps, last loss {history.last('loss'):.4f}; model and history in {arguments.out}")
     return 0
 
 
-def _train_sft(arguments: argparse.Namespace, rows: "datasets.Dataset") -> "History":
-    from rlhf_helpers.core.models import load_model
-    from rlhf_helpers.core.training import TrainingSettings, sft
-
-    model, tokenizer = load_model(arguments.model)
-    settings = TrainingSettings(**_flat(arguments))
-    history = sft(model, tokenizer, rows, settings, epochs=arguments.epochs, batch_size=arguments.batch_size)
-    model.save_pretrained(arguments.out)
-    tokenizer.save_pretrained(arguments.out)
-    return history
-
-
-def _train_reward(arguments: argparse.Namespace, rows: "datasets.Dataset") -> "History":
-    from rlhf_helpers.reward_model import RewardModelTrainer, create_reward_model
-
-    model = create_reward_model("basic", base_model_name=arguments.model, seed=arguments.seed)
-    trainer = RewardModelTrainer(
-        model=model, epochs=arguments.epochs, batch_size=arguments.batch_size, **_flat(arguments)
-    )
-    history = trainer.train(rows)
-    model.save_pretrained(arguments.out)
-    return history
-
-
-def _flat(arguments: argparse.Namespace) -> dict[str, float | int]:
-    """The settings given on the command line; those left out keep their defaults."""
-    given = {name: getattr(arguments, name) for name in ("seed", "learning_rate", "warmup_steps")}
-    return {name: value for name, value in given.items() if value is not None}
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m rlhf_helpers", description="Commands behind the lessons."
-    )
+    program = "python -m rlhf_helpers"
+    parser = argparse.ArgumentParser(prog=program, description="Commands behind the lessons.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     assistant = commands.add_parser("assistant", help="retrain the tiny assistant from a seed")
@@ -119,16 +104,12 @@ def _parser() -> argparse.ArgumentParser:
 
     notebooks = commands.add_parser("notebooks", help="clear and re-execute lessons in place")
     notebooks.add_argument("paths", nargs="*", type=Path, help="default: every notebook of notebooks/")
-    notebooks.add_argument(
-        "--check", action="store_true", help="write nothing, compare; exit 1 on a difference"
-    )
+    notebooks.add_argument("--check", action="store_true", help="write nothing; exit 1 on a difference")
     notebooks.set_defaults(run=_notebooks)
 
     train = commands.add_parser("train", help="train outside a notebook")
     train.add_argument("--task", choices=("sft", "reward"), required=True)
-    train.add_argument(
-        "--data", required=True, help="a preference file, or the name of a data set on the hub"
-    )
+    train.add_argument("--data", required=True, help="a preference file, or a data set's name on the hub")
     train.add_argument("--out", type=Path, required=True, help="folder for the trained model")
     train.add_argument("--model", default="tiny", help="'tiny', a local folder or a name on the hub")
     train.add_argument("--epochs", type=int, default=1)

@@ -130,6 +130,8 @@ def _lost_gradient(exercise: Exercise, fn: Callable[..., Any], probes: list[tupl
     names = list(inspect.signature(exercise.reference).parameters)
     for probe in probes:
         wanted = _gradients(exercise.reference, probe)
+        if all(want is None for want in wanted):
+            continue  # a measure, not a loss: nothing is trained through it
         try:
             got = _gradients(fn, probe)
         except Exception as error:  # .numpy() of a tensor that requires a gradient raises here

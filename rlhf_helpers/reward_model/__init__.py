@@ -1,31 +1,67 @@
 """Reward models: from comparisons that people made to a number that a policy can climb."""
 
+from rlhf_helpers.reward_model.calibration import (
+    expected_calibration_error,
+    fit_temperature,
+    length_expert,
+    length_margins,
+    preference_probability,
+    reliability_curve,
+)
+from rlhf_helpers.reward_model.ensemble import RewardEnsemble
 from rlhf_helpers.reward_model.inference import RewardModelInference
 from rlhf_helpers.reward_model.metrics import (
     Estimate,
     accuracy,
+    accuracy_by_length,
     gold_agreement,
+    length_correlation,
     pair_credits,
     pair_metrics,
     paired_difference,
     pairwise_accuracy,
+    rank_correlation,
+    robustness,
     score_pairs,
+    word_gaps,
 )
-from rlhf_helpers.reward_model.model import RewardModel, create_reward_model
-from rlhf_helpers.reward_model.training import RewardModelTrainer, RewardSettings
+from rlhf_helpers.reward_model.model import RewardModel, create_reward_model, load_reward_model
+from rlhf_helpers.reward_model.multi_objective import MultiObjectiveRewardModel, label_objectives
+from rlhf_helpers.reward_model.normalisation import NormalisedReward, normalise_reward
+from rlhf_helpers.reward_model.separate import SeparateRewardModel
+from rlhf_helpers.reward_model.training import RewardModelTrainer, RewardSettings, stable_reward_training
 
 __all__ = [
     "Estimate",
+    "MultiObjectiveRewardModel",
+    "NormalisedReward",
+    "RewardEnsemble",
     "RewardModel",
     "RewardModelInference",
     "RewardModelTrainer",
     "RewardSettings",
+    "SeparateRewardModel",
     "accuracy",
+    "accuracy_by_length",
     "create_reward_model",
+    "expected_calibration_error",
+    "fit_temperature",
     "gold_agreement",
+    "label_objectives",
+    "length_correlation",
+    "length_expert",
+    "length_margins",
+    "load_reward_model",
+    "normalise_reward",
     "pair_credits",
     "pair_metrics",
     "paired_difference",
     "pairwise_accuracy",
+    "preference_probability",
+    "rank_correlation",
+    "reliability_curve",
+    "robustness",
     "score_pairs",
+    "stable_reward_training",
+    "word_gaps",
 ]

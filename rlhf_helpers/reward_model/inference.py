@@ -18,9 +18,8 @@ class RewardModelInference:
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Take a model with `score(prompts, responses)`; it knows its tokenizer, which may be left out here.
 
-        Raises:
-            ValueError: `tokenizer` has another vocabulary than the model's own: ids do not cross tokenizers.
-            TypeError: the model has no `score`.
+        Raises ValueError where `tokenizer` has another vocabulary than the model's own (ids do not cross
+        tokenizers), TypeError where the model has no `score`.
         """
         if tokenizer is not None and tokenizer.get_vocab() != tokenizer_for(model).get_vocab():
             raise ValueError(
@@ -31,11 +30,7 @@ class RewardModelInference:
         self._reward_fn = as_reward_fn(model)
 
     def batch_predict(self, pairs: Sequence[tuple[str, str]]) -> Float[Tensor, "B"]:
-        """Rewards (B,) of (prompt, response) pairs, on the CPU.
-
-        Raises:
-            ValueError: there is no pair, or an entry is not two texts.
-        """
+        """Rewards (B,) of (prompt, response) pairs, on the CPU; ValueError where one is no pair of texts."""
         if not pairs:
             raise ValueError("there are no pairs to score: give a list of (prompt, response)")
         for index, pair in enumerate(pairs):
@@ -45,10 +40,6 @@ class RewardModelInference:
         return self._reward_fn(prompts, responses).cpu()
 
     def rank_responses(self, prompt: str, responses: Sequence[str]) -> list[tuple[str, float]]:
-        """Responses with their rewards, best first; ties keep their order.
-
-        Raises:
-            ValueError: there is no response.
-        """
+        """Responses with their rewards, best first, ties in their order; ValueError for no response."""
         rewards = self.batch_predict([(prompt, response) for response in responses]).tolist()
         return sorted(zip(responses, rewards, strict=True), key=lambda scored: -scored[1])

@@ -1,29 +1,18 @@
 """How good a reward is at telling the better answer, with intervals; plain functions of rewards."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pandas as pd
+import torch
 from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
 from rlhf_helpers.core.models import RewardFn, as_reward_fn
 from rlhf_helpers.core.tensors import require_shapes
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure with its 95 % interval and the number of pairs behind it."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def __str__(self) -> str:
-        """Read as 0.612 [0.588, 0.636], n = 1600."""
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}], n = {self.n}"
+from rlhf_helpers.preference_data.quality import Estimate
 
 
 def pair_credits(
@@ -134,3 +123,119 @@ def pair_metrics(
         "rewards/margins": chosen_rewards - rejected_rewards,
         "rewards/accuracies": pair_credits(chosen_rewards, rejected_rewards),
     }
+
+
+def rank_correlation(rewards: Float[Tensor, "B"], gold: Float[Tensor, "B"]) -> Estimate:
+    """Spearman's correlation of reward and gold, ties given their mean rank, with its 95 % interval.
+
+    tanh(atanh(rho) +- 1.96 sqrt((1 + rho^2 / 2) / (B - 3))): Bonett & Wright 2000
+
+    Only the order counts, so any rising change of the reward leaves it alone. Across prompts it mixes in each
+    prompt's arbitrary offset: compare answers to one prompt, or differences of pairs. Lesson 1. Raises
+    ValueError unless shapes are both (B,), B >= 5, and both sides vary.
+    """
+    require_shapes("B", rewards=rewards, gold=gold)
+    rho = stats.spearmanr(*_centred(rewards=rewards, gold=gold)).statistic
+    return _fisher_interval(rho, (1 + rho**2 / 2) / (len(rewards) - 3), len(rewards))
+
+
+def length_correlation(
+    rewards: Float[Tensor, "*P K"], lengths: Float[Tensor, "*P K"], quality: Float[Tensor, "*P K"]
+) -> Estimate:
+    """Partial correlation of reward and length given quality: 0 where length earns nothing of its own.
+
+    rho = (r_rl - r_rq r_lq) / sqrt((1 - r_rq^2) (1 - r_lq^2)), r Pearson's;
+    interval: tanh(atanh(rho) +- 1.96 / sqrt(m - 3)) with m = P (K - 1) free values
+
+    Each (P, K): K answers to each of P prompts (2 for pairs), whose mean is taken off first because a
+    reward's offset differs from prompt to prompt; or (K,): the answers to one prompt. quality is gold, or
+    the best stand-in there is: what it misses of quality is blamed on length. Fisher 1924. Lesson 1. Raises
+    ValueError where shapes differ or are others, m < 4, or a column does not vary within prompts, is not
+    finite, or is a straight function of quality.
+    """
+    axes = "K" if rewards.ndim == 1 else "P K"
+    require_shapes(axes, rewards=rewards, lengths=lengths, quality=quality)
+    (_, rl, rq), (_, _, lq), _ = np.corrcoef(_centred(rewards=rewards, lengths=lengths, quality=quality))
+    rest = (1 - rq**2) * (1 - lq**2)
+    if rest < 1e-9:
+        raise ValueError(
+            "rewards or lengths are a straight function of quality: nothing is left to correlate"
+        )
+    free = rewards.numel() - rewards.shape[:-1].numel()
+    return _fisher_interval((rl - rq * lq) / np.sqrt(rest), 1 / (free - 3), rewards.numel())
+
+
+def word_gaps(rows: Sequence[Mapping[str, Any]]) -> Float[Tensor, "B"]:
+    """Words of the chosen answer less words of the rejected one, (B,), split at white space."""
+    return torch.tensor([float(len(row["chosen"].split()) - len(row["rejected"].split())) for row in rows])
+
+
+def accuracy_by_length(
+    rows: Sequence[Mapping[str, Any]],
+    chosen_rewards: Float[Tensor, "B"],
+    rejected_rewards: Float[Tensor, "B"],
+    *,
+    edges: Sequence[float] = (-10, -3, 3, 10),
+) -> pd.DataFrame:
+    """Accuracy where the chosen answer is shorter, of like length, or longer: a row a bucket that has pairs.
+
+    words: `word_gaps` of the bucket, (low, high]; accuracy, ties one half; low and high: Wilson's 95 %
+    interval; n pairs. A reward that likes length is right in the last buckets and wrong in the first. Lesson
+    1. Raises ValueError unless rewards are both (B,) for B rows and edges rise.
+    """
+    words = word_gaps(rows)
+    require_shapes("B", words=words, chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
+    credits = pair_credits(chosen_rewards, rejected_rewards).cpu()
+    buckets = pd.cut(words.numpy(), [-np.inf, *edges, np.inf])
+    found = []
+    for code in np.unique(buckets.codes):
+        estimate = accuracy(credits[torch.from_numpy(buckets.codes == code)])
+        found.append((str(buckets.categories[code]), *vars(estimate).values()))
+    return pd.DataFrame(found, columns=["words", "accuracy", "low", "high", "n"])
+
+
+def robustness(
+    reward: RewardFn | Any, rows: Sequence[Mapping[str, Any]], changed_rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Estimate]:
+    """How far a reward moves when texts are changed in a way that should not matter, pair by pair.
+
+    reward_change = mean of (|r'_chosen - r_chosen| + |r'_rejected - r_rejected|) / 2, in units of reward
+    order_changes = share of pairs that rewards order otherwise than before; to or from a tie counts one half
+
+    changed_rows[i] is rows[i] in other words. Intervals: Student's and Wilson's, 95 %. The unit of a reward
+    is arbitrary, so compare models by order_changes. Lesson 1. Raises ValueError unless there are as many
+    changed rows as rows, at least two.
+    """
+    if len(rows) != len(changed_rows):
+        raise ValueError(f"{len(rows)} rows but {len(changed_rows)} changed rows: give one for each")
+    before, after = score_pairs(reward, rows), score_pairs(reward, changed_rows)
+    moved = sum((new - old).abs() for old, new in zip(before, after, strict=True)) / 2
+    return {
+        "reward_change": paired_difference(moved, torch.zeros_like(moved)),
+        "order_changes": accuracy((pair_credits(*before) - pair_credits(*after)).abs()),
+    }
+
+
+def _centred(**columns: Tensor) -> list[np.ndarray]:
+    """Flat arrays less the mean of each row; refuses what has no correlation, or no interval of one."""
+    arrays = []
+    for name, column in columns.items():
+        if column.numel() - column.shape[:-1].numel() < 4:
+            raise ValueError(
+                f"{name} of shape {tuple(column.shape)} has under 4 free values: give more answers"
+            )
+        values = column.detach().double().cpu()
+        centred = values - values.mean(-1, keepdim=True)
+        # Relative to the values, because the mean of equal numbers may miss them by a rounding.
+        if not centred.abs().max() > 1e-12 * values.abs().max():
+            raise ValueError(f"{name} is constant or not finite, so it correlates with nothing")
+        arrays.append(centred.flatten().numpy())
+    return arrays
+
+
+def _fisher_interval(rho: float, variance: float, count: int) -> Estimate:
+    """Interval that is symmetric in atanh(rho); of width 0 at rho = +-1."""
+    with np.errstate(divide="ignore"):
+        middle = np.arctanh(np.clip(rho, -1, 1))
+    low, high = np.tanh(stats.norm.interval(0.95, middle, np.sqrt(variance)))
+    return Estimate(float(rho), float(low), float(high), count)

@@ -4,8 +4,9 @@ r(x, y) = w . h + b, with h the hidden state at the last real token (causal trun
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -20,8 +21,8 @@ from rlhf_helpers.core.models import ScalarHead, encode_pair, load_encoder, reme
 from rlhf_helpers.core.tensors import as_bool_mask, pad_right, require_shapes
 
 POOLINGS = ("last", "first", "mean")
-KINDS = ("basic",)
-HEAD_FILE = "reward_head.safetensors"
+KINDS = ("basic", "separate", "multi_objective", "ensemble")
+HEAD_FILE, ENSEMBLE_FILE = "reward_head.safetensors", "ensemble.json"
 
 
 class RewardModel(nn.Module):
@@ -36,11 +37,10 @@ class RewardModel(nn.Module):
 
     Dropout is 0: a text has one reward, in training as in use. The head is linear and starts at
     N(0, 1/(d+1)) (Stiennon et al. 2020), drawn from torch's global generator. Ouyang et al. 2022, section
-    3.5. Lesson 1.
-
-    Raises:
-        ValueError: unknown pooling, "first" over a causal trunk, or no tokenizer given or remembered.
+    3.5. Lesson 1. Raises ValueError for an unknown pooling, "first" over a causal trunk, or no tokenizer.
     """
+
+    kind, vectors = "basic", 1  # hidden states that the head reads
 
     def __init__(
         self,
@@ -65,7 +65,8 @@ class RewardModel(nn.Module):
         self.tokenizer = tokenizer or tokenizer_for(trunk)
         remember_tokenizer(self, self.tokenizer)
         self.max_length = _usable_length(trunk.config, max_length)
-        self.head = ScalarHead(trunk.config.hidden_size).to(trunk.device)
+        self.head = ScalarHead(self.vectors * trunk.config.hidden_size).to(trunk.device)
+        self.options: dict[str, Any] = {}  # further arguments, kept in the folder's config.json
 
     @property
     def config(self) -> PretrainedConfig:
@@ -78,11 +79,15 @@ class RewardModel(nn.Module):
         """Rewards (B,), float32, of token ids padded on the right, on the left, or both.
 
         Without a mask it is inferred: every pad token is padding (so pad must not be EOS: `load_encoder` sees
-        to that). Rows are first moved to start at position 0: padding changes no reward.
-
-        Raises:
-            ValueError: shapes differ, the mask is not 0/1, or a row holds no real token.
+        to that). Rows are first moved to start at position 0: padding changes no reward. Raises ValueError
+        where shapes differ, the mask is not 0/1, or a row holds no real token.
         """
+        return self._judge(self._read(input_ids, attention_mask)).squeeze(-1)
+
+    def _read(
+        self, input_ids: Int[Tensor, "B T"], attention_mask: Shaped[Tensor, "B T"] | None
+    ) -> Float[Tensor, "B d"]:
+        """One hidden state a row, in float32."""
         require_shapes("B T", input_ids=input_ids)
         if attention_mask is None:
             attention_mask = input_ids != self.tokenizer.pad_token_id
@@ -90,12 +95,14 @@ class RewardModel(nn.Module):
         ids, mask = _move_to_start(input_ids, as_bool_mask(attention_mask, "attention_mask"))
         options = {"use_cache": False} if _is_causal(self.config) else {}
         hidden = self.trunk(input_ids=ids, attention_mask=mask.long(), **options).last_hidden_state
-        pooled = self._pool(hidden, mask).float()
+        return self._pool(hidden, mask).float()
+
+    def _judge(self, features: Float[Tensor, "B d"]) -> Float[Tensor, "B K"]:
         # bf16 keeps 8 bits, too few for a difference of two rewards: the head is computed in float32.
-        with torch.autocast(pooled.device.type, enabled=False):
+        with torch.autocast(features.device.type, enabled=False):
             return nn.functional.linear(
-                pooled, self.head.linear.weight.float(), self.head.linear.bias.float()
-            ).squeeze(-1)
+                features, self.head.linear.weight.float(), self.head.linear.bias.float()
+            )
 
     def _pool(self, hidden: Float[Tensor, "B T d"], mask: Shaped[Tensor, "B T"]) -> Float[Tensor, "B d"]:
         if self.pooling == "first":
@@ -122,25 +129,37 @@ class RewardModel(nn.Module):
 
         What `core.models.as_reward_fn` calls. Raises ValueError for unequal numbers or batch_size < 1.
         """
+        return self._scores(self.rewards_of, prompts, responses, batch_size)
+
+    def _scores(
+        self,
+        read: Callable[[Sequence[Sequence[int]]], Tensor],
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        batch_size: int,
+    ) -> Tensor:
+        """What `read` says of every row, in their order."""
         if len(prompts) != len(responses) or batch_size < 1:
             raise ValueError(
                 f"need as many prompts as responses and batch_size >= 1; got {len(prompts)} prompts, "
                 f"{len(responses)} responses, batch_size {batch_size}"
             )
+        if not len(prompts):
+            return torch.empty(0, device=self.trunk.device)
         sequences = [
             self.encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)
         ]
         order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
-        rewards = torch.empty(len(sequences), device=self.trunk.device)
         was_training = self.training
         self.eval()
         try:
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                rewards[rows] = self.rewards_of([sequences[row] for row in rows])
+            parts = [
+                read([sequences[row] for row in order[start : start + batch_size]])
+                for start in range(0, len(order), batch_size)
+            ]
         finally:
             self.train(was_training)
-        return rewards
+        return torch.cat(parts)[torch.tensor(order).argsort()]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a Hugging Face folder: config.json, safetensors, tokenizer.
@@ -148,16 +167,18 @@ class RewardModel(nn.Module):
         Over a causal trunk with pooling "last" the folder has the layout of the library's classifiers:
         `AutoModelForSequenceClassification.from_pretrained(folder)` gives these rewards as its logits, padded
         on the right. (A bias that is not 0, which Bradley-Terry never makes it, is kept in the folder but not
-        read by the library.) Other poolings are this package's own: the trunk, and the head in its own file.
+        read by the library.) Other poolings are this package's own: the trunk, and the head in its own file,
+        as is a head that reads more than one hidden state.
         """
         folder = Path(folder)
         config = copy.deepcopy(self.config)
-        config.num_labels, config.pad_token_id = 1, self.tokenizer.pad_token_id
-        config.reward_pooling, config.reward_max_length = self.pooling, self.max_length
         head, own = self.head.linear, self.trunk.config
+        config.num_labels, config.pad_token_id = head.out_features, self.tokenizer.pad_token_id
+        config.reward_pooling, config.reward_max_length = self.pooling, self.max_length
+        config.reward_kind, config.reward_options = self.kind, self.options
         try:
             self.trunk.config = config
-            if self.pooling == "last":
+            if self.pooling == "last" and self.vectors == 1:
                 _as_classifier(self.trunk, head, config).save_pretrained(folder)
             else:
                 self.trunk.save_pretrained(folder)
@@ -177,22 +198,25 @@ class RewardModel(nn.Module):
     ) -> "RewardModel":
         """Load what `save_pretrained` wrote, or a local one-label sequence classifier over a causal LM.
 
-        Raises:
-            ModelNotFoundError: there is no such folder, or nothing in it to load.
-            ValueError: the folder holds no reward head of this size (a plain language model).
+        Raises ModelNotFoundError where there is nothing to load, ValueError where the folder holds no reward
+        head of this size (a plain language model, another kind).
         """
         trunk, tokenizer = load_encoder(folder, device=device, dtype=dtype)
         weight, bias = _read_head(Path(folder))
-        if weight is None or weight.shape != (1, trunk.config.hidden_size):
+        saved = {
+            name: getattr(trunk.config, f"reward_{name}", None)
+            for name in ("pooling", "max_length", "options")
+        }
+        with torch.random.fork_rng(devices=[]):  # a head is drawn, then overwritten
+            model = cls(trunk, tokenizer, **(saved.pop("options") or {}), **saved)
+        wanted = model.head.linear.weight.shape
+        if weight is None or weight.shape != wanted:
             found = "none" if weight is None else f"shape {tuple(weight.shape)}"
             raise ValueError(
-                f"{str(folder)!r} needs a reward head score.weight of shape (1, {trunk.config.hidden_size}), "
-                f"found {found}; for a new reward model over this trunk call create_reward_model"
+                f"{str(folder)!r} needs a reward head score.weight of shape {tuple(wanted)} for a "
+                f"{cls.__name__}, found {found}; for a new reward model over this trunk call "
+                "create_reward_model, for a saved one of any kind load_reward_model"
             )
-        pooling = getattr(trunk.config, "reward_pooling", None)
-        limit = getattr(trunk.config, "reward_max_length", None)
-        with torch.random.fork_rng(devices=[]):  # a head is drawn, then overwritten
-            model = cls(trunk, tokenizer, pooling=pooling, max_length=limit)
         with torch.no_grad():
             model.head.linear.weight.copy_(weight)
             if bias is not None:
@@ -209,22 +233,49 @@ def create_reward_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
-) -> RewardModel:
+    members: int = 4,
+    **options: Any,
+) -> nn.Module:
     """Make an untrained reward model over a pretrained trunk: "tiny", a local folder or a hub name.
 
-    kind: "basic", the joint encoder. seed: of the new head alone. All else as in `RewardModel` and
-    `load_encoder`.
-
-    Raises:
-        ValueError: an unknown kind, or what `RewardModel` refuses.
-        ModelNotFoundError: no such model.
+    kind: "basic", the joint encoder `RewardModel`; "separate", `SeparateRewardModel`; "multi_objective",
+        `MultiObjectiveRewardModel` (options: objectives, weights); "ensemble", `RewardEnsemble` of so many
+        `members` of kind "basic", heads drawn from seed, seed + 1, ... (options: aggregate, penalty).
+    seed: of the new head alone. All else as in `RewardModel` and `load_encoder`. Raises ValueError for an
+    unknown kind or what the kind refuses, ModelNotFoundError for no such model.
     """
     if kind not in KINDS:
         raise ValueError(f"there is no reward model of kind {kind!r}; choose from {KINDS}")
+    shape = {"pooling": pooling, "max_length": max_length}
+    if kind == "ensemble":
+        shape |= {"base_model_name": base_model_name, "device": device, "dtype": dtype}
+        return _class_of(kind)(
+            [create_reward_model(seed=seed + i, **shape) for i in range(members)], **options
+        )
     trunk, tokenizer = load_encoder(base_model_name, device=device, dtype=dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return RewardModel(trunk, tokenizer, pooling=pooling, max_length=max_length)
+        return _class_of(kind)(trunk, tokenizer, **shape, **options)
+
+
+def load_reward_model(
+    folder: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Load a reward model of whatever kind its `save_pretrained` wrote; raises as `from_pretrained` does."""
+    kind = "ensemble"
+    if not (Path(folder) / ENSEMBLE_FILE).is_file():
+        kind = PretrainedConfig.get_config_dict(folder)[0].get("reward_kind", "basic")
+    return _class_of(kind).from_pretrained(folder, device=device, dtype=dtype)
+
+
+def _class_of(kind: str) -> type[nn.Module]:
+    """The class of a kind; imported on use, since the kinds build on this module."""
+    from rlhf_helpers.reward_model.ensemble import RewardEnsemble
+    from rlhf_helpers.reward_model.multi_objective import MultiObjectiveRewardModel
+    from rlhf_helpers.reward_model.separate import SeparateRewardModel
+
+    classes = (RewardModel, SeparateRewardModel, MultiObjectiveRewardModel, RewardEnsemble)
+    return dict(zip(KINDS, classes, strict=True))[kind]
 
 
 def _is_causal(config: PretrainedConfig) -> bool:
@@ -255,7 +306,7 @@ def _as_classifier(trunk: PreTrainedModel, head: nn.Linear, config: PretrainedCo
     with torch.device("meta"):
         shell = AutoModelForSequenceClassification.from_config(config)
     setattr(shell, shell.base_model_prefix, trunk)
-    shell.score = nn.Linear(head.in_features, 1, bias=bool(head.bias.item()), device="meta")
+    shell.score = nn.Linear(head.in_features, head.out_features, bias=bool(head.bias.any()), device="meta")
     shell.score.weight = head.weight
     if shell.score.bias is not None:
         shell.score.bias = head.bias

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from itertools import combinations
 
 import pytest
 import torch
@@ -21,6 +22,58 @@ def progress_file(tmp_path, monkeypatch):
     return path
 
 
+def sft_by_rows(ids, mask):
+    labels = torch.full_like(ids, -100)
+    for b in range(ids.shape[0]):
+        for t in range(ids.shape[1]):
+            if mask[b, t]:
+                labels[b, t] = ids[b, t]
+    return labels
+
+
+def chance(a, b):
+    return sum((a == label).float().mean() * (b == label).float().mean() for label in (0, 1))
+
+
+def kappa_from_table(a, b):
+    table = torch.zeros(2, 2)
+    for i, j in zip(a.tolist(), b.tolist(), strict=True):
+        table[i, j] += 1 / len(a)
+    expected = table.sum(1) @ table.sum(0)
+    return (table.trace() - expected) / (1 - expected)
+
+
+def ece(p, y, bins, *, skip_empty=True, weigh=True, last_closed=True, gap=torch.abs):
+    """As a beginner writes it, over the bins one by one; each option is one slip."""
+    total, used = torch.tensor(0.0), 0
+    for k in range(bins):
+        inside = (p >= k / bins) & ((p < (k + 1) / bins) | ((p == 1) & (k == bins - 1) & last_closed))
+        if not inside.any() and skip_empty:
+            continue
+        used += 1
+        share = inside.sum() / len(p) if weigh else 1
+        total = total + share * gap(y[inside].mean() - p[inside].mean())
+    return total if weigh else total / used
+
+
+def best_of_every_subset(proxy, gold, n):
+    subsets = list(combinations(range(len(proxy)), n))
+    return torch.stack([gold[max(subset, key=lambda i: proxy[i])] for subset in subsets]).mean()
+
+
+def chance_of_best(proxy, i, n):
+    below = int((proxy < proxy[i]).sum())
+    return math.comb(below, n - 1) / math.comb(len(proxy), n)
+
+
+def weighted(values, n, *, first=1, partners=1, subsets=math.comb):
+    """Sum over ascending values; `first`, `partners` and `subsets` are where an index slips."""
+    total = torch.tensor(0.0)
+    for i, value in enumerate(values, first):
+        total += value * math.comb(max(i - 1, 0), n - partners) / subsets(len(values), n)
+    return total
+
+
 RIGHT = {
     "bradley_terry": [
         lambda c, r: -F.logsigmoid(c - r),
@@ -34,12 +87,68 @@ RIGHT = {
         lambda v, m: torch.stack([row[mask.bool()][-1] for row, mask in zip(v, m, strict=True)]),
         lambda v, m: (v * (m.cumsum(1) == m.sum(1, keepdim=True)) * m).sum(1),
     ],
+    "sft_labels": [
+        lambda ids, mask: torch.where(mask, ids, -100),
+        lambda ids, mask: ids * mask + -100 * (mask == 0),
+        sft_by_rows,
+    ],
+    "plackett_luce": [
+        lambda r: sum(r[:, k:].logsumexp(1) - r[:, k] for k in range(r.shape[1])),
+        lambda r: (r.flip(1).logcumsumexp(1).flip(1) - r).sum(1),
+        lambda r: -torch.stack([r[:, k:].log_softmax(1)[:, 0] for k in range(r.shape[1] - 1)]).sum(0),
+    ],
+    "cohen_kappa": [
+        kappa_from_table,
+        lambda a, b: 1 - (a != b).float().mean() / (1 - chance(a, b)),
+        lambda a, b: ((a == b).float().mean() - chance(a, b)) / (1 - chance(a, b)),
+    ],
+    "calibration_error": [
+        lambda p, y, bins: ece(p, y, bins),
+        lambda p, y, bins: (
+            sum(
+                (y - p)[torch.bucketize(p, torch.linspace(0, 1, bins + 1)[1:-1]) == k].sum().abs()
+                for k in range(bins)
+            )
+            / len(p)
+        ),
+    ],
+    "pessimistic": [
+        lambda r, penalty: r.mean(0) - penalty * r.var(0, unbiased=False),
+        lambda r, penalty: r.mean(0) - penalty * ((r**2).mean(0) - r.mean(0) ** 2),
+        lambda r, penalty: r.mean(0) - penalty * r.std(0, correction=0) ** 2,
+    ],
+    "best_of_n_gold": [
+        best_of_every_subset,
+        lambda p, g, n: weighted(g[p.argsort()], n),
+        lambda p, g, n: torch.stack([g[i] * chance_of_best(p, i, n) for i in range(len(g))]).sum(),
+    ],
 }
 
 
 def bt_in_place(c, r):
     c -= r
     return -F.logsigmoid(c).mean()
+
+
+def sft_result_lost(ids, mask):
+    ids.masked_fill(~mask, -100)
+    return ids
+
+
+def sft_by_prompt_length(ids, mask):
+    labels = ids.clone()
+    for row, start in zip(labels, mask.long().argmax(1), strict=True):
+        row[:start] = -100
+    return labels
+
+
+def kappa_with(a, b, by_chance):
+    return ((a == b).float().mean() - by_chance) / (1 - by_chance)
+
+
+def largest_gap(p, y, bins):
+    index = (p * bins).long().clamp(max=bins - 1)
+    return max(abs(y[index == k].mean() - p[index == k].mean()) for k in index.unique())
 
 
 WRONG = {  # written as a beginner would, not as the package writes them; with the word that names the mistake
@@ -96,6 +205,109 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda v, m: torch.zeros(len(v)), "expected .* got"),
         (lambda v, m: v[range(len(v)), m.sum(1) - 1].detach(), "no gradient reaches values"),
         (lambda v, m: v[m], "expected .* got|raised"),
+    ],
+    "sft_labels": [
+        (lambda ids, mask: torch.where(mask, -100, ids), "wrong way round"),
+        (lambda ids, mask: torch.where(mask, ids, -100)[:, 1:], "shifted"),
+        (
+            lambda ids, mask: F.pad(torch.where(mask, ids, -100)[:, 1:], (0, 1), value=-100),
+            "shifts them itself",
+        ),
+        (lambda ids, mask: torch.where(mask & (ids != 2), ids, -100), "learn to stop"),
+        (lambda ids, mask: torch.where(mask, ids, 0), "value that it skips is -100"),
+        (sft_result_lost, "nothing is masked"),
+        (lambda ids, mask: torch.where(ids == 0, -100, ids), "only the padding"),
+        (sft_by_prompt_length, "only what comes before"),
+        (lambda ids, mask: mask.to(ids.dtype), "this is the mask"),
+        (lambda ids, mask: torch.masked_select(ids, mask), "keep the shape"),
+        (lambda ids, mask: torch.where(mask, ids, -1), "expected .* got"),
+        (lambda ids, mask: torch.where(mask, ids.float(), -100.0), "expected .* got"),
+        (lambda ids, mask: ids.masked_fill(1 - mask, -100), "raised RuntimeError"),
+    ],
+    "plackett_luce": [
+        (lambda r: sum(r[:, : k + 1].logsumexp(1) - r[:, k] for k in range(r.shape[1])), "backwards"),
+        (lambda r: sum(r.logsumexp(1) - r[:, k] for k in range(r.shape[1])), "still competes"),
+        (lambda r: sum(r[:, k + 1 :].logsumexp(1) - r[:, k] for k in range(r.shape[1] - 1)), "own place"),
+        (
+            lambda r: torch.stack([r[:, k:].logsumexp(1) - r[:, k] for k in range(r.shape[1])]).mean(0),
+            "places were averaged",
+        ),
+        (lambda r: F.cross_entropy(r, r.new_zeros(len(r)).long(), reduction="none"), "only the first place"),
+        (
+            lambda r: torch.stack(
+                [F.softplus(r[:, j] - r[:, i]) for i in range(r.shape[1]) for j in range(i + 1, r.shape[1])]
+            ).sum(0),
+            "over all pairs",
+        ),
+        (lambda r: F.softplus(r.diff(dim=1)).sum(1), "neighbours"),
+        (lambda r: sum(r[:, k] - r[:, k:].logsumexp(1) for k in range(r.shape[1])), "minus is missing"),
+        (lambda r: -sum(r[:, k:].softmax(0)[:, 0].log() for k in range(r.shape[1])), "over the batch"),
+        (lambda r: sum(r[:, k:].logsumexp(1) - r[:, k] for k in range(r.shape[1])).mean(), "expected .* got"),
+        (lambda r: sum(r[:, k:].logsumexp(1).detach() - r[:, k] for k in range(3)), "not right yet"),
+        (
+            lambda r: sum(r[:, k:].logsumexp(1).detach() - r[:, k] for k in range(r.shape[1])),
+            "by rewards the gradient",
+        ),
+    ],
+    "cohen_kappa": [
+        (lambda a, b: torch.eq(a, b).float().mean(), "raw agreement"),
+        (lambda a, b: 2 * torch.eq(a, b).float().mean() - 1, "not always 0.5"),
+        (lambda a, b: kappa_with(a, b, chance(a, a)), "ONE annotator"),
+        (lambda a, b: kappa_with(a, b, chance(b, b)), "ONE annotator"),
+        (lambda a, b: kappa_with(a, b, chance(torch.cat([a, b]), torch.cat([a, b]))), "Scott's pi"),
+        (lambda a, b: kappa_with(a, b, a.float().mean() * b.float().mean()), "both saying 0"),
+        (lambda a, b: kappa_with(a, b, chance(a, 1 - b)), "DISAGREE"),
+        (lambda a, b: (a == b).float().mean() - chance(a, b), "denominator"),
+        (
+            lambda a, b: ((a == b).float().mean() - chance(a, b)) / (a != b).float().mean(),
+            "denominator",
+        ),
+        (lambda a, b: torch.corrcoef(torch.stack((a, b)).float())[1, 0], "correlation"),
+        (lambda a, b: float(kappa_from_table(a, b)), "Python number"),
+        (lambda a, b: a.mean(), "raised RuntimeError"),
+    ],
+    "calibration_error": [
+        (lambda p, y, bins: ece(p, y, bins, weigh=False), "averaged as equals"),
+        (lambda p, y, bins: ece(p, y, bins, gap=lambda x: x), "cancel"),
+        (lambda p, y, bins: ece(p, y, 1), "cancel"),
+        (lambda p, y, bins: ece(p, y, bins, skip_empty=False), "0 / 0"),
+        (lambda p, y, bins: ece(p, y, bins, gap=torch.square), "squared"),
+        (lambda p, y, bins: ece(p, y, bins, last_closed=False), "confidence 1 fell out"),
+        (lambda p, y, bins: F.l1_loss(p, y), "bins are not used"),
+        (largest_gap, "LARGEST"),
+        (lambda p, y, bins: ece(p, y, bins).item(), "expected .* got"),
+        (lambda p, y, bins: ece(p, y, 2 * bins), "expected .* got"),
+    ],
+    "pessimistic": [
+        (lambda r, penalty: r.mean(dim=1) - penalty * r.var(dim=1), "wrong dimension"),
+        (lambda r, penalty: r.mean(dim=0) - penalty * r.std(dim=0), "standard deviation"),
+        (lambda r, penalty: r.mean(0) + penalty * (r - r.mean(0)).square().mean(0), "sign is flipped"),
+        (lambda r, penalty: r.min(dim=0).values, "smallest member"),
+        (lambda r, penalty: r.mean(0) - penalty * torch.var(r), "whole batch"),
+        (lambda r, penalty: penalty * (r.mean(0) - (r - r.mean(0)).square().mean(0)), "multiplies the mean"),
+        (
+            lambda r, penalty: r.mean(0) - penalty * (r - r.mean(0)).square().sum(0) / (len(r) - 1),
+            "sample variance",
+        ),
+        (lambda r, penalty: r.mean(0) - (r - r.mean(0)).square().mean(0), "penalty never enters"),
+        (lambda r, penalty: r.sum(0) / len(r), "plain mean"),
+        (lambda r, penalty: r.mean(0) - penalty * (r.amax(0) - r.amin(0)), "expected .* got"),
+    ],
+    "best_of_n_gold": [
+        (lambda p, g, n: weighted(g.sort().values, n), "gold chose"),
+        (lambda p, g, n: max(g), "gold chose"),
+        (lambda p, g, n: weighted(g[p.argsort(descending=True)], n), "descending"),
+        (lambda p, g, n: weighted(g[p.argsort()], n, partners=0), "off by one"),
+        (lambda p, g, n: weighted(g[p.argsort()], n, first=2), "off by one"),
+        (lambda p, g, n: g[:n][torch.argmax(p[:n])], "only the first n"),
+        (lambda p, g, n: g.sum() / len(g), "n never enters"),
+        (lambda p, g, n: g[p.argsort()][-1], "n never enters"),
+        (lambda p, g, n: weighted(g[p.argsort()], n, subsets=pow), "not N\\^n"),
+        (lambda p, g, n: weighted(p.sort().values, n), "PROXY's value"),
+        (lambda p, g, n: weighted(g, n), "old order"),
+        (lambda p, g, n: g[p.argsort()][-n:].mean(), "top n"),
+        (lambda p, g, n: weighted(g[p.argsort()], n).item(), "expected .* got"),
+        (lambda p, g, n: weighted(g[p.argsort()], n, first=0), "expected .* got"),
     ],
 }
 
@@ -158,7 +370,7 @@ def test_a_crash_is_one_line_that_names_the_exception(capsys):
 
 def test_unknown_exercise_is_refused():
     with pytest.raises(
-        ValueError, match=r"no exercise is named 'bradly'; there are bradley_terry, last_token"
+        ValueError, match=r"no exercise is named 'bradly'; there are best_of_n_gold, bradley_terry,"
     ):
         check("bradly", None)
 
@@ -168,11 +380,12 @@ def states():
 
 
 def test_progress_survives_a_restart_and_solved_stays_solved(monkeypatch, progress_file):
-    assert states() == {"bradley_terry": "open", "last_token": "open"}
+    untouched = dict.fromkeys(EXERCISES, "open")
+    assert states() == untouched
     check("bradley_terry", RIGHT["bradley_terry"][0])
     check("last_token", WRONG["last_token"][0][0])
     monkeypatch.setattr(checks, "_session", {})  # a new kernel knows only the file
-    assert states() == {"bradley_terry": "solved", "last_token": "tried"}
+    assert states() == untouched | {"bradley_terry": "solved", "last_token": "tried"}
     check("bradley_terry", WRONG["bradley_terry"][0][0])
     assert states()["bradley_terry"] == "solved"
     assert [p.name for p in progress_file.parent.iterdir()] == ["progress.json"]  # no temporary file is left

@@ -192,7 +192,7 @@ class TestReading:
 
 class TestMaking:
     def test_an_unknown_kind_is_refused(self):
-        with pytest.raises(ValueError, match=r"kind 'triple'; choose from \('basic',\)"):
+        with pytest.raises(ValueError, match=r"kind 'triple'; choose from \('basic', 'separate'"):
             create_reward_model("triple")
 
     def test_first_token_of_a_causal_trunk_is_refused(self, tiny_llama_dir):
@@ -443,7 +443,7 @@ class TestMetrics:
 
 class TestStudies:
     def test_real_preferences_on_made_up_pairs(self, tiny_llama_dir, tmp_path, capsys):
-        from rlhf_helpers.reward_model.studies import real_preferences
+        from rlhf_helpers.lab.studies.real_preferences import real_preferences
 
         settings = RewardSettings(learning_rate=3e-3, epochs=4, batch_size=8, progress=False)
         options = {"folds": 2, "settings": settings, "max_length": 32, "base_model_name": tiny_llama_dir}

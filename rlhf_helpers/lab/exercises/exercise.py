@@ -13,6 +13,17 @@ class Mistake:
     wrong: Callable[..., Any]
 
 
+def named(*parts: str | Callable[..., Any]) -> tuple[Mistake, ...]:
+    """Mistakes from a flat list: each message, then the wrong functions that deserve it."""
+    found: list[Mistake] = []
+    for part in parts:
+        if isinstance(part, str):
+            message = part
+        else:
+            found.append(Mistake(message, part))
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class Exercise:
     """One exercise of a lesson; the probes must tell every mistake from the reference (a test holds that)."""

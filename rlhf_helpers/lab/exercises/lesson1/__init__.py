@@ -1,0 +1,7 @@
+"""Exercises of lesson 1: what training computes, and how the labels and the rewards are measured."""
+
+from rlhf_helpers.lab.exercises.lesson1 import measuring, training
+
+EXERCISES = (*training.EXERCISES, *measuring.EXERCISES)
+
+__all__ = ["EXERCISES"]

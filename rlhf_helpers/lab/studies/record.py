@@ -1,0 +1,82 @@
+"""What a study leaves behind: a table as CSV, and a manifest that says how to make the same rows again."""
+
+import hashlib
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict, is_dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+
+STORED = Path(__file__).parents[2] / "assets" / "studies"
+LIBRARIES = ("torch", "transformers", "scikit-learn", "numpy", "accelerate")
+
+
+def write_study(out: str | Path | None, name: str, table: pd.DataFrame, **facts: Any) -> pd.DataFrame:
+    """Write `table` into the folder `out` as NAME.csv and its manifest as NAME.json; give the table back.
+
+    facts: settings, seeds, data: whatever decides the rows. out None: nothing is written.
+    """
+    if out is None:
+        return table
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    table.to_csv(out / f"{name}.csv", index=False, float_format="%.6f")
+    manifest = {
+        "study": name,
+        "command": f"python -m rlhf_helpers study {name}",
+        **{key: asdict(value) if is_dataclass(value) else value for key, value in facts.items()},
+        "python": platform.python_version(),
+        "versions": {library: version(library) for library in LIBRARIES},
+        "platform": sys.platform,
+        "threads": torch.get_num_threads(),
+    }
+    text = json.dumps(manifest, indent=1, default=str)
+    (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    return table
+
+
+def load_study(name: str) -> pd.DataFrame:
+    """Read the stored table of a study, its manifest in `.attrs`.
+
+    Raises:
+        FileNotFoundError: no such study is stored; names those that are.
+    """
+    file = STORED / f"{name}.csv"
+    if not file.is_file():
+        found = sorted(path.stem for path in STORED.glob("*.csv"))
+        raise FileNotFoundError(f"no study {name!r} is stored; there are {', '.join(found) or 'none'}")
+    table = pd.read_csv(file)
+    table.attrs = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+    return table
+
+
+def prediction_interval(values: Any, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Where one further run falls: mean -+ t_(n-1) s sqrt(1 + 1/n) of n independent runs.
+
+    Wider than the interval of the mean, which says nothing about a single run. Raises ValueError for fewer
+    than two values.
+    """
+    runs = np.asarray(values, dtype=float)
+    if runs.size < 2:
+        raise ValueError(f"a prediction interval needs at least two runs, got {runs.size}")
+    half = stats.t.ppf(0.5 + confidence / 2, runs.size - 1) * runs.std(ddof=1) * np.sqrt(1 + 1 / runs.size)
+    return float(runs.mean() - half), float(runs.mean() + half)
+
+
+def facts_of(data: Any, pairs: int) -> dict[str, Any]:
+    """Name, size and fingerprint of a data file, so that a rerun can tell whether it reads the same."""
+    facts: dict[str, Any] = {"pairs": pairs}
+    if isinstance(data, (str, os.PathLike)):
+        path = Path(data)
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        digest = hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest() if files else None
+        facts |= {"data": path.name, "sha256": digest}
+    return facts

@@ -1,0 +1,123 @@
+"""One trunk, one reward for each objective, and weights that somebody has to choose."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from rlhf_helpers.core.models import load_encoder
+from rlhf_helpers.core.tensors import pad_right, require_number
+from rlhf_helpers.preference_data.collection import collect_comparisons
+from rlhf_helpers.reward_model.model import RewardModel
+from rlhf_helpers.world.annotators import Annotator
+from rlhf_helpers.world.gold_judge import AXES
+
+
+class MultiObjectiveRewardModel(RewardModel):
+    """A joint encoder with a head of K numbers, one an objective: `model(ids)` -> (rewards, by objective).
+
+    r(x, y) = sum_k weight_k r_k(x, y),   r_k(x, y) = w_k . h + b_k
+
+    objectives: their names. weights: by name, or in their order; None: 1 / K each. They are no parameter:
+        what one objective is worth in terms of another is a choice of values, and data labelled per objective
+        does not hold it. Assigning `model.weights` makes another choice without training.
+    trunk: from `load_encoder`; None loads base_model_name. All else as in `RewardModel`.
+
+    Learns from rows prompt, chosen, rejected, objective_labels, a dict objective -> number: above 0 the
+    chosen answer is better in this objective, below 0 the rejected one, 0, None or absent says nothing
+    (`label_objectives` writes it; a difference of gold scores serves as well). Each head minimises
+    Bradley-Terry on its own labels, in one pass of the shared trunk. Lesson 1. Raises ValueError where
+    objectives repeat, or weights do not fit them.
+    """
+
+    kind = "multi_objective"
+
+    def __init__(
+        self,
+        trunk: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        base_model_name: str | Path = "tiny",
+        objectives: Sequence[str] = AXES,
+        weights: Mapping[str, float] | Sequence[float] | None = None,
+        **options: Any,
+    ) -> None:
+        """Put a new head of K rows on the trunk; options: pooling, max_length."""
+        if trunk is None:
+            trunk, tokenizer = load_encoder(base_model_name)
+        super().__init__(trunk, tokenizer, **options)
+        self.objectives = tuple(objectives)
+        if not self.objectives or len(set(self.objectives)) < len(self.objectives):
+            raise ValueError(f"objectives must be distinct names, at least one; got {self.objectives}")
+        count, size = len(self.objectives), self.head.linear.in_features
+        self.head.linear = nn.Linear(size, count).to(trunk.device)
+        nn.init.normal_(self.head.linear.weight, std=(size + 1) ** -0.5)
+        nn.init.zeros_(self.head.linear.bias)
+        self.weights = weights
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What each objective counts in the overall reward."""
+        return dict(self._weights)
+
+    @weights.setter
+    def weights(self, weights: Mapping[str, float] | Sequence[float] | None) -> None:
+        """By name, in the order of `objectives`, or None for 1 / K each."""
+        names = self.objectives
+        found = [1 / len(names)] * len(names) if weights is None else weights
+        if not isinstance(found, Mapping):
+            found = dict(zip(names, found, strict=False)) if len(found) == len(names) else {}
+        if set(found) != set(names):
+            raise ValueError(f"weights must give one number to each of {names}; got {weights!r}")
+        for name in names:
+            require_number(f"weights[{name!r}]", found[name])
+        self._weights = {name: float(found[name]) for name in names}
+        self.options = {"objectives": list(self.objectives), "weights": self._weights}
+
+    def forward(
+        self, input_ids: Int[Tensor, "B T"], attention_mask: Shaped[Tensor, "B T"] | None = None
+    ) -> tuple[Float[Tensor, "B"], dict[str, Float[Tensor, "B"]]]:
+        """(rewards (B,), dict objective -> (B,) in the order of `objectives`); masks as in `RewardModel`."""
+        rewards = self._judge(self._read(input_ids, attention_mask))
+        return self._combine(rewards), dict(zip(self.objectives, rewards.unbind(1), strict=True))
+
+    def _combine(self, rewards: Float[Tensor, "B K"]) -> Float[Tensor, "B"]:
+        # not a matrix product: autocast would round that to bf16
+        return (rewards * torch.tensor(list(self._weights.values()), device=rewards.device)).sum(1)
+
+    def rewards_of(self, sequences: Sequence[Sequence[int]]) -> Float[Tensor, "B"]:
+        """The weighted sum for token sequences from `encode`; keeps the gradient."""
+        return self._combine(self.objective_rewards_of(sequences))
+
+    def objective_rewards_of(self, sequences: Sequence[Sequence[int]]) -> Float[Tensor, "B K"]:
+        """The reward of each objective for token sequences from `encode`; keeps the gradient."""
+        ids, mask = pad_right(sequences, self.tokenizer.pad_token_id, device=self.trunk.device)
+        return self._judge(self._read(ids, mask))
+
+    @torch.no_grad()
+    def objective_scores(
+        self, prompts: Sequence[str], responses: Sequence[str], *, batch_size: int = 64
+    ) -> dict[str, Float[Tensor, "B"]]:
+        """Like `score`, for each objective apart."""
+        rewards = self._scores(self.objective_rewards_of, prompts, responses, batch_size)
+        return dict(zip(self.objectives, rewards.reshape(-1, len(self.objectives)).unbind(1), strict=True))
+
+
+def label_objectives(
+    rows: Sequence[Mapping[str, Any]], annotators: Mapping[str, Annotator], *, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Have one annotator an objective compare the two answers of each row: adds objective_labels, +1 or -1.
+
+    annotators: objective -> the person who judges it, `world.annotators.VALUE_GROUPS` for instance.
+    """
+    pairs = [{"prompt": r["prompt"], "first": r["chosen"], "second": r["rejected"]} for r in rows]
+    votes = collect_comparisons(pairs, list(annotators.values()), seed=seed)
+    return [
+        {**row, "objective_labels": dict(zip(annotators, (2 * vote - 1).tolist(), strict=True))}
+        for row, vote in zip(rows, votes, strict=True)
+    ]

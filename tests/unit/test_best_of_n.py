@@ -1,0 +1,154 @@
+"""Best-of-n: the estimator against all subsets, ties by lot, the bound on its KL, and the sampling itself."""
+
+import math
+from itertools import combinations
+
+import pytest
+import torch
+
+from rlhf_helpers.core.models import load_model
+from rlhf_helpers.policy_optimization import best_of_n, best_of_n_curve, best_of_n_kl
+
+PROMPTS = ["Hello", "What is the capital of France?"]
+
+
+def share_of_e(prompts, responses, **columns):
+    return torch.tensor([r.count("e") / max(len(r), 1) for r in responses])
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_llama_dir):
+    return load_model(tiny_llama_dir, device="cpu")
+
+
+# ---- the curve
+
+
+def test_two_of_three_enumerated():
+    # Subsets of proxy {1, 4, 2}: {1, 4} -> 4, {1, 2} -> 2, {4, 2} -> 4; gold there 10, 60, 10.
+    curve = best_of_n_curve(torch.tensor([[1.0, 4.0, 2.0]]), torch.tensor([[5.0, 10.0, 60.0]]), [1, 2, 3])
+    assert list(curve.columns) == ["n", "kl_bound", "proxy", "gold"]
+    assert curve["n"].tolist() == [1, 2, 3]
+    assert curve["proxy"].tolist() == pytest.approx([7 / 3, 10 / 3, 4])
+    assert curve["gold"].tolist() == pytest.approx([25, 80 / 3, 10])  # rises, then falls: over-optimised
+    assert curve["kl_bound"].tolist() == pytest.approx([0, 0.193147, 0.431946], abs=1e-6)
+
+
+def test_a_flipped_proxy_takes_the_worst():
+    proxy = torch.tensor([[1.0, 4.0, 2.0]])
+    curve = best_of_n_curve(-proxy, proxy, [2, 3])
+    assert curve["gold"].tolist() == pytest.approx([4 / 3, 1])
+
+
+def test_ties_share_their_gold():
+    # Best of two of proxy {0, 3, 3}: always 3; its gold 10 or 40, alike likely whoever comes first.
+    for gold in ([7.0, 10.0, 40.0], [7.0, 40.0, 10.0]):
+        curve = best_of_n_curve(torch.tensor([[0.0, 3.0, 3.0]]), torch.tensor([gold]), [2, 3])
+        assert curve["proxy"].tolist() == pytest.approx([3, 3])
+        assert curve["gold"].tolist() == pytest.approx([25, 25])
+
+
+def test_a_constant_proxy_chooses_nothing():
+    gold = torch.tensor([[1.0, 2.0, 6.0]])
+    curve = best_of_n_curve(torch.ones(1, 3), gold, [1, 2, 3])
+    assert curve["gold"].tolist() == pytest.approx([3, 3, 3])
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 7])
+def test_equals_the_mean_over_all_subsets(n):
+    draws = torch.Generator().manual_seed(0)
+    proxy, gold = torch.randn(2, 3, 7, generator=draws, dtype=torch.float64)
+    best = [
+        (proxy[p, list(s)].max().item(), gold[p, s[proxy[p, list(s)].argmax()]].item())
+        for p in range(3)
+        for s in combinations(range(7), n)
+    ]
+    curve = best_of_n_curve(proxy, gold, [n])
+    assert curve.loc[0, ["proxy", "gold"]].tolist() == pytest.approx(torch.tensor(best).mean(0).tolist())
+
+
+def test_large_samples_do_not_overflow():
+    rewards = torch.arange(3000.0)[None]
+    curve = best_of_n_curve(rewards, rewards, [1500])
+    # The expected largest of n of the ranks 1 ... N is n (N + 1) / (n + 1).
+    assert curve["proxy"][0] == pytest.approx(1500 * 3001 / 1501 - 1, rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [0, 4, -1, 1.5, True])
+def test_curve_refuses_n(n):
+    with pytest.raises(ValueError, match="n must be"):
+        best_of_n_curve(torch.ones(2, 3), torch.ones(2, 3), [n])
+
+
+def test_curve_refuses_shapes_and_what_is_not_finite():
+    with pytest.raises(ValueError, match="shape"):
+        best_of_n_curve(torch.ones(3), torch.ones(3), [1])
+    with pytest.raises(ValueError, match="equal"):
+        best_of_n_curve(torch.ones(2, 3), torch.ones(3, 2), [1])
+    for bad in (torch.tensor([[1.0, math.nan]]), torch.empty(0, 2)):
+        with pytest.raises(ValueError, match="finite"):
+            best_of_n_curve(bad, bad, [1])
+
+
+# ---- the bound
+
+
+def test_kl_bound_by_hand():
+    assert best_of_n_kl(1) == 0
+    assert best_of_n_kl(2) == pytest.approx(math.log(2) - 1 / 2)
+    assert best_of_n_kl(64) == pytest.approx(3.174508, abs=1e-6)
+    with pytest.raises(ValueError, match="n must be"):
+        best_of_n_kl(0)
+    with pytest.raises(ValueError, match="whole"):
+        best_of_n_kl(2.5)
+
+
+def test_kl_bound_is_met_only_without_ties():
+    """Exact KL over m equally likely outcomes without ties: p_k = (k/m)^n - ((k-1)/m)^n."""
+
+    def exact(n, outcomes):
+        grid = torch.arange(outcomes + 1, dtype=torch.float64) / outcomes
+        chances = (grid**n).diff()
+        return (chances * (chances * outcomes).log()).sum().item()
+
+    assert exact(8, 10_000) == pytest.approx(best_of_n_kl(8), abs=1e-3)
+    assert exact(64, 6) < 1.8 < best_of_n_kl(64)
+
+
+# ---- sampling
+
+
+def test_keeps_the_best_of_its_own_samples(tiny):
+    found = best_of_n(*tiny, PROMPTS, share_of_e, n=6, max_new_tokens=6, seed=1)
+    assert found["all_rewards"].shape == (2, 6)
+    assert [len(texts) for texts in found["all_responses"]] == [6, 6]
+    for place, prompt in enumerate(PROMPTS):
+        texts, rewards = found["all_responses"][place], found["all_rewards"][place]
+        assert rewards.tolist() == share_of_e([prompt] * 6, texts).tolist()
+        assert found["rewards"][place] == rewards.max() > rewards.min()
+        assert found["responses"][place] == texts[rewards.tolist().index(rewards.max().item())]
+    assert found["kl_bound"] == best_of_n_kl(6)
+    again = best_of_n(*tiny, PROMPTS, share_of_e, n=6, max_new_tokens=6, seed=1)
+    assert again["all_responses"] == found["all_responses"]
+    curve = best_of_n_curve(found["all_rewards"], found["all_rewards"], [6])
+    assert curve["gold"][0] == pytest.approx(found["rewards"].mean().item())
+
+
+def test_each_sample_is_scored_for_its_own_prompt_and_columns(tiny):
+    seen = []
+
+    def reward(prompts, responses, target):
+        seen.extend(zip(prompts, target, strict=True))
+        return torch.zeros(len(prompts))
+
+    found = best_of_n(*tiny, PROMPTS, reward, n=2, max_new_tokens=3, columns={"target": ["x", "y"]})
+    assert seen == [(PROMPTS[0], "x")] * 2 + [(PROMPTS[1], "y")] * 2
+    assert found["responses"] == [texts[0] for texts in found["all_responses"]]  # all tie: the first
+
+
+def test_best_of_n_refuses(tiny):
+    for n in (0, 1.5):
+        with pytest.raises(ValueError, match="n must be"):
+            best_of_n(*tiny, PROMPTS, share_of_e, n=n)
+    with pytest.raises(ValueError, match="at least one text"):
+        best_of_n(*tiny, [], share_of_e, n=2)
