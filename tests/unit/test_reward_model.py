@@ -439,23 +439,3 @@ class TestMetrics:
             accuracy(torch.zeros(0))
         with pytest.raises(ValueError, match="shape"):
             pair_credits(torch.zeros(3), torch.zeros(3, 1))
-
-
-class TestStudies:
-    def test_real_preferences_on_made_up_pairs(self, tiny_llama_dir, tmp_path, capsys):
-        from rlhf_helpers.lab.studies.real_preferences import real_preferences
-
-        settings = RewardSettings(learning_rate=3e-3, epochs=4, batch_size=8, progress=False)
-        options = {"folds": 2, "settings": settings, "max_length": 32, "base_model_name": tiny_llama_dir}
-        table = real_preferences(pairs(40), tmp_path, **options)
-        told = capsys.readouterr().out
-        mean = table.groupby("method")["accuracy"].mean()
-        assert mean["shorter answer"] == 0.0  # "no way" is shorter than "thank you"
-        assert mean["TF-IDF Bradley-Terry"] == 1.0
-        assert mean["pretrained"] >= 0.9
-        assert "pretrained - shorter answer" in told
-        assert "thank you" not in told  # aggregates only
-        assert (tmp_path / "real_preferences.csv").read_text().startswith("method,fold,accuracy,n")
-        assert '"scikit-learn"' in (tmp_path / "real_preferences.json").read_text()
-        again = real_preferences(pairs(40), **options)
-        assert again.equals(table)

@@ -1,0 +1,134 @@
+"""Studies: what they store can be read, repeated and trusted; each runs end to end in small."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from rlhf_helpers.__main__ import STUDIES
+from rlhf_helpers.lab.studies import lesson1, load_study, prediction_interval, record
+from rlhf_helpers.lab.studies.real_preferences import real_preferences
+from rlhf_helpers.reward_model import RewardSettings
+from rlhf_helpers.world.annotators import make_pairs
+
+
+def polite_pairs(count):
+    """The better answer says thank you; nothing else tells the two apart."""
+    words = ["tea", "sad", "today", "water", "Paris", "question", "three", "leaves", "pour", "cup"]
+    pairs = [(words[i % 10], words[(i * 7 + i // 10) % 10], i) for i in range(count)]
+    return [
+        {"prompt": f"{one} {i}?", "chosen": f"thank you, {other}", "rejected": f"no way, {other}"}
+        for one, other, i in pairs
+    ]
+
+
+class TestRecord:
+    def test_written_and_read_again(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(record, "STORED", tmp_path)
+        table = pd.DataFrame({"seed": [0, 1], "agreement": [0.5, 0.25]})
+        record.write_study(tmp_path, "mine", table, seeds=[0, 1], settings=RewardSettings())
+        found = load_study("mine")
+        assert found.equals(table)
+        assert found.attrs["seeds"] == [0, 1]
+        assert found.attrs["settings"]["epochs"] == RewardSettings().epochs
+        assert "torch" in found.attrs["versions"]
+        with pytest.raises(FileNotFoundError, match="there are mine"):
+            load_study("other")
+
+    def test_nothing_is_written_without_a_folder(self, tmp_path):
+        table = pd.DataFrame({"a": [1]})
+        assert record.write_study(None, "mine", table) is table
+        assert not list(tmp_path.iterdir())
+
+    def test_prediction_interval_of_one_more_run(self):
+        # mean 2, s = 1, t_(0.975; 2) = 4.3027: 2 -+ 4.3027 sqrt(1 + 1/3) = 2 -+ 4.9683
+        assert prediction_interval([1.0, 2.0, 3.0]) == pytest.approx((-2.9683, 6.9683), abs=1e-3)
+        with pytest.raises(ValueError, match="at least two runs"):
+            prediction_interval([1.0])
+
+
+class TestStored:
+    @pytest.mark.parametrize("name", STUDIES)
+    def test_every_study_is_stored_with_its_manifest(self, name):
+        table = load_study(name)
+        assert len(table)
+        assert not table.isna().any().any()
+        assert table.attrs["command"] == f"python -m rlhf_helpers study {name}"
+        if "seeds" in table.attrs:
+            assert sorted(table.seed.unique()) == table.attrs["seeds"] == [0, 1, 2, 3, 4]
+        assert "/" not in json.dumps(table.attrs.get("data", ""))  # a name, never somebody's path
+
+    def test_a_row_of_the_stored_study_comes_out_again(self):
+        """The same on the machine that made it; elsewhere sums are rounded otherwise: a few pairs of 800."""
+        again = lesson1.pairs_and_noise(seeds=(0,), sizes=(60,), flips=(0.1,)).agreement[0]
+        table = load_study("pairs_and_noise")
+        stored = table[(table.seed == 0) & (table.pairs == 60) & (table.flips == 0.1)].agreement.item()
+        assert again == pytest.approx(stored, abs=0.01)
+
+    def test_what_a_reward_model_must_reach(self):
+        table = load_study("annotator_pairs").groupby("split").agreement.min()
+        assert table["train"] >= 0.85
+        assert table["heldout"] >= 0.75
+        real = load_study("real_preferences")
+        pretrained = real[real.method == "pretrained"]
+        assert np.average(pretrained.accuracy, weights=pretrained.n) >= 0.58
+
+
+class TestSmall:
+    """Each study with little data: its columns, and what must hold at any size."""
+
+    @pytest.fixture(autouse=True)
+    def _few_judged(self, monkeypatch):
+        full = lesson1.make_pairs
+        monkeypatch.setattr(
+            lesson1, "make_pairs", lambda n, *args, **kwargs: full(min(n, 60), *args, **kwargs)
+        )
+
+    def test_noise_is_as_stated(self):
+        rows = make_pairs(2000, annotator=lesson1.noisy(0.25), seed=0)
+        differ = [row for row in rows if row["chosen_gold"] != row["rejected_gold"]]
+        flipped = np.mean([row["chosen_gold"] < row["rejected_gold"] for row in differ])
+        assert flipped == pytest.approx(0.25, abs=0.03)
+
+    def test_kinds_and_formats(self):
+        kinds = lesson1.model_kinds(seeds=(0,), pairs=24)
+        assert set(kinds.kind) == {"basic", "separate", "multi_objective"}
+        assert set(kinds.judged_by) == {"gold", "helpfulness", "harmlessness", "honesty"}
+        formats = lesson1.label_formats(seeds=(0,), prompts=6)
+        assert formats.format.tolist() == ["pairwise", "ranking", "rating"]
+
+    def test_rankings_and_pairs_of_the_same_answers(self):
+        sets = lesson1._answer_sets(5, seed=0)
+        assert all(len(set(row["responses"])) == 4 for row in sets)
+        pairs = lesson1._compared(sets, seed=0)
+        assert [{row["chosen"], row["rejected"]} for row in pairs[:2]] == [
+            set(sets[0]["responses"][:2]),
+            set(sets[0]["responses"][2:]),
+        ]
+
+    def test_a_budget_is_spent(self):
+        table = lesson1.label_budget(seeds=(0,), budget=6).set_index("method").pairs
+        # of 60 pairs: 6 labels by people; 3 and 3; 3 by people and 30 by the model; all 60 by the model
+        assert table.to_dict() == {"random": 6, "active": 6, "assisted": 33, "AI alone": 60}
+
+    def test_ensembles_share_their_samples(self):
+        table = lesson1.reward_ensembles(seeds=(0,), pairs=16, members=2, prompts=3, samples=256)
+        at_one = table[table.n == 1].set_index("method").gold
+        assert set(at_one.index) == {"one", "mean", "worst", "variance"}
+        assert at_one.nunique() == 1  # best of one answer: whoever judges
+
+
+def test_real_preferences_on_made_up_pairs(tiny_llama_dir, tmp_path, capsys):
+    settings = RewardSettings(learning_rate=3e-3, epochs=4, batch_size=8, progress=False)
+    options = {"folds": 2, "settings": settings, "max_length": 32, "base_model_name": tiny_llama_dir}
+    table = real_preferences(polite_pairs(40), tmp_path, **options)
+    told = capsys.readouterr().out
+    mean = table.groupby("method")["accuracy"].mean()
+    assert mean["shorter answer"] == 0.0  # "no way" is shorter than "thank you"
+    assert mean["TF-IDF Bradley-Terry"] == 1.0
+    assert mean["pretrained"] >= 0.9
+    assert "pretrained - shorter answer" in told
+    assert "thank you" not in told  # aggregates only
+    assert (tmp_path / "real_preferences.csv").read_text().startswith("method,fold,accuracy,n")
+    assert real_preferences(polite_pairs(40), **options).equals(table)
