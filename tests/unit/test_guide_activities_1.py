@@ -102,11 +102,12 @@ def test_troubleshooting_1_stable_reward_training(reward_model, rate):
     questions = ["What is the capital of {}?", "Where is {}?", "Tell me about {}."]
     places = ["France", "Spain", "Italy", "Peru"]
     data = create_preference_data(60, [question.format(place) for question in questions for place in places])
-    before = pairwise_accuracy(*score_pairs(reward_model, data)).value
+    # By loss, not by accuracy: random weights may order many of these pairs rightly before any training.
+    before = RewardModelTrainer(model=reward_model).evaluate(data)["eval_loss"]
     history = stable_reward_training(reward_model, data, epochs=4, learning_rate=rate, progress=False)
-    after = pairwise_accuracy(*score_pairs(reward_model, data)).value
-    assert after >= before + 0.1
-    assert after >= 0.75
+    after = RewardModelTrainer(model=reward_model).evaluate(data)["eval_loss"]
+    assert after <= before - 0.2
+    assert pairwise_accuracy(*score_pairs(reward_model, data)).value >= 0.75
     assert len(history.to_frame()["eval_loss"].dropna()) == 4
 
 
