@@ -136,11 +136,23 @@ def response_logits(
     Positions come from the attention mask, so left padding changes nothing. Keeps gradients. Only the columns
     asked for are multiplied by the vocabulary, which is most of the memory.
     """
-    logits = model(
+    return response_outputs(model, input_ids, attention_mask, response_length=response_length)[0]
+
+
+def response_outputs(
+    model: nn.Module, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"],
+    *, response_length: int, states: bool = False,
+) -> tuple[Float[Tensor, "B T V"], Float[Tensor, "B T d"] | None]:  # fmt: skip
+    """Compute `response_logits` and, with `states`, the last hidden states they come from, for a value head.
+
+    The state of column t has read the prompt and the response up to t - 1: the value of it knows no more.
+    """
+    outputs = model(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=_positions(attention_mask),
-        use_cache=False, logits_to_keep=response_length + 1,
-    ).logits  # fmt: skip
-    return logits[:, -response_length - 1 : -1]
+        use_cache=False, logits_to_keep=response_length + 1, output_hidden_states=states,
+    )  # fmt: skip
+    before = slice(-response_length - 1, -1)
+    return outputs.logits[:, before], outputs.hidden_states[-1][:, before] if states else None
 
 
 def rollout_logps(model: nn.Module, rollout: Rollout, *, temperature: float = 1.0) -> Float[Tensor, "B T"]:

@@ -134,16 +134,25 @@ def token_logps(
 def entropy_from_logits(
     logits: Float[Tensor, "B T V"], mask: Shaped[Tensor, "B T"], *, temperature: float = 1.0
 ) -> Float[Tensor, ""]:
-    """Average the entropy of the next-token distribution over the masked positions, in nats per token.
+    """Average `token_entropies` over the masked positions, in nats per token.
+
+    Raises ValueError where shapes do not fit, the mask is not 0/1 or selects nothing, or temperature <= 0.
+    """
+    return masked_mean(token_entropies(logits, mask, temperature=temperature), mask)
+
+
+def token_entropies(
+    logits: Float[Tensor, "B T V"], mask: Shaped[Tensor, "B T"], *, temperature: float = 1.0
+) -> Float[Tensor, "B T"]:
+    """Entropy of each next-token distribution, in nats; 0 where the mask is 0.
 
     H = -sum_v p_v log p_v with p = softmax(logits / temperature); a token of logit -inf adds 0. Keeps its
-    gradient, so it serves as a bonus as well as a diagnostic. Raises ValueError where shapes do not fit, the
-    mask is not 0/1 or selects nothing, or temperature <= 0.
+    gradient, so it serves as a bonus as well as a diagnostic. Raises as `entropy_from_logits`.
     """
     logps = _vocabulary_logps(logits, temperature, mask=mask)
     probs = logps.exp()
     entropy = -(probs * logps.masked_fill(probs == 0, 0.0)).sum(-1)  # 0 log 0 = 0, where autograd says NaN
-    return masked_mean(entropy, mask)
+    return torch.where(as_bool_mask(mask), entropy, 0.0)
 
 
 def _vocabulary_logps(

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_helpers.core.generation import Rollout, generate, response_logits
+from rlhf_helpers.core.generation import Rollout, generate, response_outputs
 from rlhf_helpers.core.models import RewardFn, as_reward_fn
 from rlhf_helpers.core.policy_losses import kl_estimate
-from rlhf_helpers.core.tensors import entropy_from_logits, masked_mean, require_shapes, token_logps
+from rlhf_helpers.core.tensors import masked_mean, require_shapes, token_entropies, token_logps
 
 Columns = Mapping[str, Sequence[Any]]
 ROWS_PER_FORWARD = 16
@@ -81,24 +81,46 @@ def policy_logps(
     """Log-prob of each sampled token under `model` now, (B, T), with gradient, and its entropy, without.
 
     Of the policy that sampled and at its temperature, the log-probs equal `rollout.old_logps`; padding is 0.
-    The entropy is the mean over response tokens, in nats a token. Rows of similar length go through the model
-    together, so that little of the work is spent on padding.
+    The entropy is the mean over response tokens, in nats a token.
+    """
+    logps, entropies = policy_outputs(model, rollout, temperature=temperature)
+    return logps, masked_mean(entropies, rollout.response_mask)
+
+
+def policy_outputs(
+    model: torch.nn.Module,
+    rollout: Rollout,
+    *,
+    temperature: float,
+    value_head: torch.nn.Module | None = None,
+    entropy_gradient: bool = False,
+) -> tuple[Float[Tensor, "B T"], ...]:
+    """Log-probs and entropies of the sampled tokens, with a value_head their values too: each (B, T).
+
+    V_t is read where y_t is about to be chosen: it has seen the prompt and y_<t. Entropies in nats, without
+    gradient unless asked for. All are 0 on padding. Rows of similar length go through the model together, so
+    that little of the work is spent on padding.
     """
     order = rollout.attention_mask.sum(-1).argsort(stable=True)
     width = rollout.response_mask.shape[1]
-    logps, entropies = [], []
+    parts = []
     for rows in order.split(ROWS_PER_FORWARD):
-        part = _without_padding(rollout[rows])
-        mask = part.response_mask
-        logits = response_logits(model, part.input_ids, part.attention_mask, response_length=mask.shape[1])
-        now = torch.where(mask, token_logps(logits, part.response_ids, temperature=temperature), 0.0)
-        logps.append(F.pad(now, (0, width - mask.shape[1])))
-        with torch.no_grad():
-            entropies.append(entropy_from_logits(logits, mask, temperature=temperature) * mask.sum())
-    return torch.cat(logps)[order.argsort()], torch.stack(entropies).sum() / rollout.response_mask.sum()
+        part = without_padding(rollout[rows])
+        mask, (ids, attention) = part.response_mask, (part.input_ids, part.attention_mask)
+        logits, states = response_outputs(
+            model, ids, attention, response_length=mask.shape[1], states=value_head is not None
+        )
+        columns = [token_logps(logits, part.response_ids, temperature=temperature)]
+        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+            columns.append(token_entropies(logits, mask, temperature=temperature))
+        if value_head is not None:
+            columns.append(value_head(states).float())
+        parts.append([F.pad(torch.where(mask, x, 0.0), (0, width - mask.shape[1])) for x in columns])
+    back = order.argsort()
+    return tuple(torch.cat(column)[back] for column in zip(*parts, strict=True))
 
 
-def _without_padding(rollout: Rollout) -> Rollout:
+def without_padding(rollout: Rollout) -> Rollout:
     """Drop the columns that are padding in every row."""
     width = rollout.response_mask.shape[1]
     prompt_width = rollout.input_ids.shape[1] - width
@@ -133,21 +155,23 @@ def rollout_metrics(
     maximised, penalties taken off. objective/kl: nats a response (sum over its tokens);
     objective/kl_per_token: nats a token (mean over all tokens of the batch): a target for one is none for the
     other. response_length: tokens, EOS counted. frac_reward_zero_std: share of prompts all of whose samples
-    got the same score, which teach nothing.
+    got the same score, which teach nothing; absent with one sample a prompt.
     """
     require_shapes("B", scores=scores, rewards=rewards)
     mask = rollout.response_mask
     per_token = kl_estimate(rollout.old_logps, ref_logps, estimator="k1")
     groups = scores.view(-1, samples_per_prompt)
-    return {
+    row = {
         "objective/scores": scores.mean().item(),
         "objective/rlhf_reward": rewards.mean().item(),
         "objective/kl": sequence_kl(rollout, ref_logps).mean().item(),
         "objective/kl_per_token": masked_mean(per_token, mask).item(),
         "eos_fraction": rollout.ended.float().mean().item(),
         "response_length": mask.sum(-1).float().mean().item(),
-        "frac_reward_zero_std": (groups == groups[:, :1]).all(-1).float().mean().item(),
     }
+    if samples_per_prompt > 1:
+        row["frac_reward_zero_std"] = (groups == groups[:, :1]).all(-1).float().mean().item()
+    return row
 
 
 def evaluate_policy(

@@ -1,0 +1,80 @@
+"""One face for all methods, under the hands-on guide's names."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any, Unpack
+
+import torch
+
+from rlhf_helpers.core.models import RewardFn, frozen_copy, load_model
+from rlhf_helpers.core.training import History
+from rlhf_helpers.policy_optimization.critic_free import (
+    GRPOSettings,
+    ReinforceSettings,
+    RLOOSettings,
+    grpo,
+    reinforce,
+    rloo,
+)
+from rlhf_helpers.policy_optimization.on_policy import OnPolicySettings, RunOptions
+from rlhf_helpers.policy_optimization.ppo import PPOSettings, new_value_head, ppo
+from rlhf_helpers.policy_optimization.rejection_sampling import RejectionSamplingSettings, rejection_sampling
+from rlhf_helpers.policy_optimization.trpo import TRPOSettings, trpo
+
+METHODS: dict[str, tuple[Callable[..., History], type[OnPolicySettings]]] = {
+    "reinforce": (reinforce, ReinforceSettings),
+    "rloo": (rloo, RLOOSettings),
+    "grpo": (grpo, GRPOSettings),
+    "ppo": (ppo, PPOSettings),
+    "trpo": (trpo, TRPOSettings),
+    "rejection_sampling": (rejection_sampling, RejectionSamplingSettings),
+}
+SMALL = 10_000_000  # parameters: up to here the tiny assistant's learning rate is right
+
+
+class PolicyOptimizationPipeline:
+    """Loads a model and trains it by a method named in METHODS; `model` is what has been learned so far."""
+
+    def __init__(
+        self,
+        model_name: str = "tiny",
+        reward_model: RewardFn | torch.nn.Module | None = None,
+        method: str = "ppo",
+        **changes: Any,
+    ) -> None:
+        """Load the model; its frozen copy is the reference for as long as the pipeline lives.
+
+        reward_model: a reward model or a RewardFn. changes: fields of the method's settings; learning_rate is
+        by default the settings' own for models of up to 10 M parameters, and 1e-6 for larger ones. Raises
+        ValueError for an unknown method or bad value, TypeError for an unknown keyword or no reward.
+        """
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
+        if reward_model is None:
+            raise TypeError("PolicyOptimizationPipeline needs reward_model: a reward model or a RewardFn")
+        self.loop, kind = METHODS[method]
+        if unknown := sorted(set(changes) - {field.name for field in fields(kind)}):
+            raise TypeError(f"{kind.__name__} has no setting {unknown}")
+        self.model, self.tokenizer = load_model(model_name)
+        large = sum(p.numel() for p in self.model.parameters()) > SMALL
+        self.settings = kind(**({"learning_rate": 1e-6} if large else {}) | changes)
+        self.reward_model, self.method = reward_model, method
+        self.ref_model, self.done = frozen_copy(self.model), 0
+        self._kept = {"value_head": new_value_head(self.model)} if method == "ppo" else {}
+
+    def train_epoch(
+        self, prompts: Sequence[str], num_iterations: int = 10, **options: Unpack[RunOptions]
+    ) -> list[dict[str, Any]]:
+        """Train for num_iterations turns of the loop on new samples; returns their rows of metrics.
+
+        With fewer prompts than prompts_per_step all of them are taken each turn. A further call goes on with
+        the model (and value head) as they are, with other samples and a fresh optimiser. Raises as the loop.
+        """
+        settings = replace(
+            self.settings, steps=num_iterations, seed=self.settings.seed + self.done,
+            prompts_per_step=min(self.settings.prompts_per_step, max(1, len(prompts))),
+        )  # fmt: skip
+        options = {"ref_model": self.ref_model, **self._kept, **options}
+        history = self.loop(self.model, self.tokenizer, prompts, self.reward_model, settings, **options)
+        self.done += num_iterations
+        return history[:]

@@ -1,0 +1,235 @@
+"""TRPO: the largest step within a trust region, measured in KL and not in weights."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf_helpers.core.generation import Rollout, response_logits
+from rlhf_helpers.core.models import RewardFn
+from rlhf_helpers.core.policy_losses import approx_kl, rloo_advantages
+from rlhf_helpers.core.tensors import masked_mean, require_number, require_shapes
+from rlhf_helpers.core.training import History
+from rlhf_helpers.policy_optimization.critic_free import PolicyLoss, RLOOSettings
+from rlhf_helpers.policy_optimization.on_policy import Batch, OnPolicyRun, RunOptions, per_response
+from rlhf_helpers.policy_optimization.rollouts import policy_outputs, sequence_kl, without_padding
+
+Vector = Float[Tensor, "N"]
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class TRPOSettings(RLOOSettings):
+    """Settings of TRPO; learning_rate, epochs and minibatches have no part in it: max_kl sets the step."""
+
+    mixed_precision: str | None = "no"  # second derivatives in bf16 are noise
+    max_kl: float = 0.01  # radius of the trust region, nats a token
+    cg_iterations: int = 5  # each costs one backward pass through the gradient of the KL
+    damping: float = 0.1  # added to the Fisher matrix; few samples say little of most directions, and with
+    # less damping the step goes far along those, where it learns the samples by heart
+    fisher_rows: int = 8  # responses the Fisher matrix is taken on: the curvature needs fewer than the slope
+    backtracks: int = 10  # the step is halved so often before it is given up
+
+    def __post_init__(self) -> None:
+        """Refuse values that would train wrongly or not at all."""
+        super().__post_init__()
+        self._require("cg_iterations", "fisher_rows", "backtracks")
+        require_number("TRPOSettings.max_kl", self.max_kl, above=0)
+        require_number("TRPOSettings.damping", self.damping, at_least=0)
+        if self.entropy_coef:
+            raise ValueError(f"TRPOSettings.entropy_coef is not used here: leave 0, got {self.entropy_coef}")
+
+
+def surrogate_loss(
+    logps: Float[Tensor, "B T"], old_logps: Float[Tensor, "B T"], advantages: Float[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """TRPO's surrogate per token, to be minimised: -A_t exp(logp_t - old_logp_t); nothing is clipped.
+
+    Schulman et al. 2015, eq. 14. Lesson 2. Raises ValueError where shapes differ.
+    """
+    require_shapes("B T", logps=logps, old_logps=old_logps, advantages=advantages)
+    return -advantages * torch.exp(logps - old_logps)
+
+
+def trpo(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    reward_fn: RewardFn,
+    settings: TRPOSettings,
+    *,
+    loss_fn: PolicyLoss = surrogate_loss,
+    **options: Unpack[RunOptions],
+) -> History:
+    """Train `model` in place by trust-region steps on RLOO's advantages.
+
+    minimise L(theta) = mean_i sum_t loss_fn(logp_it, old_logp_it, A_i)  where  KL(old || theta) <= max_kl
+    x = (F + damping)^-1 grad L by conjugate gradient;  step = -sqrt(2 max_kl / x.(F + damping)x) x, halved
+    until the KL itself is within max_kl and L has fallen; if it never does, the weights stay as they were.
+
+    Reward, advantages, options and the rows returned as in `rloo`; loss is L before the step, and further
+    trpo/gain (by how much L fell), trpo/step_fraction (1: the whole step; 0: given up), trpo/kl (after the
+    step, nats a token). Schulman et al. 2015, appendix C. Lesson 2. Raises ValueError as `critic_free`, and
+    in a run of several processes.
+    """
+    run = OnPolicyRun(model, tokenizer, prompts, reward_fn, settings, **options)
+    if run.engine.accelerator.num_processes > 1:
+        raise ValueError("trpo runs in one process: its step is not averaged over processes")
+    parameters = run.engine.parameters
+    for _ in run.engine.steps():
+        batch = run.collect()
+        rewards = batch.rewards - settings.kl_coef * sequence_kl(batch.rollout, batch.ref_logps)
+        advantages = rloo_advantages(rewards.view(-1, settings.samples_per_prompt)).view(-1, 1)
+        metrics = _surrogate(run, batch, advantages, loss_fn, learn=True)
+        gradient = _flat([p.grad for p in parameters], parameters)
+        run.engine.optimizer.zero_grad(set_to_none=True)
+        some = without_padding(batch.rollout[:: -(-len(batch.rollout) // settings.fisher_rows)])
+        with eager_attention(model):
+            fisher = fisher_product(model, parameters, some, settings.temperature)
+            step = natural_step(
+                gradient, lambda v, fisher=fisher: fisher(v) + settings.damping * v,
+                max_kl=settings.max_kl, iterations=settings.cg_iterations,
+            )  # fmt: skip
+        metrics |= _line_search(run, batch, advantages, loss_fn, step, some, metrics["loss"])
+        run.log(batch, rewards, metrics)
+    return run.engine.history
+
+
+def fisher_product(
+    model: torch.nn.Module, parameters: Sequence[Tensor], rollout: Rollout, temperature: float
+) -> Product:
+    """Return v -> F v, with F the Hessian of KL(old || theta) at theta = old: nats a token, (N,) -> (N,).
+
+    The KL is that of the whole next-token distribution, mean over response tokens; two backward passes give F
+    v and F, N x N, is never written down. Under `eager_attention`: fused attention has no second derivative.
+    Schulman et al. 2015, appendix C.1. Lesson 2.
+    """
+    logps = _vocabulary_logps(model, rollout, temperature)
+    kl = _exact_kl(logps.detach(), logps, rollout.response_mask)
+    slopes = torch.autograd.grad(kl, parameters, create_graph=True, materialize_grads=True)
+    slope = _flat(slopes, parameters)
+
+    def product(vector: Tensor) -> Tensor:
+        rows = torch.autograd.grad(slope @ vector, parameters, retain_graph=True, materialize_grads=True)
+        return _flat(rows, parameters)
+
+    return product
+
+
+def conjugate_gradient(product: Product, target: Vector, *, iterations: int) -> Vector:
+    """Solve A x = target for a symmetric positive A that is known only by product(v) = A v.
+
+    Exact after N iterations; a few give most of it. Hestenes and Stiefel 1952. Lesson 2. Raises ValueError
+    where v.Av <= 0: A is not positive, so more damping is needed.
+    """
+    x, residual, direction = torch.zeros_like(target), target.clone(), target.clone()
+    size = start = residual @ residual
+    for _ in range(iterations):
+        if size <= 1e-10 * start:
+            break
+        image = product(direction)
+        curvature = direction @ image
+        if curvature <= 0:
+            raise ValueError(f"v.Av is {curvature.item():.3g}, so A is not positive: raise the damping")
+        rate = size / curvature
+        x = x + rate * direction
+        residual = residual - rate * image
+        previous, size = size, residual @ residual
+        direction = residual + size / previous * direction
+    return x
+
+
+def natural_step(gradient: Vector, product: Product, *, max_kl: float, iterations: int) -> Vector:
+    """Step along -F^-1 gradient to where the quadratic model of the KL, s.Fs / 2, reaches max_kl; (N,).
+
+    0 for a gradient of 0. Schulman et al. 2015, appendix C. Lesson 2.
+    """
+    x = conjugate_gradient(product, gradient, iterations=iterations)
+    curvature = (x @ product(x)).item()
+    return -math.sqrt(2 * max_kl / curvature) * x if curvature > 0 else torch.zeros_like(x)
+
+
+@contextmanager
+def eager_attention(model: torch.nn.Module) -> Iterator[None]:
+    """Compute attention step by step within the block: the fused kernels cannot be differentiated twice."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _surrogate(
+    run: OnPolicyRun, batch: Batch, advantages: Tensor, loss_fn: PolicyLoss, *, learn: bool
+) -> dict[str, float]:
+    """The surrogate and how far the policy is from the sampler; with `learn` its gradient, in p.grad."""
+    rollout, total = batch.rollout, 0.0
+    weights, mask, seen = per_response(rollout.response_mask), rollout.response_mask, []
+    for rows in torch.arange(len(rollout)).tensor_split(run.settings.accumulation_steps):
+        with torch.set_grad_enabled(learn):
+            logps, entropies = policy_outputs(run.policy, rollout[rows], temperature=run.settings.temperature)
+            old_logps = rollout.old_logps[rows]
+            losses = loss_fn(logps, old_logps, advantages[rows].expand_as(logps))
+            require_shapes("B T", logps=logps, loss=losses)
+            loss = (weights[rows] * torch.where(mask[rows], losses, 0.0)).sum()
+        if learn:
+            loss.backward()
+        total += loss.item()
+        seen.append((logps.detach(), entropies.detach()))
+    logps, entropies = (torch.cat(column) for column in zip(*seen, strict=True))
+    return {
+        "loss": total,
+        "policy/approxkl": approx_kl(logps, rollout.old_logps, mask).item(),
+        "policy/entropy": masked_mean(entropies, mask).item(),
+        "val/ratio": masked_mean((logps - rollout.old_logps).exp(), mask).item(),
+    }
+
+
+@torch.no_grad()
+def _line_search(
+    run: OnPolicyRun, batch: Batch, advantages: Tensor, loss_fn: PolicyLoss, step: Tensor, some: Rollout,
+    start: float,
+) -> dict[str, float]:  # fmt: skip
+    """Halve the step until it keeps both promises; the quadratic model is good only near the start."""
+    settings, parameters = run.settings, run.engine.parameters
+    before, fraction = [p.clone() for p in parameters], 1.0
+    # The KL of whole distributions: an estimate from the tokens that the step was aimed at is far too high.
+    old = _vocabulary_logps(run.policy, some, settings.temperature)
+    for _ in range(settings.backtracks if step.any() else 0):
+        pieces = step.split([p.numel() for p in parameters])
+        for parameter, value, piece in zip(parameters, before, pieces, strict=True):
+            parameter.copy_(value + fraction * piece.view_as(value))
+        new = _vocabulary_logps(run.policy, some, settings.temperature)
+        kl = _exact_kl(old, new, some.response_mask).item()
+        if kl <= settings.max_kl:
+            gain = start - _surrogate(run, batch, advantages, loss_fn, learn=False)["loss"]
+            if gain > 0:
+                return {"trpo/step_fraction": fraction, "trpo/gain": gain, "trpo/kl": kl}
+        fraction /= 2
+    for parameter, value in zip(parameters, before, strict=True):
+        parameter.copy_(value)
+    return {"trpo/step_fraction": 0.0, "trpo/gain": 0.0, "trpo/kl": 0.0}
+
+
+def _vocabulary_logps(model: torch.nn.Module, rollout: Rollout, temperature: float) -> Tensor:
+    """Log-prob of every token of the vocabulary at every place of the responses, (B, T, V)."""
+    width = rollout.response_mask.shape[1]
+    logits = response_logits(model, rollout.input_ids, rollout.attention_mask, response_length=width)
+    return torch.log_softmax(logits.float() / temperature, dim=-1)
+
+
+def _exact_kl(old: Tensor, new: Tensor, mask: Tensor) -> Tensor:
+    """KL(old || new) of next-token distributions (B, T, V), mean over real tokens."""
+    return masked_mean((old.exp() * (old - new)).sum(-1), mask)
+
+
+def _flat(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
+    """One vector of all entries; a weight without a gradient counts 0."""
+    pairs = zip(tensors, like, strict=True)
+    return torch.cat([(torch.zeros_like(p) if t is None else t).flatten() for t, p in pairs])
