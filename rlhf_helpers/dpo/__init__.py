@@ -1,0 +1,18 @@
+"""Learning from preferences without a reward model: DPO and its kin, offline and online."""
+
+from rlhf_helpers.dpo.adaptive import AdaptiveDPO, adaptive_dpo_training
+from rlhf_helpers.dpo.data import DPODataset
+from rlhf_helpers.dpo.online import OnlineDPOSettings, online_dpo
+from rlhf_helpers.dpo.pipeline import DPOPipeline
+from rlhf_helpers.dpo.training import DPOSettings, DPOTrainer
+
+__all__ = [
+    "AdaptiveDPO",
+    "DPODataset",
+    "DPOPipeline",
+    "DPOSettings",
+    "DPOTrainer",
+    "OnlineDPOSettings",
+    "adaptive_dpo_training",
+    "online_dpo",
+]
