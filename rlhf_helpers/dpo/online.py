@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from rlhf_helpers.core.generation import Rollout, generate, rollout_logps
 from rlhf_helpers.core.models import RewardFn, as_reward_fn, frozen_copy
 from rlhf_helpers.core.training import Engine, History
+from rlhf_helpers.core.training.settings import require_fields
 from rlhf_helpers.dpo.data import DPODataset, fingerprint
 from rlhf_helpers.dpo.objectives import OBJECTIVES, LossFn
-from rlhf_helpers.dpo.training import DPOSettings, require_fields, step_seed, update
+from rlhf_helpers.dpo.training import DPOSettings, update
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def online_dpo(
         asked = [row for row in rows for _ in range(group)]
         rollout = generate(
             model, tokenizer, [prompts[row] for row in asked],
-            max_new_tokens=settings.max_new_tokens, seed=step_seed(engine),
+            max_new_tokens=settings.max_new_tokens, seed=engine.step_seed,
         )  # fmt: skip
         further = {name: [values[row] for row in asked] for name, values in columns.items()}
         scores = as_reward_fn(reward_fn)(rollout.prompts, rollout.responses, **further).to(engine.device)
@@ -122,7 +123,7 @@ def _learn(engine: Engine, data: DPODataset, loss_fn: LossFn | None) -> dict[str
     """The updates of one step: `epochs` passes over its pairs, each in its own seeded order."""
     settings, found = engine.settings, History()
     for epoch in range(settings.epochs):
-        order = np.random.default_rng([step_seed(engine), epoch]).permutation(len(data))
+        order = np.random.default_rng([engine.step_seed, epoch]).permutation(len(data))
         for part in np.array_split(order, settings.updates_per_epoch):
             found.append(update(engine, data, part, settings.beta, loss_fn, {}, own=True))
     return found.to_frame().mean().to_dict()

@@ -14,9 +14,8 @@ from rlhf_helpers.core.generation import generate, rollout_logps, sequence_logps
 from rlhf_helpers.core.models import frozen_copy, load_model, tokenizer_for
 from rlhf_helpers.core.policy_losses import AdaptiveKLController, FixedKLController, rloo_advantages
 from rlhf_helpers.core.preference_losses import dpo_loss
-from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.core.training import Engine, History, TrainingSettings
-from rlhf_helpers.core.training.settings import RANK_STRIDE
+from rlhf_helpers.core.training.settings import require_fields
 from rlhf_helpers.core.training.supervised import epoch_batches
 from rlhf_helpers.dpo.data import DPODataset, Rows
 from rlhf_helpers.dpo.objectives import OBJECTIVES, LossFn, as_means, batch_sums, totals
@@ -262,7 +261,7 @@ def sampled_kl(
         return {}
     asked = [prompts[i % len(prompts)] for i in range(settings.kl_samples)]
     rollout = generate(
-        engine.model, tokenizer, asked, max_new_tokens=settings.max_new_tokens, seed=step_seed(engine)
+        engine.model, tokenizer, asked, max_new_tokens=settings.max_new_tokens, seed=engine.step_seed
     )
     with torch.no_grad():
         ref_logps = rollout_logps(reference, rollout)
@@ -272,12 +271,6 @@ def sampled_kl(
         logps = rollout_logps(engine.model, rollout).sum(-1)
         measured["penalty"] = settings.kl_coef * (rloo_advantages(d[None])[0] * logps).mean()
     return measured
-
-
-def step_seed(engine: Engine) -> int:
-    """Seed of this step's sampling, of (seed, process, step) alone: a resumed run draws the same text."""
-    seed = engine.settings.seed + RANK_STRIDE * engine.accelerator.process_index
-    return int(np.random.default_rng([seed, engine.step]).integers(2**31))
 
 
 def update(
@@ -305,12 +298,3 @@ def update(
         sums = {key: sums.get(key, 0.0) + value.item() * share for key, value in found.items()}
     sampled = {f"objective/{key}": value.item() for key, value in measured.items() if key != "penalty"}
     return as_means(sums, over) | {"beta": beta} | sampled
-
-
-def require_fields(settings: TrainingSettings, *names: str, whole: bool = False, **limits: float) -> None:
-    """Refuse fields outside their limits (see `require_number`), or not whole; ValueError names the field."""
-    for name in names:
-        value, told = getattr(settings, name), f"{type(settings).__name__}.{name}"
-        require_number(told, value, **limits)
-        if whole and not isinstance(value, int):
-            raise ValueError(f"{told} must be a whole number, got {value!r}")

@@ -18,6 +18,7 @@ from rlhf_helpers.core.policy_losses import (
 )
 from rlhf_helpers.core.tensors import require_number, require_shapes
 from rlhf_helpers.core.training import History
+from rlhf_helpers.core.training.settings import require_fields
 from rlhf_helpers.policy_optimization.on_policy import (
     OnPolicyRun,
     OnPolicySettings,
@@ -45,7 +46,7 @@ class RLOOSettings(OnPolicySettings):
     def __post_init__(self) -> None:
         """Refuse groups of one as well."""
         super().__post_init__()
-        self._require("samples_per_prompt", least=2)
+        require_fields(self, "samples_per_prompt", whole=True, at_least=2)
 
 
 @dataclass(frozen=True)

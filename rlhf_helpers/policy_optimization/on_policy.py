@@ -13,9 +13,9 @@ from torch import Tensor
 from rlhf_helpers.core.generation import Rollout
 from rlhf_helpers.core.models import RewardFn, frozen_copy
 from rlhf_helpers.core.policy_losses import approx_kl, clip_fraction
-from rlhf_helpers.core.tensors import masked_mean, require_number, require_shapes
+from rlhf_helpers.core.tensors import masked_mean, require_shapes
 from rlhf_helpers.core.training import Engine, TrainingSettings
-from rlhf_helpers.core.training.settings import RANK_STRIDE
+from rlhf_helpers.core.training.settings import require_fields
 from rlhf_helpers.policy_optimization.rollouts import (
     Columns,
     collect,
@@ -71,12 +71,18 @@ class OnPolicySettings(TrainingSettings):
     def __post_init__(self) -> None:
         """Refuse values that would train wrongly or not at all."""
         super().__post_init__()
-        self._require("steps", "prompts_per_step", "samples_per_prompt", "epochs", "minibatches")
-        self._require("max_new_tokens")
-        self._require("eval_every", least=0)
-        require_number(f"{type(self).__name__}.temperature", self.temperature, above=0)
-        for field in ("kl_coef", "entropy_coef", "missing_eos_penalty", "length_penalty"):
-            require_number(f"{type(self).__name__}.{field}", getattr(self, field), at_least=0)
+        counts = (
+            "steps",
+            "prompts_per_step",
+            "samples_per_prompt",
+            "epochs",
+            "minibatches",
+            "max_new_tokens",
+        )
+        require_fields(self, *counts, whole=True, at_least=1)
+        require_fields(self, "eval_every", whole=True, at_least=0)
+        require_fields(self, "temperature", above=0)
+        require_fields(self, "kl_coef", "entropy_coef", "missing_eos_penalty", "length_penalty", at_least=0)
         pieces, samples = (
             self.minibatches * self.accumulation_steps,
             self.prompts_per_step * self.samples_per_prompt,
@@ -86,13 +92,6 @@ class OnPolicySettings(TrainingSettings):
                 f"{type(self).__name__}: minibatches x accumulation_steps must divide the {samples} samples "
                 f"of a step, got {self.minibatches} x {self.accumulation_steps}"
             )
-
-    def _require(self, *fields: str, least: int = 1) -> None:
-        for field in fields:
-            name, value = f"{type(self).__name__}.{field}", getattr(self, field)
-            require_number(name, value, at_least=least)
-            if not isinstance(value, int):
-                raise ValueError(f"{name} must be a whole number, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ class OnPolicyRun:
         rollout = collect(
             self.policy, self.tokenizer, [self.prompts[row] for row in rows],
             samples_per_prompt=group, max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature, seed=self.step_seed,
+            temperature=settings.temperature, seed=self.engine.step_seed,
         )  # fmt: skip
         scores = score(self.reward_fn, rollout, repeat_columns(self.columns, rows, group))
         return self.judge(rollout, scores, rows)
@@ -224,7 +223,7 @@ class OnPolicyRun:
         for epoch in range(self.settings.epochs):
             order = np.arange(len(mask))
             if count > 1:
-                order = np.random.default_rng([self.step_seed, epoch]).permutation(len(mask))
+                order = np.random.default_rng([self.engine.step_seed, epoch]).permutation(len(mask))
             for minibatch in torch.from_numpy(order).tensor_split(count):
                 weights = weigh(mask[minibatch]).tensor_split(pieces)
                 for place, part in enumerate(minibatch.tensor_split(pieces)):
@@ -247,12 +246,6 @@ class OnPolicyRun:
         if self.eval_fn is not None and due:
             row |= self.eval_fn(self.policy)
         self.engine.log(row)
-
-    @property
-    def step_seed(self) -> int:
-        """Seed of this step's sampling, of (seed, process, step) alone: a resumed run draws the same text."""
-        seed = self.settings.seed + RANK_STRIDE * self.engine.accelerator.process_index
-        return int(np.random.default_rng([seed, self.engine.step]).integers(2**31))
 
 
 def per_response(mask: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:

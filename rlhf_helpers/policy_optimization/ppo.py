@@ -22,6 +22,7 @@ from rlhf_helpers.core.policy_losses import (
 )
 from rlhf_helpers.core.tensors import masked_whiten, require_number
 from rlhf_helpers.core.training import History
+from rlhf_helpers.core.training.settings import require_fields
 from rlhf_helpers.core.training.supervised import EncodedRows, collate, encode_rows, sft_loss
 from rlhf_helpers.policy_optimization.critic_free import PolicyLoss
 from rlhf_helpers.policy_optimization.on_policy import (
@@ -56,7 +57,7 @@ class PPOSettings(OnPolicySettings):
     def __post_init__(self) -> None:
         """Refuse values that would train wrongly or not at all."""
         super().__post_init__()
-        self._require("ptx_batch_size")
+        require_fields(self, "ptx_batch_size", whole=True, at_least=1)
         above = {"above": 0}
         rules = {"cliprange": {"above": 0, "below": 1}, "cliprange_value": above}
         # A step's episodes may not move the coefficient below 0 (AdaptiveKLController).
@@ -173,7 +174,7 @@ class PPOLearner:
         """The likelihood term, on other rows at each call; None without ptx_rows."""
         if self.ptx is None:
             return None
-        source = np.random.default_rng([run.step_seed, 1])
+        source = np.random.default_rng([run.engine.step_seed, 1])
 
         def loss() -> Tensor:
             count = min(

@@ -15,6 +15,7 @@ from rlhf_helpers.core.models import RewardFn
 from rlhf_helpers.core.policy_losses import approx_kl, rloo_advantages
 from rlhf_helpers.core.tensors import masked_mean, require_number, require_shapes
 from rlhf_helpers.core.training import History
+from rlhf_helpers.core.training.settings import require_fields
 from rlhf_helpers.policy_optimization.critic_free import PolicyLoss, RLOOSettings
 from rlhf_helpers.policy_optimization.on_policy import Batch, OnPolicyRun, RunOptions, per_response
 from rlhf_helpers.policy_optimization.rollouts import policy_outputs, sequence_kl, without_padding
@@ -38,7 +39,7 @@ class TRPOSettings(RLOOSettings):
     def __post_init__(self) -> None:
         """Refuse values that would train wrongly or not at all."""
         super().__post_init__()
-        self._require("cg_iterations", "fisher_rows", "backtracks")
+        require_fields(self, "cg_iterations", "fisher_rows", "backtracks", whole=True, at_least=1)
         require_number("TRPOSettings.max_kl", self.max_kl, above=0)
         require_number("TRPOSettings.damping", self.damping, at_least=0)
         if self.entropy_coef:

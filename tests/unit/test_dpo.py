@@ -377,9 +377,8 @@ def test_the_constraints_gradient_is_that_of_the_kl(tiny_llama_dir):
     reference = frozen_copy(model)
     displace(model, 1.3)
     settings = replace(SETTINGS, kl_coef=0.5, kl_samples=4096, max_new_tokens=1)
-    engine = SimpleNamespace(
-        model=model, settings=settings, step=0, accelerator=SimpleNamespace(process_index=0)
-    )
+    # The seed that an Engine gives at seed 0, step 0.
+    engine = SimpleNamespace(model=model, settings=settings, step_seed=1826701615)
     measured = training_module.sampled_kl(engine, reference, tokenizer, ["Hello"])
     ids = torch.tensor([encode_prompt(tokenizer, "Hello")])
     logps, ref_logps = (m(ids).logits[0, -1].log_softmax(-1) for m in (model, reference))

@@ -23,6 +23,7 @@ from rlhf_helpers.core.training import checkpoints, parallel
 from rlhf_helpers.core.training.history import History
 from rlhf_helpers.core.training.progress import progress_bar
 from rlhf_helpers.core.training.settings import (
+    RANK_STRIDE,
     TrainingSettings,
     get_random_state,
     learning_rate_factor,
@@ -222,6 +223,12 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer_steps += 1
         return self.grad_norm
+
+    @property
+    def step_seed(self) -> int:
+        """Seed of this step's sampling, of (seed, process, step) alone: a resumed run draws the same text."""
+        seed = self.settings.seed + RANK_STRIDE * self.accelerator.process_index
+        return int(np.random.default_rng([seed, self.step]).integers(2**31))
 
     @property
     def learning_rate(self) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.core.training.parallel import process_state
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -114,3 +115,12 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if "device" in state and device.type in ("cuda", "mps"):
         getattr(torch, device.type).set_rng_state(state["device"])
+
+
+def require_fields(settings: TrainingSettings, *names: str, whole: bool = False, **limits: float) -> None:
+    """Refuse fields outside their limits (see `require_number`), or not whole; ValueError names the field."""
+    for name in names:
+        value, told = getattr(settings, name), f"{type(settings).__name__}.{name}"
+        require_number(told, value, **limits)
+        if whole and not isinstance(value, int):
+            raise ValueError(f"{told} must be a whole number, got {value!r}")
