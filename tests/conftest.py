@@ -9,7 +9,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import ipaddress
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jaxtyping import install_import_hook
@@ -198,3 +200,61 @@ def tiny_distilbert_dir(tmp_path_factory) -> Path:
         pad_token_id=tokenizer.pad_token_id,
     )
     return _save(tmp_path_factory, "tiny-distilbert", DistilBertForMaskedLM, config, tokenizer)
+
+
+# ---- for the tests of the loops; import them from tests.conftest
+
+
+@pytest.fixture
+def tiny(tiny_llama_dir):
+    """A small random policy and its tokenizer, to be trained."""
+    from rlhf_helpers.core.models import load_model
+
+    return load_model(tiny_llama_dir, device="cpu")
+
+
+def share_of_e(prompts: list[str], responses: list[str], **columns: Any):
+    """A reward that a random model can learn: how many of the letters are e."""
+    import torch
+
+    return torch.tensor([r.count("e") / max(len(r), 1) for r in responses])
+
+
+def weights(model):
+    """All parameters of a model as one vector."""
+    import torch
+
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+class Killed(BaseException):
+    """What ends a run in its midst: nothing may catch it."""
+
+
+def dies_at(call: int, function: Callable) -> Callable:
+    """Wrap a function so that its call number `call` kills the run."""
+    calls = []
+
+    def wrapped(*args, **options):
+        calls.append(1)
+        if len(calls) == call:
+            raise Killed
+        return function(*args, **options)
+
+    return wrapped
+
+
+def resume_equals_whole(run: Callable, given: Any, deadly: Any):
+    """Check run(folder, given, resume=...) -> (history, weights): broken off by `deadly`, then resumed.
+
+    Bit for bit as the run that was never broken off; returns that run's history.
+    """
+    import torch
+
+    history, final = run("whole", given)
+    with pytest.raises(Killed):
+        run("broken", deadly)
+    resumed, resumed_final = run("broken", given, resume=True)
+    assert resumed == history
+    assert torch.equal(resumed_final, final)
+    return history

@@ -1,14 +1,15 @@
 """Sampling from a policy, and the log-probabilities of what was sampled.
 
 `generate` turns prompts into a `Rollout`: texts, token ids and the log-prob of every sampled token at the
-sampling temperature. There is no top-k, top-p or suppressed EOS here: the log-probs would then be those of
-another distribution than the one sampled from, and the KL to the reference could come out negative.
+sampling temperature. It knows no top-k, top-p or suppressed EOS: the log-probs would then be those of another
+distribution than the one sampled from, and the KL to the reference could come out negative. `stream_answer`
+knows them, for show: it yields text alone, which no loop takes for a sample.
 
 One layout everywhere, P prompt and T response columns: prompts left-padded, responses right-padded, so that
 the seam between them is the same column in every row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from rlhf_helpers.core.tensors import pad_left, pad_right, require_number, token_logps
 from rlhf_helpers.core.text import encode_pair, encode_prompt
@@ -34,6 +35,7 @@ class Rollout:
     response_mask: (B, T), true on response tokens, EOS included: the tokens that are trained on.
     old_logps: (B, T), log-prob in nats of each sampled token at the sampling temperature; 0 on padding.
     ended: (B,), whether the response closed with EOS; false where max_new_tokens cut it off.
+    greedy: decoded without chance, so no sample of the policy: the on-policy loops refuse it.
     """
 
     prompts: list[str]
@@ -43,6 +45,7 @@ class Rollout:
     response_mask: Bool[Tensor, "B T"]
     old_logps: Float[Tensor, "B T"]
     ended: Bool[Tensor, "B"]
+    greedy: bool = False
 
     def __len__(self) -> int:
         """Count the rows."""
@@ -54,8 +57,9 @@ class Rollout:
             mend = f"use [{index}:{index + 1}]"
             raise TypeError(f"a Rollout is indexed by a slice or by several indices: {mend}")
         rows = torch.arange(len(self))[index.cpu() if isinstance(index, Tensor) else index].tolist()
-        fields = vars(self).items()
-        return Rollout(**{k: v[rows] if isinstance(v, Tensor) else [v[i] for i in rows] for k, v in fields})
+        fields = ((name, value) for name, value in vars(self).items() if name != "greedy")
+        kept = {k: v[rows] if isinstance(v, Tensor) else [v[i] for i in rows] for k, v in fields}
+        return replace(self, **kept)
 
     def to(self, device: torch.device | str) -> "Rollout":
         """Move the tensors to a device."""
@@ -84,6 +88,7 @@ def generate(
     seed: the samples are a function of model, prompts, max_new_tokens and seed, whatever the batch size;
     torch's global generator is neither read nor moved. None draws from the global generator.
     greedy: take the most likely token; old_logps are then those at temperature 1, and temperature must be 1.
+    The rollout says so, and the on-policy loops refuse it.
     batch_size: rows decoded together; prompts are sorted by length for it and put back in order.
 
     old_logps equal those of `rollout_logps` at the same temperature to 1e-5 per token in float32; in bfloat16
@@ -92,15 +97,12 @@ def generate(
     context (names the prompt and the lengths).
     """
     _check_arguments(prompts, max_new_tokens, temperature, greedy, batch_size)
-    model = model.module if isinstance(model, DistributedDataParallel) else model
+    model = _unwrapped(model)
     encoded = {prompt: encode_prompt(tokenizer, prompt) for prompt in dict.fromkeys(prompts)}
     prompt_rows = [encoded[prompt] for prompt in prompts]
     _require_room(model, prompts, prompt_rows, max_new_tokens)
 
-    # One uniform number per row and step, drawn at once: a row's sample depends neither on its neighbours nor
-    # on who has left the batch.
-    source = None if seed is None else torch.Generator().manual_seed(seed)
-    uniforms = None if greedy else torch.rand(len(prompts), max_new_tokens, generator=source)
+    uniforms = None if greedy else _uniforms(len(prompts), max_new_tokens, seed)
     settings = {"stop_ids": _stop_ids(model, tokenizer), "pad_id": tokenizer.pad_token_id}
     settings |= {"steps": max_new_tokens, "temperature": temperature}
     by_length = sorted(range(len(prompts)), key=lambda i: -len(prompt_rows[i]))
@@ -112,7 +114,61 @@ def generate(
             parts.append(_decode(model, [prompt_rows[i] for i in chosen], noise, **settings))
     back = torch.tensor(by_length).argsort().to(parts[0][0].device)
     ids, logps, mask, ended = (torch.cat(part)[back] for part in zip(*parts, strict=True))
-    return _assemble(tokenizer, prompts, prompt_rows, ids, logps, mask, ended)
+    rollout = _assemble(tokenizer, prompts, prompt_rows, ids, logps, mask, ended)
+    return replace(rollout, greedy=greedy)
+
+
+def stream_answer(
+    model: nn.Module, tokenizer: Any, prompt: str,
+    *, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+    greedy: bool = False, seed: int | None = None,
+) -> Iterator[str]:  # fmt: skip
+    """Sample one answer for people to watch: yields pieces of text as they come, no character ever in halves.
+
+    The joined pieces are the answer, and without top_k and top_p that of `generate` with the same seed.
+    top_k, top_p: draw from the top_k likeliest tokens (Fan et al. 2018), then from the fewest of them that
+    hold a share of top_p (Holtzman et al. 2020): tidier text, but no sample of the policy, so not in
+    `generate`. Lesson 2. Raises ValueError at the call, before any piece, as `generate` does, and for
+    top_k < 1 or top_p outside (0, 1].
+    """
+    _check_arguments([prompt], max_new_tokens, temperature, greedy, 1)
+    warpers = LogitsProcessorList([] if top_k is None else [TopKLogitsWarper(top_k)])
+    if top_p is not None:
+        require_number("top_p", top_p, above=0, at_most=1)
+        warpers.append(TopPLogitsWarper(float(top_p)))
+    model, ids = _unwrapped(model), encode_prompt(tokenizer, prompt)
+    _require_room(model, [prompt], [ids], max_new_tokens)
+    noise = [None] * max_new_tokens if greedy else _uniforms(1, max_new_tokens, seed).unbind(-1)
+    return _stream(model, tokenizer, ids, noise, lambda seen, scores: warpers(seen, scores / temperature))
+
+
+def _stream(
+    model: nn.Module, tokenizer: Any, prompt_ids: list[int], noise: Sequence[Tensor | None],
+    warp: Callable[[Tensor, Tensor], Tensor],
+) -> Iterator[str]:  # fmt: skip
+    device, stops = next(model.parameters()).device, _stop_ids(model, tokenizer)
+    cache, ids, said, shown = DynamicCache(config=model.config), prompt_ids, [], 0
+    for step, uniform in enumerate(noise, 1):
+        row = torch.tensor([ids], device=device)
+        with _eval_mode(model), torch.no_grad():  # not around the loop: the caller runs between two pieces
+            outputs = model(input_ids=row, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        scores = warp(row, outputs.logits[:, -1].float())
+        ids = _pick(scores, None if uniform is None else uniform.to(device))[0].tolist()
+        said += ids
+        text = tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ended = ids[0] in stops or step == len(noise)
+        # A character may take several tokens; what is not whole yet decodes to U+FFFD.
+        whole = text if ended else text.rstrip("\ufffd")
+        if len(whole) > shown:
+            yield whole[shown:]
+            shown = len(whole)
+        if ended:
+            return
+
+
+def _uniforms(rows: int, steps: int, seed: int | None) -> Float[Tensor, "B T"]:
+    """One uniform number per row and step, all at once: no sample depends on its neighbours or their end."""
+    return torch.rand(rows, steps, generator=None if seed is None else torch.Generator().manual_seed(seed))
 
 
 def _check_arguments(
@@ -289,10 +345,13 @@ def _positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 def _context(model: nn.Module) -> int | None:
     """The longest sequence the model has positions for, if its config says so."""
-    model = model.module if isinstance(model, DistributedDataParallel) else model
-    return getattr(model.config, "max_position_embeddings", None)
+    return getattr(_unwrapped(model).config, "max_position_embeddings", None)
 
 
 def _stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:

@@ -10,9 +10,11 @@ together, a merge across the seam would give ids that the policy never sampled.
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Message = dict[str, str]
+Columns = Mapping[str, Sequence[Any]]  # further columns of a data set of prompts: name -> one entry a prompt
 
 _LABELS = {"User": "user", "Assistant": "assistant", "System": "system"}
 _ROLES = {role: label for label, role in _LABELS.items()}
@@ -53,6 +55,23 @@ def to_text(messages: list[Message]) -> str:
             f"({', '.join(f'{label}: ' for label in _LABELS)}) after a blank line, in {messages!r}; drop it"
         )
     return text
+
+
+def require_columns(prompts: Sequence[str], columns: Columns) -> None:
+    """Refuse prompts that are no texts, and columns that do not hold one entry a prompt.
+
+    Raises ValueError that names the prompt or the column.
+    """
+    if isinstance(prompts, str) or not len(prompts):
+        raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
+    for row, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"prompts[{row}] must be a text that is not empty, got {prompt!r}")
+    for name, values in columns.items():
+        if isinstance(values, str) or len(values) != len(prompts):
+            raise ValueError(
+                f"column {name!r} must hold one entry for each of {len(prompts)} prompts, got {len(values)}"
+            )
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:

@@ -1,7 +1,7 @@
 """Online DPO: the policy writes the pairs, a reward picks the better one, and DPO learns from that."""
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rlhf_helpers.core.generation import Rollout, generate, rollout_logps
 from rlhf_helpers.core.models import RewardFn, as_reward_fn, frozen_copy
+from rlhf_helpers.core.text import Columns, require_columns
 from rlhf_helpers.core.training import Engine, History
 from rlhf_helpers.core.training.settings import require_fields
 from rlhf_helpers.dpo.data import DPODataset, fingerprint
@@ -55,7 +56,7 @@ class OnlineDPOSettings(DPOSettings):
 def online_dpo(
     model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward_fn: RewardFn,
     settings: OnlineDPOSettings, *, ref_model: nn.Module | None = None, loss_fn: LossFn | None = None,
-    columns: Mapping[str, Sequence[Any]] | None = None,
+    columns: Columns | None = None,
     eval_fn: Callable[[nn.Module], dict[str, float]] | None = None, resume: bool = False,
 ) -> History:  # fmt: skip
     """Train `model` in place on pairs of its own samples, the best against the worst of each prompt's.
@@ -70,7 +71,7 @@ def online_dpo(
     rewards of the wrong shape.
     """
     group, columns = settings.samples_per_prompt, dict(columns or {})
-    _require_prompts(prompts, columns)
+    require_columns(prompts, columns)
     if ref_model is model:
         raise ValueError("ref_model is the model that is trained; give a frozen_copy")
     reference = ref_model if ref_model and not settings.refresh_reference else frozen_copy(ref_model or model)
@@ -96,15 +97,6 @@ def online_dpo(
         due = step + 1 == settings.steps or (settings.eval_every and (step + 1) % settings.eval_every == 0)
         engine.log(metrics | (eval_fn(model) if eval_fn is not None and due else {}))
     return engine.history
-
-
-def _require_prompts(prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:
-    wrong = {name: len(values) for name, values in columns.items() if len(values) != len(prompts)}
-    if isinstance(prompts, str) or not len(prompts) or wrong:
-        told = f"{type(prompts).__name__} of {len(prompts)} and columns of {wrong}"
-        raise ValueError(
-            f"prompts must be a list of texts, and columns hold one entry for each; got a {told}"
-        )
 
 
 def _start(

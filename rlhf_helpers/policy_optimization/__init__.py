@@ -1,6 +1,12 @@
 """Policy optimization: loops that move a language model towards any reward, one file per idea."""
 
-from rlhf_helpers.policy_optimization.best_of_n import best_of_n, best_of_n_curve, best_of_n_kl
+from rlhf_helpers.policy_optimization.best_of_n import (
+    best_of_n,
+    best_of_n_curve,
+    best_of_n_exact_kl,
+    best_of_n_kl,
+    best_of_n_shares,
+)
 from rlhf_helpers.policy_optimization.critic_free import (
     GRPOSettings,
     ReinforceSettings,
@@ -42,9 +48,10 @@ from rlhf_helpers.policy_optimization.trpo import (
 __all__ = [
     "GRPOSettings", "OnPolicyRun", "OnPolicySettings", "PPOSettings", "PPOTrainer",
     "PolicyOptimizationPipeline", "RLOOSettings", "ReinforceSettings", "RejectionSamplingSettings",
-    "RunOptions", "TRPOSettings", "best_of_n", "best_of_n_curve", "best_of_n_kl", "collect",
-    "conjugate_gradient", "critic_free", "evaluate_policy", "fisher_product", "grpo", "iterative_rlhf",
-    "natural_step", "per_response", "per_token", "policy_logps", "policy_outputs", "ppo", "reinforce",
-    "reinforce_loss", "rejection_sampling", "rloo", "robust_ppo_training", "rollout_metrics", "score",
+    "RunOptions", "TRPOSettings", "best_of_n", "best_of_n_curve", "best_of_n_exact_kl", "best_of_n_kl",
+    "best_of_n_shares", "collect", "conjugate_gradient", "critic_free", "evaluate_policy", "fisher_product",
+    "grpo", "iterative_rlhf", "natural_step", "per_response", "per_token", "policy_logps", "policy_outputs",
+    "ppo", "reinforce", "reinforce_loss", "rejection_sampling", "rloo", "robust_ppo_training",
+    "rollout_metrics", "score",
     "surrogate_loss", "trpo",
 ]  # fmt: skip

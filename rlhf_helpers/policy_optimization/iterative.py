@@ -11,10 +11,11 @@ import torch
 from rlhf_helpers.core.generation import Rollout
 from rlhf_helpers.core.models import RewardFn, frozen_copy
 from rlhf_helpers.core.tensors import require_number
+from rlhf_helpers.core.text import require_columns
 from rlhf_helpers.core.training import History
 from rlhf_helpers.policy_optimization.critic_free import rloo
 from rlhf_helpers.policy_optimization.on_policy import OnPolicySettings
-from rlhf_helpers.policy_optimization.rollouts import collect, require_columns
+from rlhf_helpers.policy_optimization.rollouts import collect
 
 
 def iterative_rlhf(

@@ -14,15 +14,14 @@ from rlhf_helpers.core.generation import Rollout
 from rlhf_helpers.core.models import RewardFn, frozen_copy
 from rlhf_helpers.core.policy_losses import approx_kl, clip_fraction
 from rlhf_helpers.core.tensors import masked_mean, require_shapes
+from rlhf_helpers.core.text import Columns, require_columns
 from rlhf_helpers.core.training import Engine, TrainingSettings
 from rlhf_helpers.core.training.settings import require_fields
 from rlhf_helpers.policy_optimization.rollouts import (
-    Columns,
     collect,
     policy_logps,
     policy_outputs,
     repeat_columns,
-    require_columns,
     rollout_metrics,
     score,
 )
@@ -167,7 +166,15 @@ class OnPolicyRun:
         return self.judge(rollout, scores, rows)
 
     def judge(self, rollout: Rollout, scores: Float[Tensor, "B"], rows: list[int]) -> Batch:
-        """Take the penalties off the scores, and read the reference's log-probs."""
+        """Take the penalties off the scores, and read the reference's log-probs.
+
+        Raises ValueError for a greedy rollout.
+        """
+        if rollout.greedy:
+            raise ValueError(
+                "this rollout was decoded greedily, so it is no sample of the policy and cannot train it: "
+                "generate it without greedy=True"
+            )
         settings = self.settings
         penalties = settings.missing_eos_penalty * ~rollout.ended
         penalties = penalties + settings.length_penalty * rollout.response_lengths
@@ -257,7 +264,7 @@ def per_response(mask: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
 
 
 def per_token(mask: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """Weights that average a loss over all real tokens of the minibatch."""
+    """Weights that average a loss over all real tokens of the minibatch, in each process of its own."""
     return mask / mask.sum()
 
 

@@ -95,6 +95,8 @@ def ppo(
     policy/clipfrac, policy/entropy, val/ratio as means over the updates, the first minibatch's KL and ratio
     as ..._at_start (0 and 1, or something is wrong); policy/updates, fewer after an early stop;
     val/explained_variance of the values before the updates; objective/kl_coef as used in this step.
+    Of several processes each whitens, shuffles and averages over the tokens of its own share; kl_coef, early
+    stop and gradients are common. Without whitening, shuffling and unequal lengths, two do what one does.
     Raises ValueError for prompts, columns, rows or rewards of the wrong shape. Schulman et al. 2017; Ziegler
     et al. 2019. Lesson 2.
     """

@@ -1,7 +1,7 @@
 """What every on-policy loop does before it learns: sample, score, compare with the reference, measure."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +14,8 @@ from rlhf_helpers.core.generation import Rollout, generate, response_outputs
 from rlhf_helpers.core.models import RewardFn, as_reward_fn
 from rlhf_helpers.core.policy_losses import kl_estimate
 from rlhf_helpers.core.tensors import masked_mean, require_shapes, token_entropies, token_logps
+from rlhf_helpers.core.text import Columns, require_columns
 
-Columns = Mapping[str, Sequence[Any]]
 ROWS_PER_FORWARD = 16
 
 
@@ -55,24 +55,6 @@ def repeat_columns(columns: Columns, rows: Sequence[int], samples_per_prompt: in
         name: [values[row] for row in rows for _ in range(samples_per_prompt)]
         for name, values in columns.items()
     }
-
-
-def require_columns(prompts: Sequence[str], columns: Columns) -> None:
-    """Refuse prompts that are no texts, and columns that do not hold one entry a prompt.
-
-    Raises:
-        ValueError: names the prompt or the column.
-    """
-    if isinstance(prompts, str) or not len(prompts):
-        raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
-    for row, prompt in enumerate(prompts):
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"prompts[{row}] must be a text that is not empty, got {prompt!r}")
-    for name, values in columns.items():
-        if isinstance(values, str) or len(values) != len(prompts):
-            raise ValueError(
-                f"column {name!r} must hold one entry for each of {len(prompts)} prompts, got {len(values)}"
-            )
 
 
 def policy_logps(

@@ -1,24 +1,21 @@
 """Best-of-n: the estimator against all subsets, ties by lot, the bound on its KL, and the sampling itself."""
 
 import math
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 import torch
 
-from rlhf_helpers.core.models import load_model
-from rlhf_helpers.policy_optimization import best_of_n, best_of_n_curve, best_of_n_kl
+from rlhf_helpers.policy_optimization import (
+    best_of_n,
+    best_of_n_curve,
+    best_of_n_exact_kl,
+    best_of_n_kl,
+    best_of_n_shares,
+)
+from tests.conftest import share_of_e
 
 PROMPTS = ["Hello", "What is the capital of France?"]
-
-
-def share_of_e(prompts, responses, **columns):
-    return torch.tensor([r.count("e") / max(len(r), 1) for r in responses])
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_llama_dir):
-    return load_model(tiny_llama_dir, device="cpu")
 
 
 # ---- the curve
@@ -103,16 +100,79 @@ def test_kl_bound_by_hand():
         best_of_n_kl(2.5)
 
 
-def test_kl_bound_is_met_only_without_ties():
-    """Exact KL over m equally likely outcomes without ties: p_k = (k/m)^n - ((k-1)/m)^n."""
+# ---- the exact distribution
 
-    def exact(n, outcomes):
-        grid = torch.arange(outcomes + 1, dtype=torch.float64) / outcomes
-        chances = (grid**n).diff()
-        return (chances * (chances * outcomes).log()).sum().item()
+SIX = torch.tensor([0.161060, 0.124526, 0.269541, 0.157760, 0.083130, 0.203983], dtype=torch.float64)
 
-    assert exact(8, 10_000) == pytest.approx(best_of_n_kl(8), abs=1e-3)
-    assert exact(64, 6) < 1.8 < best_of_n_kl(64)
+
+def kl_of(shares, probabilities):
+    return torch.special.xlogy(shares, shares / probabilities).sum().item()
+
+
+def test_shares_by_hand():
+    # Best of two: (a, a) gives a; either in any other order gives b. A tie of b and c goes 1 : 3.
+    shares = best_of_n_shares(torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5]), 2)
+    assert shares.tolist() == [0.25, 0.75]
+    assert shares.dtype == torch.float32
+    tied = best_of_n_shares(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0.5, 0.125, 0.375]), 2)
+    assert tied.tolist() == [0.25, 0.1875, 0.5625]
+    assert best_of_n_shares(torch.tensor([2.0, 2.0]), torch.tensor([0.0, 1.0]), 9).tolist() == [0, 1]
+    assert best_of_n_shares(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]), 9).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_shares_equal_all_draws_with_ties_by_lot(n):
+    rewards, chances = [0.3, -1.0, 0.3, 0.9], [0.1, 0.2, 0.3, 0.4]
+    expected = [0.0] * 4
+    for draw in product(range(4), repeat=n):
+        best = [k for k in draw if rewards[k] == max(rewards[i] for i in draw)]
+        for k in best:
+            expected[k] += math.prod(chances[i] for i in draw) / len(best)
+    shares = best_of_n_shares(torch.tensor(rewards), torch.tensor(chances, dtype=torch.float64), n)
+    assert shares.tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_kl_of_six_outcomes_is_far_below_the_bound():
+    """A softmax of six numbers, ranked by its own probabilities: nearly always the likeliest, -log 0.27."""
+    assert kl_of(best_of_n_shares(SIX, SIX, 64), SIX) == pytest.approx(1.311, abs=5e-4)
+    assert kl_of(best_of_n_shares(-SIX, SIX, 1000), SIX) == pytest.approx(-math.log(0.083130), abs=1e-9)
+
+
+def test_exact_kl_by_hand():
+    # 1: n = 2 of two samples: 1/4 and 3/4 against 1/2 each. 2: a tie of all three changes nothing.
+    kl = best_of_n_exact_kl(torch.tensor([[0.0, 1.0]]), [1, 2])
+    assert kl.tolist() == pytest.approx([0, 0.25 * math.log(0.5) + 0.75 * math.log(1.5)])
+    assert best_of_n_exact_kl(torch.ones(2, 3), [5]).tolist() == [0]
+    # One reward above three of another: always the one, log 4; a mean over prompts halves it.
+    two = torch.tensor([[0.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    assert best_of_n_exact_kl(two, [1000]).item() == pytest.approx(math.log(4) / 2)
+
+
+def test_exact_kl_meets_the_bound_without_ties_and_stays_below_it_with_them():
+    ns, draws = [1, 2, 8, 64], torch.Generator().manual_seed(0)
+    bound = [best_of_n_kl(n) for n in ns]
+    rewards = torch.randn(2, 10_000, generator=draws)
+    assert best_of_n_exact_kl(rewards, ns).tolist() == pytest.approx(bound, abs=1e-3)
+    rounded = best_of_n_exact_kl(rewards.round(), ns).tolist()
+    assert all(exact < 0.95 * limit for exact, limit in zip(rounded[1:], bound[1:], strict=True))
+
+
+@pytest.mark.parametrize(
+    "rewards, probabilities, n, message",
+    [
+        ([1.0], [0.5, 0.5], 2, "shape"),
+        ([1.0, 2.0], [0.5, 0.4], 2, "sum 1"),
+        ([1.0, 2.0], [-0.5, 1.5], 2, "sum 1"),
+        ([1.0, math.nan], [0.5, 0.5], 2, "finite"),
+        ([1.0, 2.0], [0.5, 0.5], 0, "n must be"),
+        ([1.0, 2.0], [0.5, 0.5], 1.5, "whole"),
+    ],
+)
+def test_shares_refuse(rewards, probabilities, n, message):
+    with pytest.raises(ValueError, match=message):
+        best_of_n_shares(torch.tensor(rewards), torch.tensor(probabilities), n)
+    with pytest.raises(ValueError, match="shape"):
+        best_of_n_exact_kl(torch.tensor(rewards), [1])
 
 
 # ---- sampling

@@ -25,6 +25,7 @@ from rlhf_helpers.policy_optimization import (
     rejection_sampling,
     rloo,
 )
+from tests.conftest import dies_at, resume_equals_whole, share_of_e, weights
 
 PROMPTS = ["Hello", "What is the capital of France?", "Why?", "Tell me a story about a dog."]
 NEW = ["Good morning", "Is it late?", "Where are you now, my friend?", "Sing!"]
@@ -37,20 +38,6 @@ LOOPS = {
     "grpo": (grpo, GRPOSettings(**SIZES)),
     "rejection_sampling": (rejection_sampling, RejectionSamplingSettings(**SIZES)),
 }
-
-
-def share_of_e(prompts, responses, **columns):
-    """A reward that a random model can learn: how many of the letters are e."""
-    return torch.tensor([r.count("e") / max(len(r), 1) for r in responses])
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-@pytest.fixture
-def tiny(tiny_llama_dir):
-    return load_model(tiny_llama_dir, device="cpu")
 
 
 # ---- what a reward is compared with
@@ -235,25 +222,14 @@ def test_rejection_sampling_imitates_the_best_and_pushes_nothing_down(tiny):
 @pytest.mark.parametrize("name", ["reinforce", "grpo", "rejection_sampling"])
 def test_resumed_run_equals_uninterrupted_one(tiny_llama_dir, tmp_path, name):
     loop, settings = LOOPS[name]
-    settings, calls = replace(settings, epochs=2, minibatches=2, entropy_coef=0.01), []
-
-    def dies(prompts, responses):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return share_of_e(prompts, responses)
+    settings = replace(settings, epochs=2, minibatches=2, entropy_coef=0.01)
 
     def run(folder, reward_fn, loop=loop, settings=settings, **options):
         model, tokenizer = load_model(tiny_llama_dir, device="cpu")
         settings = replace(settings, steps=5, run_dir=tmp_path / folder, checkpoint_every=2)
         return loop(model, tokenizer, PROMPTS, reward_fn, settings, **options), weights(model)
 
-    history, final = run("whole", share_of_e)
-    with pytest.raises(KeyboardInterrupt):
-        run("broken", dies)
-    resumed, resumed_final = run("broken", share_of_e, resume=True)
-    assert resumed == history
-    assert torch.equal(resumed_final, final)
+    resume_equals_whole(run, share_of_e, dies_at(4, share_of_e))
     with pytest.raises(ValueError, match="loop was"):
         run("broken", share_of_e, *LOOPS["rloo"], resume=True)
 
@@ -317,22 +293,12 @@ def rollout_texts(rollout):
 
 
 def test_iterative_run_resumes_in_its_round(tiny_llama_dir, tmp_path):
-    calls = []
+    def refit_of(reward):
+        def refit(rollouts):
+            level = sum(len(text) for rollout in rollouts for text in rollout.responses) / 1000
+            return lambda prompts, responses: reward(prompts, responses) * level
 
-    def refit(rollouts):
-        level = sum(len(text) for rollout in rollouts for text in rollout.responses) / 1000
-        return lambda prompts, responses: share_of_e(prompts, responses) * level
-
-    def dying(rollouts):
-        reward = refit(rollouts)
-
-        def dies(prompts, responses):
-            calls.append(1)
-            if len(calls) == 8:  # in the second round of four steps each, after its checkpoint
-                raise KeyboardInterrupt
-            return reward(prompts, responses)
-
-        return dies
+        return refit
 
     def run(folder, refit, **options):
         model, tokenizer = load_model(tiny_llama_dir, device="cpu")
@@ -340,12 +306,8 @@ def test_iterative_run_resumes_in_its_round(tiny_llama_dir, tmp_path):
         history = iterative_rlhf(model, tokenizer, PROMPTS, refit, settings, rounds=3, **options)
         return history, weights(model)
 
-    history, final = run("whole", refit)
-    with pytest.raises(KeyboardInterrupt):
-        run("broken", dying)
-    resumed, resumed_final = run("broken", refit, resume=True)
-    assert resumed == history
-    assert torch.equal(resumed_final, final)
+    # The eighth call is in the second round of four steps each, after its checkpoint.
+    resume_equals_whole(run, refit_of(share_of_e), refit_of(dies_at(8, share_of_e)))
 
 
 @pytest.mark.parametrize("change", [{"rounds": 0}, {"prompts_per_round": 0}])

@@ -23,6 +23,7 @@ from rlhf_helpers.dpo import (
     adaptive_dpo_training,
     online_dpo,
 )
+from tests.conftest import Killed, dies_at, resume_equals_whole, share_of_e, weights
 
 PAIRS = [
     {"prompt": "Hello", "chosen": "Hello! How are you?", "rejected": "I am not sure."},
@@ -47,18 +48,9 @@ LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "slic", "orpo", "simpo", "kto
 SETTINGS = DPOSettings(learning_rate=3e-3, batch_size=3, epochs=2, progress=False)
 
 
-@pytest.fixture
-def tiny(tiny_llama_dir):
-    return load_model(tiny_llama_dir, device="cpu")
-
-
 def trainer_of(folder, **changes):
     model, tokenizer = load_model(folder, device="cpu")
     return DPOTrainer(model, None, tokenizer, settings=replace(SETTINGS, **changes))
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def displace(model, factor=1.3):
@@ -436,10 +428,6 @@ def test_kto_takes_ten_bad_rows_for_a_good_one(tiny_llama_dir):
 # ---- online
 
 
-def share_of_e(prompts, responses, **columns):
-    return torch.tensor([r.count("e") / max(len(r), 1) for r in responses])
-
-
 PROMPTS = [row["prompt"] for row in PAIRS]
 ONLINE = OnlineDPOSettings(
     learning_rate=3e-3, steps=3, prompts_per_step=4, samples_per_prompt=3, max_new_tokens=6, batch_size=2,
@@ -508,29 +496,11 @@ def test_columns_follow_their_prompts(tiny):
 
     columns = {"shouted": [prompt.upper() for prompt in PROMPTS]}
     online_dpo(*tiny, PROMPTS, reward, replace(ONLINE, steps=1), columns=columns)
-    with pytest.raises(
-        ValueError, match=r"one entry for each; got a list of 6 and columns of \{'shouted': 1\}"
-    ):
+    with pytest.raises(ValueError, match="'shouted' must hold one entry for each of 6 prompts, got 1"):
         online_dpo(*tiny, PROMPTS, reward, ONLINE, columns={"shouted": ["HELLO"]})
 
 
 # ---- kill and resume
-
-
-class Killed(BaseException):
-    pass
-
-
-def dies_at(call, function):
-    calls = []
-
-    def wrapped(*args, **options):
-        calls.append(1)
-        if len(calls) == call:
-            raise Killed
-        return function(*args, **options)
-
-    return wrapped
 
 
 @pytest.mark.parametrize(
@@ -567,13 +537,8 @@ def test_resumed_online_run_equals_uninterrupted_one(tiny_llama_dir, tmp_path):
             model
         )
 
-    history, final = run("whole", share_of_e)
+    history = resume_equals_whole(run, share_of_e, dies_at(5, share_of_e))
     assert [abs(row["objective/kl"]) < 1e-4 for row in history] == [True, False, True, False, True]
-    with pytest.raises(Killed):
-        run("broken", dies_at(5, share_of_e))
-    resumed, resumed_final = run("broken", share_of_e, resume=True)
-    assert resumed == history
-    assert torch.equal(resumed_final, final)
 
 
 def test_another_reference_or_loss_is_another_run(tiny_llama_dir, tmp_path):

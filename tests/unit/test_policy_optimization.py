@@ -1,14 +1,16 @@
 """RLOO on small random models: what must hold whatever the model is, and that it learns what it can."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
-from rlhf_helpers.core.generation import Rollout
+from rlhf_helpers.core.generation import Rollout, generate
 from rlhf_helpers.core.models import frozen_copy, load_model
 from rlhf_helpers.policy_optimization import (
+    OnPolicyRun,
     RLOOSettings,
     collect,
     evaluate_policy,
@@ -17,25 +19,12 @@ from rlhf_helpers.policy_optimization import (
     rloo,
     rollout_metrics,
 )
+from tests.conftest import dies_at, resume_equals_whole, share_of_e, weights
 
 PROMPTS = ["Hello", "What is the capital of France?", "Why?", "Tell me a story about a dog."]
 SETTINGS = RLOOSettings(
     learning_rate=3e-3, steps=4, prompts_per_step=2, samples_per_prompt=4, max_new_tokens=6, progress=False
 )
-
-
-def share_of_e(prompts, responses, **columns):
-    """A reward that a random model can learn: how many of the letters are e."""
-    return torch.tensor([r.count("e") / max(len(r), 1) for r in responses])
-
-
-@pytest.fixture
-def tiny(tiny_llama_dir):
-    return load_model(tiny_llama_dir, device="cpu")
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 # ---- by hand
@@ -237,25 +226,12 @@ def test_same_seed_same_history(tiny, tiny_llama_dir):
 
 
 def test_resumed_run_equals_uninterrupted_one(tiny_llama_dir, tmp_path):
-    calls = []
-
-    def dies(prompts, responses):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return share_of_e(prompts, responses)
-
     def run(folder, reward_fn, prompts=PROMPTS, **options):
         model, tokenizer = load_model(tiny_llama_dir, device="cpu")
         settings = replace(SETTINGS, steps=5, run_dir=tmp_path / folder, checkpoint_every=2)
         return rloo(model, tokenizer, prompts, reward_fn, settings, **options), weights(model)
 
-    history, final = run("whole", share_of_e)
-    with pytest.raises(KeyboardInterrupt):
-        run("broken", dies)
-    resumed, resumed_final = run("broken", share_of_e, resume=True)
-    assert resumed == history
-    assert torch.equal(resumed_final, final)
+    resume_equals_whole(run, share_of_e, dies_at(4, share_of_e))
     with pytest.raises(ValueError, match="prompts was"):
         run("broken", share_of_e, prompts=[*PROMPTS, "New"], resume=True)
 
@@ -274,6 +250,16 @@ def test_micro_batches_change_nothing_but_memory(tiny_llama_dir):
 
 
 # ---- what the caller hands in
+
+
+def test_a_greedy_rollout_is_refused(tiny):
+    """No loop samples greedily; the guard is for rollouts that a caller brings."""
+    model, tokenizer = tiny
+    run = OnPolicyRun(model, tokenizer, PROMPTS, share_of_e, SETTINGS)
+    for greedy in (False, True):
+        rollout = generate(model, tokenizer, PROMPTS, max_new_tokens=3, greedy=greedy, seed=0)
+        with pytest.raises(ValueError, match="no sample of the policy") if greedy else nullcontext():
+            run.judge(rollout, torch.zeros(4), [0, 1, 2, 3])
 
 
 def test_columns_follow_their_prompts(tiny):

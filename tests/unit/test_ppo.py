@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlhf_helpers.core.generation import rollout_from_text, sequence_logps
+from rlhf_helpers.core.generation import generate, rollout_from_text, sequence_logps
 from rlhf_helpers.core.models import ScalarHead, frozen_copy, load_model
 from rlhf_helpers.core.policy_losses import clipped_policy_loss
 from rlhf_helpers.policy_optimization import (
@@ -20,6 +20,7 @@ from rlhf_helpers.policy_optimization import (
     reinforce_loss,
     robust_ppo_training,
 )
+from tests.conftest import dies_at, resume_equals_whole, share_of_e, weights
 
 PROMPTS = ["Hello", "What is the capital of France?", "Why?", "Tell me a story about a dog."]
 SETTINGS = PPOSettings(
@@ -31,22 +32,8 @@ LEARNING = replace(
 )
 
 
-def share_of_e(prompts, responses, **columns):
-    """A reward that a random model can learn: how many of the letters are e."""
-    return torch.tensor([r.count("e") / max(len(r), 1) for r in responses])
-
-
 def nothing(prompts, responses):
     return torch.zeros(len(prompts))
-
-
-@pytest.fixture
-def tiny(tiny_llama_dir):
-    return load_model(tiny_llama_dir, device="cpu")
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def random_head(size=32):
@@ -344,13 +331,6 @@ def test_no_learning_rate_no_drift(tiny):
 
 def test_resumed_run_equals_uninterrupted_one(tiny_llama_dir, tmp_path):
     """Policy, value head, optimiser, order of the minibatches and KL controller, bit for bit."""
-    calls = []
-
-    def dies(prompts, responses):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return share_of_e(prompts, responses)
 
     def run(folder, reward_fn, changes=(), **options):
         model, tokenizer = load_model(tiny_llama_dir, device="cpu")
@@ -365,13 +345,8 @@ def test_resumed_run_equals_uninterrupted_one(tiny_llama_dir, tmp_path):
         )
         return history, torch.cat([weights(model), weights(head)])
 
-    history, final = run("whole", share_of_e)
+    history = resume_equals_whole(run, share_of_e, dies_at(4, share_of_e))
     assert len({row["objective/kl_coef"] for row in history}) == 5
-    with pytest.raises(KeyboardInterrupt):
-        run("broken", dies)
-    resumed, resumed_final = run("broken", share_of_e, resume=True)
-    assert resumed == history
-    assert torch.equal(resumed_final, final)
     with pytest.raises(ValueError, match="minibatches was 2, now 4"):
         run("broken", share_of_e, changes={"minibatches": 4}, resume=True)
 
@@ -459,6 +434,15 @@ def test_train_step_refuses(tiny, responses, rewards, message):
     before = weights(model)
     with pytest.raises(ValueError, match=message):
         PPOTrainer(model, tokenizer=tokenizer).train_step(["p", "q"], responses, rewards)
+    assert torch.equal(weights(model), before)
+
+
+def test_train_step_refuses_a_greedy_rollout(tiny):
+    model, tokenizer = tiny
+    before = weights(model)
+    rollout = generate(model, tokenizer, PROMPTS, max_new_tokens=3, greedy=True)
+    with pytest.raises(ValueError, match="no sample of the policy"):
+        PPOTrainer(model, tokenizer=tokenizer).train_step(rollout, rewards=[1.0] * 4)
     assert torch.equal(weights(model), before)
 
 

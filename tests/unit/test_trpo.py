@@ -19,26 +19,13 @@ from rlhf_helpers.policy_optimization import (
     trpo,
 )
 from rlhf_helpers.policy_optimization.trpo import eager_attention
+from tests.conftest import dies_at, resume_equals_whole, share_of_e, weights
 
 PROMPTS = ["Hello", "What is the capital of France?", "Why?", "Tell me a story about a dog."]
 SETTINGS = TRPOSettings(
     steps=2, prompts_per_step=2, samples_per_prompt=4, max_new_tokens=6, max_kl=0.1, progress=False
 )
 LEARNING = replace(SETTINGS, steps=12, prompts_per_step=4, samples_per_prompt=32, max_kl=0.3, kl_coef=0.0)
-
-
-def share_of_e(prompts, responses, **columns):
-    """A reward that a random model can learn: how many of the letters are e."""
-    return torch.tensor([r.count("e") / max(len(r), 1) for r in responses])
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-@pytest.fixture
-def tiny(tiny_llama_dir):
-    return load_model(tiny_llama_dir, device="cpu")
 
 
 # ---- linear algebra
@@ -197,25 +184,12 @@ def test_reward_rises_on_new_prompts_and_not_with_the_sign_flipped(tiny, flip):
 
 
 def test_resumed_run_equals_uninterrupted_one(tiny_llama_dir, tmp_path):
-    calls = []
-
-    def dies(prompts, responses):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return share_of_e(prompts, responses)
-
     def run(folder, reward_fn, **options):
         model, tokenizer = load_model(tiny_llama_dir, device="cpu")
         settings = replace(SETTINGS, steps=5, run_dir=tmp_path / folder, checkpoint_every=2)
         return trpo(model, tokenizer, PROMPTS, reward_fn, settings, **options), weights(model)
 
-    history, final = run("whole", share_of_e)
-    with pytest.raises(KeyboardInterrupt):
-        run("broken", dies)
-    resumed, resumed_final = run("broken", share_of_e, resume=True)
-    assert resumed == history
-    assert torch.equal(resumed_final, final)
+    resume_equals_whole(run, share_of_e, dies_at(4, share_of_e))
 
 
 def test_micro_batches_change_nothing_but_memory(tiny_llama_dir):
