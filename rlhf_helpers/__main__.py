@@ -7,15 +7,25 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# name of a study -> "module:function" that takes out=None (and data, if it is about real data) and writes its
-# CSV with a manifest into the folder `out`
-STUDIES = {
-    name: f"rlhf_helpers.lab.studies.lesson1:{name}"
-    for name in (
+# module -> its studies: functions of the same name that take out=None (and data, if they are about real
+# data) and write their CSV with a manifest into the folder `out`
+_STUDIES_OF = {
+    "lesson1": (
         "annotator_pairs", "pairs_and_noise", "model_kinds", "label_formats", "label_budget",
         "reward_ensembles",
-    )
-} | {"real_preferences": "rlhf_helpers.lab.studies.real_preferences:real_preferences"}  # fmt: skip
+    ),
+    "real_preferences": ("real_preferences",),
+    "lesson2.methods": ("method_tuning", "methods"),
+    "lesson2.overoptimisation": ("best_of_n_overoptimisation", "rl_overoptimisation"),
+    "lesson2.sweeps": (
+        "clip_and_kl", "exploration", "reward_design", "frontier", "ability_tax", "model_sizes",
+    ),
+}  # fmt: skip
+STUDIES = {
+    name: f"rlhf_helpers.lab.studies.{module}:{name}"
+    for module, names in _STUDIES_OF.items()
+    for name in names
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,10 +8,14 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
+
+from rlhf_helpers.lab.reports import mean_interval
 
 PALETTE = sns.color_palette("colorblind")
 MARKERS = "osD^vPX*"  # a second sign beside colour, for readers who do not see it
@@ -28,14 +32,18 @@ _STYLE = {
 @contextmanager
 def axes(*, xlabel: str, ylabel: str, title: str = "") -> Iterator[tuple[Figure, Axes]]:
     """Give a figure and its axes in the house style; both labels name quantity and unit, or ValueError."""
-    for name, label in (("xlabel", xlabel), ("ylabel", ylabel)):
-        if not (label.strip().endswith(")") and "(" in label):
-            raise ValueError(f"{name} must end with its unit, like 'KL (nats)' or 'step (count)': {label!r}")
+    _require_unit("xlabel", xlabel)
+    _require_unit("ylabel", ylabel)
     with mpl.rc_context(_STYLE):
         figure = Figure(layout="constrained")  # no pyplot: nothing is shown twice, nothing stays open
         axis = figure.add_subplot()
         axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
         yield figure, axis
+
+
+def _require_unit(name: str, label: str) -> None:
+    if not (label.strip().endswith(")") and "(" in label):
+        raise ValueError(f"{name} must end with its unit, like 'KL (nats)' or 'step (count)': {label!r}")
 
 
 def line_plot(
@@ -102,6 +110,28 @@ def bar_with_intervals(
     return figure
 
 
+def interval_panels(frame: pd.DataFrame, *, by: str, labels: Mapping[str, str], width: float = 2.6) -> Figure:
+    """Draw one panel per measure: the mean of every group of `by` over its rows, with its 95 % interval.
+
+    labels: column -> label of its axis, with its unit. Intervals by Student's t over the rows of a group
+    (seeds). Raises ValueError for a label without a unit, or a group with fewer than two rows.
+    """
+    names = list(dict.fromkeys(frame[by]))
+    for label in labels.values():
+        _require_unit("labels", label)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(layout="constrained", figsize=(1.6 + width * len(labels), 0.9 + 0.24 * len(names)))
+        panels = figure.subplots(1, len(labels), sharey=True, squeeze=False)[0]
+        for axis, (column, label) in zip(panels, labels.items(), strict=True):
+            means = [mean_interval(frame.loc[frame[by] == name, column].tolist()) for name in names]
+            middle, low, high = np.array(means).T
+            places = np.arange(len(names))
+            axis.errorbar(middle, places, xerr=[middle - low, high - middle], fmt="o", color=PALETTE[0], ms=4)
+            axis.set(xlabel=label, yticks=places, yticklabels=names)
+        panels[0].set_ylim(len(names) - 0.5, -0.5)
+    return figure
+
+
 def learning_curve(
     history: Any, *keys: str, ylabel: str, xlabel: str = "step (count)", smooth: int = 1
 ) -> Figure:
@@ -127,8 +157,11 @@ def show(figure: Figure, *, alt: str) -> None:
     alt = " ".join(alt.split())
     if len(alt) < 40:
         raise ValueError(f"alt must describe the picture in at least 40 characters, got {len(alt)}: {alt!r}")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})  # no version inside: same bytes again
+    drawn, buffer = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png")
+    # 64 colours are enough for lines and signs, and a third of the size; no version inside: same bytes again.
+    picture = Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    picture.save(buffer, format="png", optimize=True)
     display(
         {"image/png": buffer.getvalue(), "text/plain": alt}, metadata={"image/png": {"alt": alt}}, raw=True
     )

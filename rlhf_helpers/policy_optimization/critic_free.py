@@ -136,8 +136,8 @@ def reinforce(
 ) -> History:
     """REINFORCE: A_i = R_i, or with settings.baseline R_i minus the mean of the step's other samples.
 
-    Both have the same gradient in expectation; the baseline takes out most of the noise. All else as in
-    `critic_free`. Williams 1992. Lesson 2.
+    Both have the same gradient in expectation; the baseline takes out the noise that the reward's offset
+    brings, however large. All else as in `critic_free`. Williams 1992. Lesson 2.
     """
 
     def advantage_fn(rewards: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ class TRPOSettings(RLOOSettings):
     cg_iterations: int = 5  # each costs one backward pass through the gradient of the KL
     damping: float = 0.1  # added to the Fisher matrix; few samples say little of most directions, and with
     # less damping the step goes far along those, where it learns the samples by heart
-    fisher_rows: int = 8  # responses the Fisher matrix is taken on: the curvature needs fewer than the slope
+    fisher_rows: int = 8  # responses on which curvature and KL are measured; the fewer, the more the KL of
+    # new responses exceeds max_kl (lesson 2 measures it for 8 and 24)
     backtracks: int = 10  # the step is halved so often before it is given up
 
     def __post_init__(self) -> None:

@@ -97,11 +97,12 @@ def make_tokenizer(texts: Sequence[str], *, vocab_size: int = 1024) -> PreTraine
     )  # fmt: skip
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of about 1.2 million parameters with random weights."""
+def make_model(tokenizer: PreTrainedTokenizerFast, **shape: int) -> LlamaForCausalLM:
+    """A Llama with random weights, of about 1.2 million parameters unless `shape` says otherwise."""
+    shape = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4} | shape
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, max_position_embeddings=512,
-        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True,
+        vocab_size=len(tokenizer), max_position_embeddings=512, **shape,
+        num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM(config)
@@ -149,13 +150,13 @@ def _later_turn(rng: random.Random) -> dict[str, str]:
 
 
 def train(
-    recipe: Recipe, *, seed: int, run_dir: Path | None = None
+    recipe: Recipe, *, seed: int, run_dir: Path | None = None, **shape: int
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Pretrains the assistant; resumes from `run_dir` where a checkpoint is there."""
+    """Pretrains the assistant; resumes from `run_dir` where a checkpoint is there; shape: of `make_model`."""
     sample = corpus(8_000, seed=seed)
     tokenizer = make_tokenizer([row[key] for row in sample for key in ("prompt", "completion")])
     set_seed(seed)
-    model = make_model(tokenizer)
+    model = make_model(tokenizer, **shape)
     settings = TrainingSettings(
         learning_rate=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.02, schedule="cosine",
         warmup_steps=recipe.warmup_steps, seed=seed, run_dir=run_dir, checkpoint_every=500 if run_dir else 0,

@@ -28,6 +28,11 @@ SABOTAGE = {
         "function": "bradley_terry_loss",
         "flipped": "kept(args[1], args[0], *args[2:], **kwargs)",
     },
+    "02_policy_optimization.ipynb": {
+        "module": "core.policy_losses",
+        "function": "rloo_advantages",
+        "flipped": "-kept(*args, **kwargs)",
+    },
 }
 
 

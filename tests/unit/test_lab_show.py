@@ -60,6 +60,23 @@ def test_bars_carry_their_intervals():
         plots.bar_with_intervals({}, {}, **labels)
 
 
+def test_panels_show_mean_and_interval_of_every_group():
+    frame = pd.DataFrame({"method": ["b", "b", "b", "a", "a"], "gold": [1.0, 2.0, 3.0, 5.0, 5.0]})
+    figure = plots.interval_panels(frame, by="method", labels={"gold": "gold (0 to 1)"})
+    (axis,) = figure.axes
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["b", "a"]
+    drawn, _, (bars,) = axis.containers[0]
+    assert list(drawn.get_xdata()) == [2.0, 5.0]
+    # s = 1, n = 3: 2 -+ 4.3027 / sqrt(3); no spread: no width
+    assert [segment[:, 0].tolist() for segment in bars.get_segments()] == [
+        pytest.approx([2 - 2.4841, 2 + 2.4841], abs=1e-3),
+        [5.0, 5.0],
+    ]
+    assert axis.yaxis_inverted()  # the first row is on top
+    with pytest.raises(ValueError, match="labels must end with its unit"):
+        plots.interval_panels(frame, by="method", labels={"gold": "gold"})
+
+
 def test_learning_curve_smooths_and_names_missing_keys():
     frame = pd.DataFrame({"step": [10, 20, 30], "loss": [4.0, 2.0, 0.0]})
     figure = plots.learning_curve(frame, "loss", ylabel="loss (nats)", smooth=2)

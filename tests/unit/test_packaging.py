@@ -24,7 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["p
 PINS = [Requirement(line) for line in (ROOT / "requirements.txt").read_text(encoding="utf8").split("\n")
         if line and not line.startswith(("#", "-"))]  # fmt: skip
 # the name to import -> the name to install, where they differ
-INSTALLED_AS = {"sklearn": "scikit-learn", "IPython": "ipython", "yaml": "pyyaml"}
+INSTALLED_AS = {"sklearn": "scikit-learn", "IPython": "ipython", "yaml": "pyyaml", "PIL": "pillow"}
 
 
 def ranges(requirements):

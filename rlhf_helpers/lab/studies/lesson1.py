@@ -270,10 +270,7 @@ def reward_ensembles(
     method (one, mean, worst, variance), n, proxy, gold.
     """
     drawn = _policy_samples(prompts, samples)
-    texts = list(zip(drawn.prompts, drawn.responses, strict=True))
-    different = list(dict.fromkeys(texts))  # a tiny model repeats itself: every text is scored once
-    place = {text: i for i, text in enumerate(different)}
-    where = torch.tensor([place[text] for text in texts])
+    *different, where = distinct_texts(drawn)
     gold = gold_reward(drawn.prompts, drawn.responses).view(prompts, samples)
     rows = []
     for seed in seeds:
@@ -281,7 +278,7 @@ def reward_ensembles(
         labelled = make_pairs(pairs, annotator=noisy(flips), seed=seed)
         ensemble.fit(labelled, settings=RewardSettings(seed=10 * seed, progress=False))
         ensemble.normalise(drawn.prompts, drawn.responses)
-        scores = ensemble.member_scores(*map(list, zip(*different, strict=True))).cpu()
+        scores = ensemble.member_scores(*different).cpu()
         for method in ("one", "mean", "worst", "variance"):
             ensemble.aggregate = "mean" if method == "one" else method
             proxy = scores[0] if method == "one" else ensemble.combine(scores)
@@ -300,6 +297,17 @@ def reward_ensembles(
     }
     facts |= {"prompts": prompts, "samples": samples, "settings": RewardSettings()}
     return write_study(out, "reward_ensembles", pd.DataFrame(rows), **facts)
+
+
+def distinct_texts(drawn: Rollout) -> tuple[list[str], list[str], torch.Tensor]:
+    """Prompts and responses of every different pair, and where each row of `drawn` finds its own, (B,).
+
+    A tiny model repeats itself: so every text is scored once.
+    """
+    texts = list(zip(drawn.prompts, drawn.responses, strict=True))
+    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    prompts, responses = map(list, zip(*place, strict=True))
+    return prompts, responses, torch.tensor([place[text] for text in texts])
 
 
 def _policy_samples(prompts: int, samples: int) -> Rollout:

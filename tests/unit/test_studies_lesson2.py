@@ -1,0 +1,195 @@
+"""Studies of lesson 2: what is stored holds what the lesson says, and each runs end to end in small."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from rlhf_helpers.core.generation import Rollout
+from rlhf_helpers.lab.studies import load_study
+from rlhf_helpers.lab.studies.lesson2 import methods, overoptimisation, sweeps
+from rlhf_helpers.world.assistant import Recipe
+from rlhf_helpers.world.gold_judge import gold_reward
+
+
+class TestStored:
+    def test_every_method_gains_or_is_named(self):
+        """At least three standard errors over five seeds, each against the base's own samples."""
+        table = load_study("methods")
+        start = table[table.method == "base"].set_index("seed").gold
+        short = []
+        for name in methods.METHODS:
+            gain = table[table.method == name].set_index("seed").gold - start
+            if gain.mean() < 3 * gain.std() / math.sqrt(len(gain)):
+                short.append(name)
+        assert short == []
+
+    def test_tuning_is_on_other_seeds_and_equal_for_all(self):
+        table, reported = load_study("method_tuning"), load_study("methods")
+        assert not set(table.seed) & set(reported.seed)
+        assert table.groupby("method").size().nunique() == 1
+        used = reported[reported.tokens > 0].groupby("method").value.unique()
+        assert {name: value.tolist() for name, value in used.items()} == {
+            name: [value] for name, value in methods.chosen_values().items()
+        }
+
+    def test_budgets_are_equal(self):
+        table = load_study("methods")
+        tokens = table[table.tokens > 0].groupby("method").tokens.mean()
+        # as many responses each; their lengths are the methods' own
+        assert tokens.max() / tokens.min() < 2
+
+    @pytest.mark.parametrize("name", ["best_of_n_overoptimisation", "rl_overoptimisation"])
+    def test_gold_rises_peaks_and_falls(self, name):
+        table = load_study(name)
+        along = "n" if "n" in table else "step"
+        mean = table[table.cure == "none"].groupby(along)[["gold", "proxy"]].mean()
+        peak = mean.gold.idxmax()
+        assert mean.gold[peak] > mean.gold.iloc[0] + 0.05
+        assert mean.gold[peak] > mean.gold.iloc[-1] + 0.03
+        assert mean.proxy.iloc[-1] > mean.proxy[peak]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """16 labelled pairs, 12 prompts of each split, one step of 16 samples."""
+    pairs, prompts = methods.make_pairs, methods.load_prompts
+    monkeypatch.setattr(methods, "make_pairs", lambda n, **kwargs: pairs(min(n, 16), **kwargs))
+    monkeypatch.setattr(methods, "load_prompts", lambda *args: prompts(*args)[::30][:12])
+    monkeypatch.setattr(methods, "BUDGET", {"steps": 1, "prompts_per_step": 4, "samples_per_prompt": 4})
+    few = {"steps": 1, "prompts_per_step": 4, "samples_per_prompt": 4, "kl_coef": 0.0}
+    monkeypatch.setattr(sweeps, "SMALL_STEPS", few)
+    return methods.make_task(0)
+
+
+class TestMethods:
+    def test_untrained_policy_is_at_the_reference(self, small):
+        found = methods.measure(small.base, small, samples=1)
+        assert found["kl"] == pytest.approx(0, abs=1e-4)
+        assert 0 <= found["gold"] <= 1
+        assert methods.measure(small.base, small, samples=1) == found
+
+    @pytest.mark.parametrize("name", ["RLOO", "TRPO", "DPO", "KTO", "listwise DPO", "online DPO"])
+    def test_a_method_trains_a_copy(self, small, name):
+        before = {key: value.clone() for key, value in small.base.state_dict().items()}
+        run = methods.run_method(name, small, methods.METHODS[name].values[0])
+        assert all(torch.equal(before[key], value) for key, value in small.base.state_dict().items())
+        assert any(not torch.equal(before[key], value) for key, value in run.model.state_dict().items())
+        assert run.tokens > 0
+        assert len(run.history)
+
+    def test_offline_rows_follow_the_reward(self, small):
+        def longer(prompts, responses):
+            return torch.tensor([float(len(text)) for text in responses])
+
+        task = methods.Task(**{**vars(small), "reward": longer})
+        pairs, tokens = methods.offline_rows(task, "dpo")
+        assert pairs
+        assert all(len(row["chosen"]) > len(row["rejected"]) for row in pairs)
+        assert tokens > 0
+        ranked, _ = methods.offline_rows(task, "listwise")
+        assert all(
+            list(map(len, r["responses"])) == sorted(map(len, r["responses"]), reverse=True) for r in ranked
+        )
+        single, _ = methods.offline_rows(task, "kto")
+        assert {row["label"] for row in single} == {True, False}
+
+    def test_study_and_best_of_four(self, small, monkeypatch):
+        monkeypatch.setattr(methods, "chosen_values", lambda: {"RLOO": 1e-3})
+        table = methods.methods(seeds=(0,), names=("base", "best of 4", "RLOO"), tasks={0: small})
+        by_method = table.set_index("method")
+        assert by_method.proxy["best of 4"] > by_method.proxy["base"]
+        assert by_method.value["RLOO"] == 1e-3
+        assert not table.isna().any().any()
+
+    def test_the_choice_is_the_highest_mean(self, monkeypatch):
+        rows = [("a", 1.0, 0.2), ("a", 2.0, 0.9), ("a", 1.0, 0.3), ("a", 2.0, -0.5), ("b", 3.0, 0.0)]
+        table = pd.DataFrame(rows, columns=["method", "value", "objective"])
+        monkeypatch.setattr(methods, "load_study", lambda name: table)
+        assert methods.chosen_values() == {"a": 1.0, "b": 3.0}
+
+
+class TestOveroptimisation:
+    @pytest.fixture(autouse=True)
+    def _few(self, small, monkeypatch):
+        pairs = overoptimisation.make_pairs
+        monkeypatch.setattr(overoptimisation, "make_pairs", lambda n, **kwargs: pairs(min(n, 16), **kwargs))
+
+    def test_searches_and_their_looks(self):
+        changes = {"steps": 3, "prompts_per_step": 2, "eval_every": 1}
+        table = overoptimisation.rl_overoptimisation(seeds=(0,), cures=("none", "iterative"), **changes)
+        assert table.groupby("cure").step.apply(list).to_dict() == {
+            "none": [0, 1, 2, 3],
+            "iterative": [0, 1, 2, 3],
+        }
+        assert table[table.step == 0].kl.abs().max() < 1e-4
+        assert not table.isna().any().any()
+
+    def test_best_of_n_shares_its_samples(self):
+        table = overoptimisation.best_of_n_overoptimisation(seeds=(0,), prompts=2, samples=256)
+        assert table[table.n == 1].gold.nunique() == 1
+        assert (table.kl <= table.kl_bound + 1e-9).all()
+        assert table.groupby("cure").proxy.apply(lambda x: x.is_monotonic_increasing).all()
+
+    def test_labels_of_a_round_follow_gold_where_nobody_errs(self, small, monkeypatch):
+        monkeypatch.setattr(overoptimisation, "FLIPS", 0.0)
+        seen = []
+
+        def keep(rows, **kwargs):
+            seen.extend(rows)
+            return lambda prompts, responses: torch.arange(float(len(prompts)))
+
+        monkeypatch.setattr(overoptimisation, "trained", keep)
+        rollout = methods.sampled(small.base, small.tokenizer, small.prompts[:4], seed=0, each=4)
+        assert isinstance(rollout, Rollout)
+        searched = []
+        reward = overoptimisation.refit_on([rollout], task=small, searched=searched)
+        assert searched == [reward]
+        sides = [[row[side] for row in seen] for side in ("chosen", "rejected")]
+        chosen, rejected = (gold_reward([row["prompt"] for row in seen], side) for side in sides)
+        assert (chosen >= rejected).all()
+        assert 0 < len(seen) <= 8
+
+
+class TestSweeps:
+    @pytest.fixture(autouse=True)
+    def _small(self, small):
+        """All sweeps run on the small task."""
+
+    def test_rules_that_pay(self):
+        prompts = ["What is the capital of France?"] * 3
+        said = ["It is Paris.", "Thank you! " + "It is nice. " * 8, ""]
+        # 3 words; 2 + 24 words with one "thank" and eight "nice"; nothing
+        assert sweeps.friendly_and_long(prompts, said).tolist() == pytest.approx([0.03, 0.26 + 0.9, 0.0])
+        assert set(sweeps.all_right(prompts, said).tolist()) <= {0.0, 1.0}
+
+    def test_exploration_and_designs(self):
+        explored = sweeps.exploration(seeds=(0,), temperatures=(1.0,), bonuses=(0.2,))
+        assert explored.entropy_coef.tolist() == [0.0, 0.2]
+        assert explored.distinct.between(0.25, 1).all()
+        designs = sweeps.reward_design(seeds=(0,), names=("gameable",))
+        assert designs.design.tolist() == ["none", "gameable"]
+
+    def test_grid_and_frontier(self):
+        grid = sweeps.clip_and_kl(seeds=(0,), clips=(0.2,), prices=(0.1,), steps=1)
+        assert grid.clipfrac.between(0, 1).all()
+        line = sweeps.frontier(seeds=(0,), betas=(0.1,), prices=(0.1,))
+        assert line.method.tolist() == ["dpo", "ppo"]
+
+    def test_tax_is_logged_while_training(self, monkeypatch):
+        pairs, corpus = sweeps.make_pairs, sweeps.assistant.corpus
+        monkeypatch.setattr(sweeps, "make_pairs", lambda n, **kwargs: pairs(min(n, 20), **kwargs))
+        monkeypatch.setattr(sweeps.assistant, "corpus", lambda n, **kwargs: corpus(min(n, 16), **kwargs))
+        table = sweeps.ability_tax(seeds=(0,), weights=(1.0,), steps=4)
+        assert table.step.tolist() == [0, 1, 2, 3, 4]
+        assert np.isfinite(table.surprise).all()
+
+    def test_sizes(self, monkeypatch):
+        monkeypatch.setattr(sweeps, "chosen_values", lambda: {"RLOO": 1e-3})
+        recipe = Recipe(epochs=1, rows=64, batch_size=32, warmup_steps=0)
+        table = sweeps.model_sizes(seeds=(0,), names=("small", sweeps.SHIPPED), recipe=recipe)
+        parameters = table.groupby("size").parameters.first()
+        assert parameters["small"] < 0.3 * parameters[sweeps.SHIPPED]
+        assert table.trained.tolist() == [0, 1, 0, 1]
