@@ -52,6 +52,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookN
         timeout=_CELL_TIMEOUT_S,
         record_timing=False,
         store_widget_state=False,
+        coalesce_streams=True,  # what a cell prints arrives in pieces, cut where the clock says
         resources={"metadata": {"path": str(folder)}},
     ).execute(env={**os.environ, "RLHF_PROGRESS": "", "PYTHONHASHSEED": "0"})
     for cell in notebook.cells:

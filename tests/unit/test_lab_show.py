@@ -197,7 +197,7 @@ def lesson(tmp_path):
         new_code_cell(
             "import os, sys\nfrom tqdm.auto import tqdm\nprint(os.getcwd() + os.sep + 'file')", id="b"
         ),
-        new_code_cell("for _ in tqdm(range(3)): pass\nprint('done')", id="c"),
+        new_code_cell("for _ in tqdm(range(3)): pass\nprint('do', end='', flush=True)\nprint('ne')", id="c"),
         new_code_cell("import ipywidgets\nipywidgets.IntSlider()", id="d"),
         new_code_cell(
             "print(os.environ['RLHF_PROGRESS'] == '')\n1 + 1", id="e", metadata={"execution": {"x": "y"}}
