@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import ipaddress
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +259,17 @@ def resume_equals_whole(run: Callable, given: Any, deadly: Any):
     assert resumed == history
     assert torch.equal(resumed_final, final)
     return history
+
+
+def with_padding(rollout):
+    """The same rollout with three columns of rubbish on either side, masked out."""
+    import torch
+
+    rubbish = torch.full((len(rollout), 3), 7)
+    return replace(
+        rollout,
+        input_ids=torch.cat([rubbish, rollout.input_ids, rubbish], 1),
+        attention_mask=torch.cat([0 * rubbish, rollout.attention_mask, 0 * rubbish], 1),
+        response_mask=torch.cat([rollout.response_mask, rubbish < 0], 1),
+        old_logps=torch.cat([rollout.old_logps, -9.0 * rubbish], 1),
+    )

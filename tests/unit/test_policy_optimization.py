@@ -19,7 +19,7 @@ from rlhf_helpers.policy_optimization import (
     rloo,
     rollout_metrics,
 )
-from tests.conftest import dies_at, resume_equals_whole, share_of_e, weights
+from tests.conftest import dies_at, resume_equals_whole, share_of_e, weights, with_padding
 
 PROMPTS = ["Hello", "What is the capital of France?", "Why?", "Tell me a story about a dog."]
 SETTINGS = RLOOSettings(
@@ -141,16 +141,9 @@ def test_padding_changes_no_metric(tiny):
     model, tokenizer = tiny
     how = {"samples_per_prompt": 2, "max_new_tokens": 6, "temperature": 1.0, "seed": 1}
     rollout = collect(model, tokenizer, PROMPTS, **how)
-    rows, width = rollout.response_mask.shape
-    rubbish = torch.full((rows, 3), 7)
+    width = rollout.response_mask.shape[1]
     prompt_part = rollout.input_ids.shape[1] - width
-    wider = replace(
-        rollout,
-        input_ids=torch.cat([rubbish, rollout.input_ids, rubbish], 1),
-        attention_mask=torch.cat([0 * rubbish, rollout.attention_mask, 0 * rubbish], 1),
-        response_mask=torch.cat([rollout.response_mask, rubbish < 0], 1),
-        old_logps=torch.cat([rollout.old_logps, -9.0 * rubbish], 1),
-    )
+    wider = with_padding(rollout)
     assert prompt_part > 0
     other = frozen_copy(model)
     with torch.no_grad():

@@ -20,7 +20,7 @@ from rlhf_helpers.policy_optimization import (
     reinforce_loss,
     robust_ppo_training,
 )
-from tests.conftest import dies_at, resume_equals_whole, share_of_e, weights
+from tests.conftest import dies_at, resume_equals_whole, share_of_e, weights, with_padding
 
 PROMPTS = ["Hello", "What is the capital of France?", "Why?", "Tell me a story about a dog."]
 SETTINGS = PPOSettings(
@@ -62,14 +62,7 @@ def test_padding_changes_no_output(tiny):
     rollout = collect(
         model, tokenizer, PROMPTS, samples_per_prompt=2, max_new_tokens=6, temperature=1.0, seed=1
     )
-    rubbish = torch.full((len(rollout), 3), 7)
-    wider = replace(
-        rollout,
-        input_ids=torch.cat([rubbish, rollout.input_ids, rubbish], 1),
-        attention_mask=torch.cat([0 * rubbish, rollout.attention_mask, 0 * rubbish], 1),
-        response_mask=torch.cat([rollout.response_mask, rubbish < 0], 1),
-        old_logps=torch.cat([rollout.old_logps, -9.0 * rubbish], 1),
-    )
+    wider = with_padding(rollout)
     both = [policy_outputs(model, r, temperature=0.8, value_head=random_head()) for r in (rollout, wider)]
     width = rollout.response_mask.shape[1]
     for narrow, wide in zip(*both, strict=True):

@@ -19,7 +19,7 @@ from rlhf_helpers.policy_optimization import (
     trpo,
 )
 from rlhf_helpers.policy_optimization.trpo import eager_attention
-from tests.conftest import dies_at, resume_equals_whole, share_of_e, weights
+from tests.conftest import dies_at, resume_equals_whole, share_of_e, weights, with_padding
 
 PROMPTS = ["Hello", "What is the capital of France?", "Why?", "Tell me a story about a dog."]
 SETTINGS = TRPOSettings(
@@ -100,14 +100,7 @@ def test_fisher_product_does_not_see_padding(tiny):
     how = {"samples_per_prompt": 1, "max_new_tokens": 4, "temperature": 1.0, "seed": 1}
     rollout = collect(model, tokenizer, PROMPTS, **how)
     assert rollout.attention_mask.min() == 0
-    rubbish = torch.full((len(rollout), 3), 7)
-    wider = replace(
-        rollout,
-        input_ids=torch.cat([rubbish, rollout.input_ids, rubbish], 1),
-        attention_mask=torch.cat([0 * rubbish, rollout.attention_mask, 0 * rubbish], 1),
-        response_mask=torch.cat([rollout.response_mask, rubbish < 0], 1),
-        old_logps=torch.cat([rollout.old_logps, -9.0 * rubbish], 1),
-    )
+    wider = with_padding(rollout)
     parameters = [p for p in model.parameters() if p.requires_grad]
     v = torch.randn(weights(model).numel(), generator=torch.Generator().manual_seed(0))
     with eager_attention(model):

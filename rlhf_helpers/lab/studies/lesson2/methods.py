@@ -180,6 +180,12 @@ def run_method(
     return Run(model, history, float(tokens), time.process_time() - start)
 
 
+def looks_of(first: dict[str, float], history: History) -> list[dict[str, Any]]:
+    """The measures before training, as step 0, and those that eval_fn logged, after so many steps."""
+    later = [row for row in history if first.keys() <= row.keys()]
+    return [{"step": 0, **first}] + [{"step": row["step"] + 1, **{k: row[k] for k in first}} for row in later]
+
+
 def offline_rows(task: Task, loss: str) -> tuple[list[dict[str, Any]], int]:
     """The base's samples, as many as an on-policy run draws, ordered by the reward; and their tokens.
 

@@ -16,7 +16,7 @@ import torch
 from rlhf_helpers.core.generation import Rollout
 from rlhf_helpers.core.models import RewardFn
 from rlhf_helpers.lab.studies.lesson1 import SEEDS, distinct_texts, noisy, trained
-from rlhf_helpers.lab.studies.lesson2.methods import Task, make_task, measure, sampled
+from rlhf_helpers.lab.studies.lesson2.methods import Task, looks_of, make_task, measure, sampled
 from rlhf_helpers.lab.studies.record import write_study
 from rlhf_helpers.policy_optimization import (
     RLOOSettings,
@@ -133,26 +133,25 @@ def rl_overoptimisation(
 def _search(cure: str, task: Task, validation: RewardFn, changes: dict[str, Any]) -> list[dict[str, Any]]:
     """The looks at one run, the first before any step."""
     name, price = CURES[cure]
-    refit = partial(refit_on, task=task, searched=[])
+    searched: list[RewardFn] = []  # what iterative RLHF has refitted so far
+    refit = partial(refit_on, task=task, searched=searched)
     reward = scaled_reward("few" if name == "iterative" else name, task)
 
     def look(model: torch.nn.Module) -> dict[str, float]:
-        proxy = refit.keywords["searched"][-1] if refit.keywords["searched"] else reward
+        proxy = searched[-1] if searched else reward
         return measure(model, task, samples=1, proxy=proxy, validation=validation)
 
     model = deepcopy(task.base)
     own = {"seed": task.seed, "kl_coef": price, "eval_every": EVERY, "progress": False}
     settings = RLOOSettings(**{**SEARCH, **own, **changes})
-    first, options = {"step": 0, **look(model)}, {"ref_model": task.base, "eval_fn": look}
+    first, options = look(model), {"ref_model": task.base, "eval_fn": look}
     if name == "iterative":
         options |= {"rounds": ROUNDS, "prompts_per_round": FEW // 2}
         settings = RLOOSettings(**{**vars(settings), "steps": settings.steps // ROUNDS})
         history = iterative_rlhf(model, task.tokenizer, task.prompts, refit, settings, **options)
     else:
         history = rloo(model, task.tokenizer, task.prompts, reward, settings, **options)
-    looks = [{"step": row["step"] + 1, **{key: row[key] for key in first if key != "step"}}
-             for row in history if "gold" in row]  # fmt: skip
-    return [first, *looks]
+    return looks_of(first, history)
 
 
 def refit_on(

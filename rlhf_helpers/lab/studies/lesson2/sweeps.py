@@ -13,6 +13,7 @@ from rlhf_helpers.lab.studies.lesson1 import SEEDS
 from rlhf_helpers.lab.studies.lesson2.methods import (
     Task,
     chosen_values,
+    looks_of,
     make_task,
     measure,
     run_method,
@@ -196,13 +197,8 @@ def ability_tax(
             if weight:
                 options["ptx_rows"], changes["ptx_coef"] = assistant.corpus(400, seed=100 + seed), weight
             history = run_method("PPO", task, RATE, options=options, **changes).history
-            first = {"step": 0, **look(task.base)}
-            looks = [
-                {"step": r["step"] + 1, **{k: r[k] for k in first if k != "step"}}
-                for r in history
-                if "gold" in r
-            ]
-            rows += [{"seed": seed, "ptx_coef": weight, **row} for row in (first, *looks)]
+            looks = looks_of(look(task.base), history)
+            rows += [{"seed": seed, "ptx_coef": weight, **row} for row in looks]
             print(rows[-1], flush=True)
     return _store(out, "ability_tax", rows, seeds, steps=steps, learning_rate=RATE, kl_coef=0.0)
 
