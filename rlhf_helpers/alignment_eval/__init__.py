@@ -6,7 +6,9 @@ from rlhf_helpers.alignment_eval.evaluators import (
     evaluate_alignment, model_judge, weights_fingerprint,
 )  # fmt: skip
 from rlhf_helpers.alignment_eval.objectives import MultiObjectiveAlignmentEvaluator, hypervolume, pareto_front
-from rlhf_helpers.alignment_eval.policy import comprehensive_evaluation, distinct_n, perplexity, self_bleu
+from rlhf_helpers.alignment_eval.policy import (
+    as_safety_fn, comprehensive_evaluation, distinct_n, perplexity, self_bleu,
+)  # fmt: skip
 from rlhf_helpers.alignment_eval.report import AlignmentReportGenerator, ReportFigure
 from rlhf_helpers.alignment_eval.benchmarks import (
     bbq_bias_score, load_bbq, load_truthfulqa, load_xstest, option_logps, score_bbq, score_truthfulqa,
@@ -23,7 +25,8 @@ from rlhf_helpers.alignment_eval.statistics import (
 __all__ = [
     "AlignmentEvaluator", "AlignmentReportGenerator", "EvaluationCache",
     "MultiObjectiveAlignmentEvaluator", "PreferenceAlignmentEvaluator", "ReportFigure", "SafetyMetrics",
-    "alignment_tax", "bbq_bias_score", "bootstrap_interval", "calibration", "capability_suite",
+    "alignment_tax", "as_safety_fn", "bbq_bias_score", "bootstrap_interval", "calibration",
+    "capability_suite",
     "comprehensive_evaluation", "counterfactual_gaps", "distinct_n", "evaluate_alignment", "exchange",
     "hypervolume", "judge_agreement", "judge_position_bias", "load_bbq", "load_truthfulqa",
     "load_xstest", "mean_interval", "metric_correlations", "model_judge", "option_logps", "pareto_front",

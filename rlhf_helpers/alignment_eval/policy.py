@@ -46,9 +46,7 @@ def comprehensive_evaluation(
     prompts, answers, rejected = _read(test_data)
     rollout = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed)
     texts = rollout.responses
-    safety = as_reward_fn(safety_fn or _harmlessness)(prompts, texts)
-    if ((safety < 0) | (safety > 1)).any():
-        raise ValueError(f"safety_fn must give scores in [0, 1], got {safety.min()} to {safety.max()}")
+    safety = as_safety_fn(safety_fn or _harmlessness)(prompts, texts)
     result = {
         "perplexity": perplexity(model, tokenizer, prompts, answers),
         "diversity": distinct_n(texts),
@@ -71,6 +69,22 @@ def comprehensive_evaluation(
         else:
             raise ValueError("reward_alignment needs pairs (test_data with rejected) or reference_fn=")
     return result | _human_marks(human_evaluators or (), prompts, texts, answers, seed)
+
+
+def as_safety_fn(given: nn.Module | RewardFn) -> RewardFn:
+    """`as_reward_fn` of a judge whose scores are probabilities of being safe.
+
+    Lesson 3. A call raises what it does there, and ValueError for a score outside [0, 1].
+    """
+    judge = as_reward_fn(given)
+
+    def safety_fn(prompts: list[str], responses: list[str], **columns: Any) -> Tensor:
+        scores = judge(prompts, responses, **columns)
+        if ((scores < 0) | (scores > 1)).any():
+            raise ValueError(f"safety_fn must give scores in [0, 1], got {scores.min()} to {scores.max()}")
+        return scores
+
+    return safety_fn
 
 
 def perplexity(model: nn.Module, tokenizer: Any, prompts: Sequence[str], responses: Sequence[str]) -> float:

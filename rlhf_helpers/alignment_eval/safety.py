@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from rlhf_helpers.alignment_eval.benchmarks import option_logps
+from rlhf_helpers.alignment_eval.policy import as_safety_fn
 from rlhf_helpers.core.generation import generate
-from rlhf_helpers.core.models import TINY, RewardFn, as_reward_fn, tokenizer_for
+from rlhf_helpers.core.models import TINY, RewardFn, tokenizer_for
 from rlhf_helpers.world.gold_judge import explain, gold_scores
 from rlhf_helpers.world.prompts import Prompt, best_answer, find_prompt, load_prompts, split_sentences
 from rlhf_helpers.world.prompts.base import REFUSALS
@@ -65,8 +66,13 @@ def counterfactual_gaps(
 
 def exchange(text: str, first: str, second: str) -> str:
     """The text with two words exchanged wherever they stand as words of their own."""
-    pattern = rf"\b({re.escape(first)}|{re.escape(second)})\b"
-    return re.sub(pattern, lambda found: second if found[0] == first else first, text)
+    return swap_words(text, {first: second, second: first})
+
+
+def swap_words(text: str, words: Mapping[str, str]) -> str:
+    """Replace whole words, all at once: with {"a": "b", "b": "a"} the two change places."""
+    pattern = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    return re.sub(rf"\b(?:{pattern})\b", lambda match: words[match[0]], text)
 
 
 class SafetyMetrics:
@@ -198,10 +204,8 @@ class _Probe:
         answers = self.answers(texts, self.columns.get("base_prompt", ()), sample=fn is not None)
         each = [i for i, said in enumerate(answers) for _ in said]
         told = {name: [values[i] for i in each] for name, values in self.columns.items()}
-        judge = as_reward_fn(fn or (lambda p, r, **c: gold_scores(p, r, **c)["harmlessness"]))
+        judge = as_safety_fn(fn or (lambda p, r, **c: gold_scores(p, r, **c)["harmlessness"]))
         scores = judge([texts[i] for i in each], [a for said in answers for a in said], **told).cpu()
-        if ((scores < 0) | (scores > 1)).any():
-            raise ValueError(f"safety_fn must give scores in [0, 1], got {scores.min()} to {scores.max()}")
         return scores.view(len(texts), -1)
 
     def harmlessness(self) -> Counts:

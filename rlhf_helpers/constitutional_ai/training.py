@@ -7,47 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlhf_helpers.constitutional_ai.constitution import Constitution, Templates
 from rlhf_helpers.constitutional_ai.revision import Answer, ConstitutionalAI, Critic
-from rlhf_helpers.core.choices import choice_logps
+from rlhf_helpers.core.choices import choice_logps, soft_label
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import frozen_copy, tokenizer_for
-from rlhf_helpers.core.tensors import require_shapes
+from rlhf_helpers.core.preference_losses import soft_preference_loss
 from rlhf_helpers.core.training import History, TrainingSettings, sft
 from rlhf_helpers.dpo import DPOSettings, DPOTrainer
 from rlhf_helpers.policy_optimization import RLOOSettings, rloo
 from rlhf_helpers.reward_model import RewardModel, RewardModelTrainer, RewardSettings, normalise_reward
 
 Rows = Sequence[Mapping[str, Any]]
-PerRow = Float[Tensor, "B"]
-
-
-def soft_label(logp_a: PerRow, logp_b: PerRow, swapped_logp_a: PerRow, swapped_logp_b: PerRow) -> PerRow:
-    """P(the first answer is better), (B,), from log p(A) and log p(B) in both orders.
-
-    sigmoid(((a - b) - (swapped_a - swapped_b)) / 2): whatever the judge adds for standing first cancels.
-    Bai et al. 2022, section 4.1. Lesson 3. Raises ValueError where shapes are not all (B,).
-    """
-    swapped = {"swapped_logp_a": swapped_logp_a, "swapped_logp_b": swapped_logp_b}
-    require_shapes("B", logp_a=logp_a, logp_b=logp_b, **swapped)
-    return torch.sigmoid(((logp_a - logp_b) - (swapped_logp_a - swapped_logp_b)) / 2)
-
-
-def soft_preference_loss(chosen_rewards: PerRow, rejected_rewards: PerRow, *, margin: PerRow) -> PerRow:
-    """Bradley-Terry cross-entropy with a label that is a probability: margin = P(chosen is better).
-
-    -p logsigmoid(gap) - (1 - p) logsigmoid(-gap), lowest where sigmoid(gap) = p; p = 1 is Bradley-Terry
-
-    As loss_fn of `RewardModelTrainer.train(rows, objective="margin")`, which calls a row's number so. Lesson
-    3. Raises ValueError where shapes are not all (B,).
-    """
-    require_shapes("B", chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, margin=margin)
-    gap = chosen_rewards - rejected_rewards
-    return -margin * F.logsigmoid(gap) - (1 - margin) * F.logsigmoid(-gap)
 
 
 def constitutional_labels(

@@ -8,6 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlhf_helpers.core.generation import sequence_logps
+from rlhf_helpers.core.tensors import require_shapes
+
+PerRow = Float[Tensor, "B"]
 
 
 @torch.no_grad()
@@ -31,3 +34,14 @@ def choice_logps(
         logps, _ = sequence_logps(model, tokenizer, [asked[i] for i in rows], [answers[i] for i in rows])
         found[rows] = logps.sum(-1).float().cpu()
     return found.view(len(prompts), len(choices))
+
+
+def soft_label(logp_a: PerRow, logp_b: PerRow, swapped_logp_a: PerRow, swapped_logp_b: PerRow) -> PerRow:
+    """P(the first answer is better), (B,), from log p(A) and log p(B) in both orders.
+
+    sigmoid(((a - b) - (swapped_a - swapped_b)) / 2): whatever the judge adds for standing first cancels.
+    Bai et al. 2022, section 4.1. Lesson 3. Raises ValueError where shapes are not all (B,).
+    """
+    swapped = {"swapped_logp_a": swapped_logp_a, "swapped_logp_b": swapped_logp_b}
+    require_shapes("B", logp_a=logp_a, logp_b=logp_b, **swapped)
+    return torch.sigmoid(((logp_a - logp_b) - (swapped_logp_a - swapped_logp_b)) / 2)

@@ -37,6 +37,19 @@ def bradley_terry_loss(
     return -F.logsigmoid(gap)
 
 
+def soft_preference_loss(chosen_rewards: PerRow, rejected_rewards: PerRow, *, margin: PerRow) -> PerRow:
+    """Bradley-Terry cross-entropy with a label that is a probability: margin = P(chosen is better).
+
+    -p logsigmoid(gap) - (1 - p) logsigmoid(-gap), lowest where sigmoid(gap) = p; p = 1 is Bradley-Terry
+
+    As loss_fn of `RewardModelTrainer.train(rows, objective="margin")`, which calls a row's number so. Lesson
+    3. Raises ValueError where shapes are not all (B,).
+    """
+    require_shapes("B", chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, margin=margin)
+    gap = chosen_rewards - rejected_rewards
+    return -margin * F.logsigmoid(gap) - (1 - margin) * F.logsigmoid(-gap)
+
+
 def plackett_luce_loss(rewards: Float[Tensor, "B K"], *, mask: Shaped[Tensor, "B K"] | None = None) -> PerRow:
     """Negative log-likelihood of a whole ranking, best answer first.
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlhf_helpers.core.models import tokenizer_for
-from rlhf_helpers.core.preference_losses import bradley_terry_loss
+from rlhf_helpers.core.preference_losses import soft_preference_loss
 from rlhf_helpers.core.tensors import require_number, require_shapes
 from rlhf_helpers.policy_optimization import RLOOSettings, rloo
 from rlhf_helpers.preference_data import ai_labels
@@ -94,19 +94,15 @@ def fit_reward_model(
 ) -> nn.Module:
     """A new reward model (options: of `create_reward_model`) trained on soft labels p. Lesson 3.
 
-    loss = -p logsigmoid(d) - (1 - p) logsigmoid(-d) = -logsigmoid(d) + (1 - p) d,  d = r(first) - r(second)
+    loss = -p logsigmoid(d) - (1 - p) logsigmoid(-d),  d = r(first) - r(second): `soft_preference_loss`
     """
     data = [
-        {"prompt": row["prompt"], "chosen": row["first"], "rejected": row["second"], "margin": 1 - p}
+        {"prompt": row["prompt"], "chosen": row["first"], "rejected": row["second"], "margin": p}
         for row, p in zip(rows, labels.tolist(), strict=True)
     ]
     reward_model = create_reward_model("basic", seed=seed, **options)
-
-    def loss(first: Tensor, second: Tensor, *, margin: Tensor) -> Tensor:
-        return bradley_terry_loss(first, second) + margin * (first - second)
-
     trainer = RewardModelTrainer(reward_model, epochs=epochs, batch_size=16, seed=seed, progress=False)
-    trainer.train(data, objective="margin", loss_fn=loss)
+    trainer.train(data, objective="margin", loss_fn=soft_preference_loss)
     return reward_model
 
 

@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from rlhf_helpers.core.choices import choice_logps
+from rlhf_helpers.core.choices import choice_logps, soft_label
 from rlhf_helpers.world.prompts.meta import comparison_text
 
 
@@ -42,6 +41,5 @@ def ai_labels(
     """
     swapped = [{"prompt": r["prompt"], "first": r["second"], "second": r["first"]} for r in rows]
     asked = [comparison_text(r["prompt"], r["first"], r["second"]) for r in (*rows, *swapped)]
-    log_odds = choice_logps(model, tokenizer, asked, ("A", "B"))
-    as_given, swapped_odds = (log_odds[:, 0] - log_odds[:, 1]).view(2, -1)
-    return torch.sigmoid((as_given - swapped_odds) / 2)
+    logps = choice_logps(model, tokenizer, asked, ("A", "B"))
+    return soft_label(*logps[: len(rows)].T, *logps[len(rows) :].T)

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from rlhf_helpers.alignment_eval import distinct_n
+from rlhf_helpers.alignment_eval import as_safety_fn, distinct_n, wilson_interval
 from rlhf_helpers.core.choices import choice_logps
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
@@ -75,7 +75,7 @@ class RedTeaming:
         self.model, self.tokenizer = model, tokenizer or tokenizer_for(model)
         self.safety_threshold, self.seed, self.max_new_tokens = safety_threshold, seed, max_new_tokens
         self.judged_by_gold = safety_fn is None
-        self.safety_fn = as_reward_fn(safety_fn or gold_safety)
+        self.safety_fn = as_safety_fn(safety_fn or gold_safety)
 
     def respond(self, prompts: Sequence[str], *, seed: int | None = None) -> list[str]:
         """One sampled answer to each prompt."""
@@ -86,10 +86,7 @@ class RedTeaming:
         """Safety of given answers, (B,), higher is safer; ValueError where a judge leaves [0, 1]."""
         attacks = [as_attack(prompt) for prompt in prompts]
         columns = {name: [getattr(a, name) for a in attacks] for name in ("base_prompt", "category")}
-        scores = self.safety_fn([str(a) for a in attacks], list(responses), **columns)
-        if ((scores < 0) | (scores > 1)).any():
-            raise ValueError(f"safety_fn must give scores in [0, 1], got {scores.min()} to {scores.max()}")
-        return scores
+        return self.safety_fn([str(a) for a in attacks], list(responses), **columns)
 
     def evaluate_safety(self, prompts: Sequence[str], *, seed: int | None = None) -> Tensor:
         """Safety of the model's answer to each prompt, (B,) in [0, 1]; `.mean()` is the model's."""
@@ -143,10 +140,9 @@ def _children(attack: AdversarialPrompt, answer: str, count: int, rng: random.Ra
 
 def success_table(successes: pd.Series, groups: pd.Series) -> pd.DataFrame:
     """n, successes, rate and 95 % Wilson interval (low, high) of each group; attacks taken as independent."""
-    from statsmodels.stats.proportion import proportion_confint
-
     table = successes.astype(int).groupby(groups, sort=False).agg(n="count", successes="sum")
-    low, high = proportion_confint(table["successes"], table["n"], method="wilson")
+    ends = [wilson_interval(row.successes, row.n) for row in table.itertuples()]
+    low, high = zip(*ends, strict=True)
     return table.assign(rate=table["successes"] / table["n"], low=low, high=high)
 
 

@@ -2,14 +2,13 @@
 
 import copy
 import random
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_helpers.alignment_eval.safety import SafetyMetrics
+from rlhf_helpers.alignment_eval.safety import SafetyMetrics, swap_words
 from rlhf_helpers.core.generation import sequence_logps
 from rlhf_helpers.core.models import tokenizer_for
 from rlhf_helpers.core.preference_losses import dpo_loss
@@ -114,12 +113,6 @@ def counterfactual_rows(rows: Rows, groups: Sequence[str] = GROUPS) -> list[dict
         texts = [{k: swap_words(row[k], t) for k in TEXTS if k in row} for t in turns]
         found += [{**row, **new} for i, new in enumerate(texts) if i == 0 or new != texts[0]]
     return found
-
-
-def swap_words(text: str, words: Mapping[str, str]) -> str:
-    """Replace whole words, all at once: with {"a": "b", "b": "a"} the two change places."""
-    pattern = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
-    return re.sub(rf"\b(?:{pattern})\b", lambda match: words[match[0]], text)
 
 
 def _kind_of(rows: Rows) -> str:

@@ -24,6 +24,7 @@ from rlhf_helpers.core.preference_losses import (
     robust_dpo_loss,
     simpo_loss,
     slic_loss,
+    soft_preference_loss,
 )
 
 LN2 = 0.6931472
@@ -280,6 +281,7 @@ def pair(*names):
 DPO_NAMES = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
 CALLS = {
     bradley_terry_loss: (pair("chosen_rewards", "rejected_rewards", "margin"), {}),
+    soft_preference_loss: (pair("chosen_rewards", "rejected_rewards", "margin"), {}),
     plackett_luce_loss: ({"rewards": torch.zeros(4, 3), "mask": torch.ones(4, 3)}, {}),
     rating_loss: (pair("rewards", "ratings"), {}),
     dpo_loss: (pair(*DPO_NAMES), {"beta": 0.1}),

@@ -10,6 +10,7 @@ import torch
 
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import load_model
+from rlhf_helpers.lab.studies.lesson1 import SEEDS
 from rlhf_helpers.lab.studies.record import write_study
 from rlhf_helpers.red_teaming import (
     STRATEGIES,
@@ -26,7 +27,6 @@ from rlhf_helpers.red_teaming.policy import ATTACKER
 from rlhf_helpers.world.gold_judge import explain, gold_scores
 from rlhf_helpers.world.prompts import load_prompts
 
-SEEDS = (0, 1, 2, 3, 4)
 TRAINED = ("direct", "mutation", "injection", "role_play")
 NEW = ("social_engineering",)  # its wrappers are in no attack that the hardened model is trained on
 CATEGORIES = ("harmful", "privacy", "biased")

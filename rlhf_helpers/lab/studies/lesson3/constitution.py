@@ -21,14 +21,15 @@ from rlhf_helpers.constitutional_ai.revision import Answer
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.training import TrainingSettings
+from rlhf_helpers.lab.studies.lesson1 import SEEDS
+from rlhf_helpers.lab.studies.lesson3.attacks import refused
 from rlhf_helpers.lab.studies.record import write_study
 from rlhf_helpers.policy_optimization import RLOOSettings
 from rlhf_helpers.reward_model import RewardSettings
 from rlhf_helpers.world.annotators import STANDARD
-from rlhf_helpers.world.gold_judge import AXES, explain, gold_reward, gold_scores
+from rlhf_helpers.world.gold_judge import AXES, gold_reward, gold_scores
 from rlhf_helpers.world.prompts import load_prompts, meta
 
-SEEDS = (0, 1, 2, 3, 4)
 Rows = list[dict[str, Any]]
 Said = dict[str, tuple[list[str], list[str]]]  # kind of prompt -> (prompts, responses)
 HARMFUL = ("harmful", "privacy", "groups")
@@ -120,12 +121,11 @@ def measure(answers: Said) -> dict[str, float]:
     prompts), over_refusal: share of answers to harmless prompts that look risky in which a refusal is read.
     """
     found = {kind: gold_scores(*both) for kind, both in answers.items()}
-    roles = [explain(prompt, said) for prompt, said in zip(*answers["lookalike"], strict=True)]
     return {
         "harmlessness": found["harmful"]["harmlessness"].mean().item(),
         "jailbreak": found["jailbreak"]["harmlessness"].mean().item(),
         **{axis: found["harmless"][axis].mean().item() for axis in (AXES[0], AXES[2])},
-        "over_refusal": sum(any(role == "refusal" for _, role in row) for row in roles) / len(roles),
+        "over_refusal": refused(*answers["lookalike"]).double().mean().item(),
     }
 
 
@@ -171,10 +171,15 @@ def revised_answers(revising: ConstitutionalAI, drafts: Said, seed: int) -> dict
     return {"revised once": once, "until satisfied": last}
 
 
+def asked_by_kind(n: int) -> dict[str, list[str]]:
+    """n held-out prompts of each kind that `measure` reads."""
+    kinds = {"harmful": HARMFUL, "harmless": HARMLESS, "jailbreak": ["jailbreak"], "lookalike": ["lookalike"]}
+    return {kind: asked_of(families, n) for kind, families in kinds.items()}
+
+
 def first_answers(model: torch.nn.Module, tokenizer: Any, seed: int, n: int) -> Said:
     """Kind of held-out prompt -> (prompts, responses), n each, as `measure` takes them."""
-    kinds = {"harmful": HARMFUL, "harmless": HARMLESS, "jailbreak": ["jailbreak"], "lookalike": ["lookalike"]}
-    asked = {kind: asked_of(families, n) for kind, families in kinds.items()}
+    asked = asked_by_kind(n)
     options = {"max_new_tokens": 64, "seed": 50_000 + seed}
     return {
         kind: (texts, generate(model, tokenizer, texts, **options).responses) for kind, texts in asked.items()

@@ -43,10 +43,6 @@ class System:
     model: torch.nn.Module
 
 
-KINDS = {
-    "harmful": constitution.HARMFUL, "jailbreak": ("jailbreak",), "harmless": constitution.HARMLESS,
-    "lookalike": ("lookalike",),
-}  # fmt: skip
 ANSWERS = 90  # of each kind
 
 
@@ -160,7 +156,7 @@ def safety_table(
     look-alikes that are refused), helpfulness (harmless prompts): gold. comparison, surprise: of
     `lesson2.sweeps.ability`, of the model alone.
     """
-    asked = {kind: constitution.asked_of(families, ANSWERS) for kind, families in KINDS.items()}
+    asked = constitution.asked_by_kind(ANSWERS)
     rows = []
     for seed in seeds:
         techniques = Techniques(seed)
