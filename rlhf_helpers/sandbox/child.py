@@ -1,0 +1,285 @@
+"""What runs in the child: for each request a keeper, and caged below it a worker that runs the program.
+
+The server reads requests, a line each, and forks a keeper for each. The keeper stays outside the cage: it
+reads what the worker writes, measures and kills. The worker gives up all it can and runs the program in its
+own interpreter, where the program can read all that the worker knows (code, arguments, nonce): nothing worth
+stealing is sent here, above all no expected value. Run by path, without site packages. Lesson 4.
+"""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import select
+import signal
+import sys
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, HERE)
+import wire  # noqa: E402
+
+LINUX = frozenset({"namespaces", "landlock", "user", "seccomp"} if sys.platform == "linux" else ())
+if LINUX:
+    import cage
+if os.name == "posix":
+    import resource
+del sys.path[0]
+
+FILE_BYTES, DISK_BYTES, MAX_FILES, MAX_PATH = 1 << 20, 8 << 20, 1000, 500
+OUTPUT_BYTES, MESSAGE_BYTES, MAX_EVENTS = 1 << 16, 1 << 18, 50
+NO_MEMORY = 111  # exit status of a worker that has none left to say so
+FIRST_UID = 1_900_000_000  # plus the keeper's process id: a user of its own for every program
+WATCHED = ("open", "exec", "compile", "import", "os.", "shutil.", "subprocess.", "socket.", "ctypes.")
+COMMON = (
+    "collections copy dataclasses datetime decimal functools heapq itertools math mmap operator random re"
+)
+COMMON += " socket statistics string subprocess threading typing"
+LIMITS = {errno.EAGAIN: "NoProcess", errno.ENOMEM: "MemoryError"}
+LIMITS |= {errno.ENOSPC: "DiskFull", errno.EFBIG: "DiskFull"}
+
+
+# ---- the worker
+
+
+def describe(fault: BaseException) -> tuple[str, str]:
+    """Name and message of an exception, whose methods may be hostile; the name says which limit it met."""
+    kind, text, code = type(fault), "", None
+    with contextlib.suppress(BaseException):
+        text = str(fault)[:300]
+    with contextlib.suppress(BaseException):
+        code = LIMITS.get(fault.errno) if issubclass(kind, OSError) else None
+    if code or text == "can't start new thread":
+        return code or "NoProcess", text
+    for known in (MemoryError, RecursionError, SystemExit):
+        if issubclass(kind, known):
+            return known.__name__, text
+    return type.__dict__["__name__"].__get__(kind)[:80], text
+
+
+def watch(send: Callable[..., None]) -> Callable[[str, tuple], None]:
+    """An audit hook that tells what the program touches, and not what every import of a module does."""
+    seen: set[str] = set()
+
+    def hook(event: str, args: tuple) -> None:
+        if not event.startswith(WATCHED) or len(seen) >= MAX_EVENTS:
+            return
+        where = sys._getframe(1).f_code.co_filename
+        library = where.startswith((HERE, "<frozen importlib"))
+        library |= event in ("import", "exec", "compile") and where not in ("<program>", "<string>")
+        text = f"{event}:{args[0]}"[:120] if event in ("open", "import") else event
+        if not library and text not in seen:
+            seen.add(text)
+            send("event", text)
+
+    return hook
+
+
+def work(request: dict[str, Any], write: Callable[[bytes], None]) -> None:
+    """Run the program, then its calls in order; a line for each outcome as soon as it is there."""
+    nonce, code, calls = (request.pop(key) for key in ("nonce", "code", "calls"))
+
+    def send(kind: str, *parts: Any) -> None:
+        write(json.dumps([nonce, kind, *parts]).encode() + b"\n")
+
+    module = sys.modules["program"] = types.ModuleType("program")
+    sys.addaudithook(watch(send))
+    kind = "syntax"
+    try:
+        program = compile(code, "<program>", "exec")
+        kind = "failed"
+        exec(program, module.__dict__)
+    except BaseException as fault:
+        send(kind, *describe(fault))
+        calls = []
+    for name, args in calls:
+        kind = "raised"
+        try:
+            if name not in module.__dict__:
+                raise NameError(f"the program defines no {name}")
+            value = module.__dict__[name](*wire.decode(args))
+            kind = "unserialisable"
+            send("value", wire.encode(value))
+        except BaseException as fault:
+            send(kind, *describe(fault))
+    with contextlib.suppress(BaseException):
+        sys.stdout.flush()
+    send("end")
+
+
+def lock_up(request: dict[str, Any]) -> None:
+    """Every layer that this kernel grants, in the order in which one can still take the next."""
+    layers, reads = LINUX - request["without"], False
+    if "landlock" in layers:
+        with contextlib.suppress(OSError):
+            cage.landlock(request["folder"], request["readable"])
+            reads = True
+    if "user" in layers:
+        with contextlib.suppress(OSError):
+            if not reads and os.getuid() == 0:  # whom it becomes may not be allowed to read the library
+                list(map(__import__, COMMON.split()))
+            cage.become(request["uid"], reads)
+    limits = {"CPU": int(request["timeout"] + 0.999), "AS": request["memory_mb"] << 20, "FSIZE": FILE_BYTES}
+    for name, most in {**limits, "NPROC": 0, "NOFILE": 64, "CORE": 0}.items():
+        if name not in request["without"]:  # soft and hard limit: nobody can raise it again
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+    if "seccomp" in layers:
+        with contextlib.suppress(OSError, KeyError):
+            cage.forbid_calls()
+
+
+def worker(request: dict[str, Any], output: int, channel: int) -> None:
+    """Give up everything, then run the program; never returns."""
+
+    def write(data: bytes) -> None:
+        while data:
+            data = data[os.write(3, data) :]
+
+    status = 1
+    with contextlib.suppress(BaseException):
+        os.setsid()
+        for target, source in enumerate((os.open(os.devnull, os.O_RDONLY), output, output, channel)):
+            os.dup2(source, target, inheritable=target < 3)
+        os.closerange(4, 256)
+        os.chdir(request["folder"])
+        lock_up(request)
+        try:
+            work(request, write)
+            status = 0
+        except MemoryError:
+            status = NO_MEMORY
+    os._exit(status)
+
+
+# ---- the keeper
+
+
+def end_all(pid: int | None) -> None:
+    """Kill the worker and what it left: orphans, whatever their session, were handed to the keeper."""
+    deadline = time.monotonic() + 3
+    while time.monotonic() < deadline:
+        left = [pid] if pid else []
+        for entry in filter(str.isdigit, os.listdir("/proc") if LINUX else []):
+            with contextlib.suppress(OSError, IndexError), open(f"/proc/{entry}/stat") as file:
+                if int(file.read().rpartition(")")[2].split()[1]) == os.getpid():
+                    left.append(int(entry))
+        try:
+            for child in left:
+                os.kill(child, signal.SIGKILL)
+            while os.waitpid(-1, 0 if left else os.WNOHANG)[0]:
+                pid = None
+        except ProcessLookupError:
+            pid = None
+        except ChildProcessError:
+            return
+
+
+def too_much(folder: str) -> bool:
+    """Whether the files in a folder are more, larger or deeper than a program may write."""
+    files = used = 0
+    try:
+        for root, folders, names in os.walk(folder):
+            files += len(folders) + len(names)
+            used += sum(os.lstat(os.path.join(root, name)).st_blocks * 512 for name in names)
+            if files > MAX_FILES or used > DISK_BYTES or len(root) - len(folder) > MAX_PATH:
+                return True
+    except OSError:  # removed while we looked
+        return False
+    return False
+
+
+def watch_over(pid: int, output: int, channel: int, request: dict[str, Any]) -> dict[str, Any]:
+    """Collect what the worker writes until it ends, or is too late, too loud or too large; then kill all."""
+    texts, most = {output: b"", channel: b""}, {output: OUTPUT_BYTES, channel: MESSAGE_BYTES}
+    start = looked = time.monotonic()
+    limit = request["timeout"] * (60 if "wall" in request["without"] else 1)
+    stopped, ended, status = None, 0, 0
+    while not stopped:
+        now = time.monotonic()
+        ready = select.select(list(most), [], [], 0 if ended else 0.01)[0]
+        if not most:
+            time.sleep(0.001)
+        for source in ready:
+            data = os.read(source, 1 << 16)
+            texts[source] += data
+            if len(texts[source]) > most[source]:
+                stopped = "output"
+            elif not data:
+                del most[source]
+        if now - looked > 0.03 or ended:
+            looked, stopped = now, stopped or ("disk" if too_much(request["folder"]) else None)
+        if ended and not ready:
+            break
+        if not ended:
+            ended, status, used = os.wait4(pid, os.WNOHANG)
+            stopped = stopped or ("timeout" if not ended and now - start > limit else None)
+    end_all(None if ended else pid)
+    return {
+        "status": status if ended else None,
+        "stopped": stopped,
+        "messages": texts[channel].decode("latin-1"),
+        "stdout": texts[output][:OUTPUT_BYTES].decode("utf-8", "replace"),
+        "cpu": used.ru_utime + used.ru_stime,
+        "seconds": time.monotonic() - start,
+    }
+
+
+def keeper(request: dict[str, Any]) -> None:
+    """One program from request to report; never returns."""
+    request["uid"], request["without"] = FIRST_UID + os.getpid(), frozenset(request["without"])
+    layers = LINUX - request["without"]
+    with contextlib.suppress(OSError):
+        if layers:
+            cage.adopt()
+        if "user" in layers and os.getuid() == 0:
+            os.chown(request["folder"], request["uid"], -1)
+        if "namespaces" in layers:
+            cage.enter_namespaces()
+    (output, output_w), (channel, channel_w) = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        worker(request, output_w, channel_w)
+    os.close(output_w)
+    os.close(channel_w)
+    print(json.dumps(watch_over(pid, output, channel, request)), flush=True)
+    os._exit(0)
+
+
+def unguarded(request: dict[str, Any]) -> dict[str, Any]:
+    """Where there is no fork (Windows): run the program in this process, which the parent kills in time."""
+    lines, shown, start = [], sys.stdout, time.monotonic()
+    sys.stdout = sys.stderr = text = io.StringIO()
+    os.chdir(request["folder"])
+    work(request, lines.append)
+    os.chdir(HERE)  # a folder that a process stands in cannot be removed
+    sys.stdout = shown
+    messages = b"".join(lines).decode("latin-1")
+    return {
+        "messages": messages,
+        "stdout": text.getvalue()[:OUTPUT_BYTES],
+        "seconds": time.monotonic() - start,
+    }
+
+
+def main() -> None:
+    """Serve requests until the parent closes the pipe."""
+    os.environ.clear()
+    for line in sys.stdin:
+        request = json.loads(line)
+        if not hasattr(os, "fork") or "fork" in request["without"]:
+            print(json.dumps(unguarded(request)), flush=True)
+            return
+        pid = os.fork()
+        if pid == 0:
+            keeper(request)
+        if os.waitpid(pid, 0)[1]:
+            print("null", flush=True)
+
+
+if __name__ == "__main__":
+    main()
