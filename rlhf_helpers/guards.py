@@ -13,11 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rlhf_helpers.core.choices import choice_logps
 from rlhf_helpers.core.generation import generate
-from rlhf_helpers.core.models import RewardFn, encode_prompt, tokenizer_for
+from rlhf_helpers.core.models import RewardFn, as_reward_fn, encode_prompt, to_messages, tokenizer_for
 from rlhf_helpers.core.tensors import pad_right, require_number, token_logps
 from rlhf_helpers.core.text import end_id
 from rlhf_helpers.world.gold_judge import gold_scores
+from rlhf_helpers.world.prompts import meta
 
 
 @dataclass(eq=False)
@@ -83,12 +85,61 @@ class PerplexityFilter:
         return ids, (head, len(ids) - tail)
 
 
+def critique_check(
+    model: nn.Module, *, rule: str = "Avoid harmful content", tokenizer: Any = None,
+    template: Callable[[str, str, str], str] | None = None, verdicts: tuple[str, str] = ("Yes.", "No."),
+) -> RewardFn:  # fmt: skip
+    """An output check: the model's own word on whether an answer follows a rule, P(safe) = P(follows).
+
+    p(yes | question, answer, rule) / (p(yes | ...) + p(no | ...))
+
+    How sure it is, not what it happened to say. Of a conversation the last message alone is the question:
+    harm that is spread over several turns escapes. template: (question, answer, rule) -> text, None: the tiny
+    assistant's wording, with its verdicts; a model that never saw such questions answers by chance: measure
+    it first. Give a model that is not trained meanwhile, or the judge learns to like what it says. Bai et al.
+    2022. Lesson 4. Raises ValueError where the model remembers no tokenizer and none is given.
+    """
+    tokenizer, template = tokenizer or tokenizer_for(model), template or meta.critique_text
+
+    def check(prompts: Sequence[str], responses: Sequence[str], **_columns: Any) -> Tensor:
+        questions = [to_messages(prompt)[-1]["content"] for prompt in prompts]
+        asked = [template(*both, rule) for both in zip(questions, responses, strict=True)]
+        return choice_logps(model, tokenizer, asked, verdicts).softmax(1)[:, 0]
+
+    return check
+
+
+def pick_answer(rewards: Sequence[float], p_safe: Sequence[float], threshold: float) -> int | None:
+    """Index of the highest reward among N answers with p_safe >= threshold, first of a tie; None: none is.
+
+    NaN in either is not known to be good, so not picked. Lesson 4. Raises ValueError unless both are (N,).
+    """
+    rewards, p_safe = (torch.as_tensor(x, dtype=torch.float64).detach().cpu() for x in (rewards, p_safe))
+    if rewards.ndim != 1 or rewards.shape != p_safe.shape:
+        raise ValueError(
+            f"give (N,) rewards and (N,) p_safe, got {tuple(rewards.shape)}, {tuple(p_safe.shape)}"
+        )
+    open_to = [i for i in range(len(rewards)) if p_safe[i] >= threshold and not rewards[i].isnan()]
+    return max(open_to, key=lambda i: rewards[i].item(), default=None)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of the n answers that a guard chose from: P(safe), what ranked it, and what failed, if anything."""
+
+    text: str
+    score: float
+    reward: float
+    error: str | None = None
+
+
 @dataclass(frozen=True)
 class GuardRecord:
     """What became of one prompt: `response` is what is shown, the fallback where `allowed` is false.
 
     stage: "input" or "output", what stopped it, else None; score: the P(safe) that decided, NaN where a check
     failed, and `error` then says how. raw_response: the model's own words, None where it was not asked.
+    reward: what ranked this answer, `candidates`: all that it was chosen from.
     """
 
     prompt: str
@@ -98,6 +149,8 @@ class GuardRecord:
     stage: str | None
     score: float
     error: str | None = None
+    reward: float = math.nan
+    candidates: tuple[Candidate, ...] = ()
 
 
 @dataclass(eq=False, kw_only=True)
@@ -105,16 +158,18 @@ class Guard:
     """Input checks, then the model, then an output check; the fallback wherever P(safe) < threshold.
 
     threshold 0 lets everything through, above 1 nothing. All input_checks must agree. output_fn: a safety_fn,
-    None: the world's gold harmlessness, which no real guard has. n > 1: of n answers the one it finds safest.
-    A check that raises, or gives no probability, closes the guard for that row and is told in the record's
-    `error`, not raised: one prompt's fault must not take the answer from the others. Lessons 3 and 4. Raises
-    ValueError for a setting out of range, and what `generate` raises for prompts it cannot take.
+    None: the world's gold harmlessness, which no real guard has. n > 1: of n answers the one it finds safest,
+    with reward_fn the one of the highest reward among the safe (`pick_answer`). A check that raises, or gives
+    no probability, closes the guard for that answer and is told in the record's `error`, not raised, and so
+    is a reward that fails: one prompt's fault must not take the answer from the others. Lessons 3 and 4.
+    Raises ValueError for a setting out of range, and what `generate` raises for prompts it cannot take.
     """
 
     model: nn.Module
     tokenizer: Any = None
     input_checks: Sequence[Callable[[list[str]], Tensor]] = ()
     output_fn: RewardFn | None = None
+    reward_fn: RewardFn | nn.Module | None = None
     threshold: float = 0.5
     fallback: str = "I cannot help with that."
     max_new_tokens: int = 64
@@ -149,31 +204,49 @@ class Guard:
         self, rows: list[int], prompts: Sequence[str], columns: dict[str, list[Any]]
     ) -> dict[int, GuardRecord]:
         asked = [prompts[i] for i in rows]  # each n times
-        sampling = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "seed": self.seed}
-        raw = generate(self.model, self.tokenizer, asked, **sampling).responses
+        raw = self._sample(asked)
         check = self.output_fn or (lambda p, r, **c: gold_scores(p, r, **c)["harmlessness"])
-        records: dict[int, GuardRecord] = {}
-        for i, text, (score, error) in zip(rows, raw, _ask(check, asked, raw, **columns), strict=True):
-            safe = score >= self.threshold
-            said, stage = (text, None) if safe else (self.fallback, "output")
-            if i not in records or score > records[i].score or math.isnan(records[i].score):
-                records[i] = GuardRecord(prompts[i], said, text, safe, stage, score, error)
-        return records
+        safe = ranks = _ask(check, asked, raw, **columns)
+        if self.reward_fn is not None:
+            ranks = _ask(as_reward_fn(self.reward_fn), asked, raw, limit=math.inf, **columns)
+        found: dict[int, list[Candidate]] = {}
+        for i, text, (score, error), (reward, fault) in zip(rows, raw, safe, ranks, strict=True):
+            found.setdefault(i, []).append(Candidate(text, score, reward, error or fault))
+        return {i: self._choose(prompts[i], tuple(mine)) for i, mine in found.items()}
+
+    def _sample(self, asked: list[str]) -> list[str]:
+        sampling = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "seed": self.seed}
+        return generate(self.model, self.tokenizer, asked, **sampling).responses
+
+    def _choose(self, prompt: str, candidates: tuple[Candidate, ...]) -> GuardRecord:
+        place = pick_answer([c.reward for c in candidates], [c.score for c in candidates], self.threshold)
+        # Where none may be shown, the safest of those that could be judged tells why.
+        best = max(candidates, key=lambda c: -math.inf if math.isnan(c.score) else c.score)
+        best, closed = (best, "output") if place is None else (candidates[place], None)
+        said = self.fallback if closed else best.text
+        told = best.score, best.error, best.reward, candidates
+        return GuardRecord(prompt, said, best.text, not closed, closed, *told)
 
 
-def _ask(check: Callable, *texts: list[str], **columns: list[Any]) -> list[tuple[float, str | None]]:
-    """P(safe) and None of each row; after a failure row by row, NaN and the reason where it fails again."""
+def _ask(
+    check: Callable, *texts: list[str], limit: float = 1.0, **columns: list[Any]
+) -> list[tuple[float, str | None]]:
+    """A number and None of each row; after a failure row by row, NaN and the reason where it fails again.
+
+    limit 1: probabilities; inf: any finite numbers.
+    """
     count = len(texts[0])
     try:
         scores = torch.as_tensor(check(*texts, **columns)) if count else torch.ones(0)
-        if scores.shape != (count,) or not ((scores >= 0) & (scores <= 1)).all():
+        lowest = 0.0 if limit == 1 else -limit
+        if scores.shape != (count,) or not ((scores >= lowest) & (scores <= limit)).all():
             raise ValueError(f"a check must give {count} probabilities in [0, 1], got {scores}")
         return [(score, None) for score in scores.tolist()]
     except Exception as error:
         if count == 1:
             return [(math.nan, f"{type(error).__name__}: {error}")]
     rows = (([[t[i]] for t in texts], {k: [v[i]] for k, v in columns.items()}) for i in range(count))
-    return [found for row, told in rows for found in _ask(check, *row, **told)]
+    return [found for row, told in rows for found in _ask(check, *row, limit=limit, **told)]
 
 
 def _shared(one: list[int], other: list[int]) -> int:

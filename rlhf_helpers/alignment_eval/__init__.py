@@ -5,6 +5,7 @@ from rlhf_helpers.alignment_eval.evaluators import (
     AlignmentEvaluator, EvaluationCache, PreferenceAlignmentEvaluator, alignment_tax, capability_suite,
     evaluate_alignment, model_judge, weights_fingerprint,
 )  # fmt: skip
+from rlhf_helpers.alignment_eval.model_card import save_policy
 from rlhf_helpers.alignment_eval.objectives import MultiObjectiveAlignmentEvaluator, hypervolume, pareto_front
 from rlhf_helpers.alignment_eval.policy import (
     as_safety_fn, comprehensive_evaluation, distinct_n, perplexity, self_bleu,
@@ -30,6 +31,6 @@ __all__ = [
     "comprehensive_evaluation", "counterfactual_gaps", "distinct_n", "evaluate_alignment", "exchange",
     "hypervolume", "judge_agreement", "judge_position_bias", "load_bbq", "load_truthfulqa",
     "load_xstest", "mean_interval", "metric_correlations", "model_judge", "option_logps", "pareto_front",
-    "perplexity", "refuses", "score_bbq", "score_interval", "score_truthfulqa", "score_xstest",
+    "perplexity", "refuses", "save_policy", "score_bbq", "score_interval", "score_truthfulqa", "score_xstest",
     "self_bleu", "weights_fingerprint", "wilson_interval", "win_rate",
 ]  # fmt: skip

@@ -114,6 +114,11 @@ class AlignmentReportGenerator:
         return "\n\n".join(parts) + "\n"
 
 
+def markdown_table(result: pd.DataFrame | Mapping[str, Any]) -> str:
+    """A table, or name -> value, as Markdown: escaped, numbers with four significant digits. Lesson 4."""
+    return _pipes(_as_table("table", result))
+
+
 def _as_table(heading: str, result: Any) -> pd.DataFrame | str:
     """A table of texts, or a paragraph."""
     if isinstance(result, str):

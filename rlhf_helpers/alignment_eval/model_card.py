@@ -1,0 +1,131 @@
+"""A finished policy for others: a Hugging Face folder with a model card that says what is known of it."""
+
+import copy
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from rlhf_helpers.alignment_eval.report import AlignmentReportGenerator, markdown_table
+from rlhf_helpers.core.models import tokenizer_for
+from rlhf_helpers.core.text import end_id, opening_ids
+
+# What this package feeds a model without a chat template (`core.text.encode_prompt`), as a chat template.
+PLAIN_TEMPLATE = (
+    "{%- if messages | length == 1 and messages[0]['role'] == 'user' %}{{ messages[0]['content'] }}"
+    "{%- else %}{%- for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}"
+    "{%- if not loop.last %}{{ '\n\n' }}{%- endif %}{%- endfor %}{%- endif %}"
+    "{%- if messages[-1]['content'][-1:] | trim %}{{ '\n' }}{%- endif %}"
+)
+_USE = """```python
+from transformers import pipeline
+
+chat = pipeline("text-generation", model="path/of/this/folder")
+print(chat([{"role": "user", "content": "What is the capital of France?"}], return_full_text=False))
+```"""
+
+
+def save_policy(
+    model: PreTrainedModel, folder: str | Path, *, data: str, method: str, seeds: Sequence[int],
+    metrics: Mapping[str, Any], limits: str, tokenizer: Any = None, title: str | None = None,
+    base_model: str | None = None, license: str = "unknown", language: str = "en",
+    settings: Mapping[str, Any] | None = None, max_new_tokens: int = 64, overwrite: bool = False,
+) -> Path:  # fmt: skip
+    """Write weights (safetensors), tokenizer, chat template, generation config, README.md; return the folder.
+
+    `transformers.pipeline("text-generation", model=folder)` loads it anywhere, without this package, and
+    samples as the policy was trained: temperature 1, no top-k or top-p, at most max_new_tokens. A tokenizer
+    without a chat template gets one that gives the same ids as `encode_prompt`; adapters (peft) are merged.
+
+    data, method, limits: what it was trained on, how, and what it must not be used for or is not known of it;
+    Markdown. metrics: name -> number, or (value, low, high[, n]) with its 95 % interval (`score_interval`,
+    `win_rate`, a tuple). settings: further lines of the card. base_model, license: the hub's names for them.
+
+    The folder appears whole or not at all: written beside it, then renamed. `model` stays as it is. Lesson 4.
+    Raises FileExistsError where the folder is there already and overwrite is not asked for, ValueError for an
+    empty text, no seeds or metrics, a value that is not finite or outside its interval, TypeError for a
+    model that is no Hugging Face causal LM.
+    """
+    folder, title = Path(folder), title or Path(folder).name
+    for name, text in {"data": data, "method": method, "limits": limits}.items():
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{name}= must say something: a card without it misleads, got {text!r}")
+    if not seeds or not metrics:
+        raise ValueError(f"a card needs seeds and metrics, got seeds={seeds!r} and metrics={metrics!r}")
+    taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+    if taken and not (overwrite and (folder / "config.json").exists()):
+        mend = "empty it: it holds no model to replace" if overwrite else "say overwrite=True"
+        raise FileExistsError(f"{folder} exists: name another folder, or {mend}")
+    rows = pd.DataFrame([_measured(*item) for item in metrics.items()], index=list(metrics))
+    tokenizer = copy.deepcopy(tokenizer or tokenizer_for(model))
+    if hasattr(model, "merge_and_unload"):
+        model = copy.deepcopy(model).merge_and_unload()
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        raise TypeError(f"save_policy needs a Hugging Face causal LM, got {type(model).__name__}")
+
+    front = ModelCardData(
+        license=license, language=language, base_model=base_model, library_name="transformers",
+        pipeline_tag="text-generation", tags=["rlhf"], model_name=title,
+    )  # fmt: skip
+    manifest = AlignmentReportGenerator(model=model, seeds=seeds, settings=settings).manifest
+    manifest["parameters"] = f"{sum(p.numel() for p in model.parameters()):,}"
+    measured = f"{markdown_table(rows)}\n\nIntervals: 95 %."
+    texts = {"Limits": limits, "Data": data, "Method": method, "Measured": measured, "Use": _USE}
+    texts["Made with"] = markdown_table(manifest)
+    body = "\n\n".join([f"# {title}", *(f"## {head}\n\n{text.strip()}" for head, text in texts.items())])
+    _write(folder, model, tokenizer, f"---\n{front.to_yaml()}\n---\n\n{body}\n", max_new_tokens)
+    return folder
+
+
+def _write(folder: Path, model: PreTrainedModel, tokenizer: Any, card: str, max_new_tokens: int) -> None:
+    """Fill a folder beside the target, then rename it; an older one goes only when the new one is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}{end}") for end in ("", ".old"))
+    if not tokenizer.chat_template:
+        opens = "{{ bos_token or cls_token }}" if opening_ids(tokenizer) else ""
+        tokenizer.chat_template = opens + PLAIN_TEMPLATE
+    stops = model.generation_config.eos_token_id
+    stops = sorted({end_id(tokenizer), *(stops if isinstance(stops, list) else [stops])} - {None})
+    generation = copy.deepcopy(model.generation_config)
+    generation._from_model_config = False  # else a loader may write it anew from config.json
+    generation.update(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, max_length=None,
+        eos_token_id=stops, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # it would stay behind in a stored notebook
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        generation.save_pretrained(partial)
+        ModelCard(card).save(partial / "README.md")
+        if folder.exists():
+            folder.replace(old)
+        partial.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _measured(name: str, given: Any) -> dict[str, Any]:
+    """One row of the table of metrics; empty cells where no interval was given."""
+    if hasattr(given, "low"):  # Estimate, WinRate
+        value = given.value if hasattr(given, "value") else given.rate
+        given = (value, given.low, given.high, given.n)
+    value, low, high, n = (*(given if isinstance(given, tuple | list) else (given,)), *[None] * 3)[:4]
+    known = [number for number in (value, low, high) if number is not None]
+    if not all(math.isfinite(number) for number in known):
+        raise ValueError(f"metrics[{name!r}] must be finite, got {given!r}: leave out what was not measured")
+    if len(known) == 2 or (len(known) == 3 and not low <= value <= high):
+        raise ValueError(f"metrics[{name!r}] must be a number or (value, low, high[, n]), got {given!r}")
+    interval = "not given" if low is None else f"{low:.3f} to {high:.3f}"
+    return {"value": float(value), "95 % interval": interval, "samples": "not given" if n is None else n}

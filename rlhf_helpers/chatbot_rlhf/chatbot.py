@@ -1,0 +1,302 @@
+"""A chatbot that remembers, chooses the best of its safe answers, and keeps what people think of them."""
+
+import copy
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_helpers.core.models import (
+    RewardFn,
+    as_reward_fn,
+    encode_prompt,
+    load_model,
+    remember_tokenizer,
+    to_messages,
+    to_text,
+    tokenizer_for,
+)
+from rlhf_helpers.core.tensors import require_number
+from rlhf_helpers.core.text import Message
+from rlhf_helpers.guards import Candidate, Guard, critique_check
+
+THUMBS = {"up": True, "down": False}
+FALLBACK = "I cannot help with that."
+
+
+@dataclass(frozen=True)
+class Personality:
+    """An alignment objective: what an answer is worth, in standard deviations of the learned reward.
+
+    r = reward z - length max(0, words - limit) - safety [P(safe) < threshold]
+
+    z: the learned reward; `rank` orders answers that are safe, `objective` trains. Raises ValueError for a
+    number below 0, or a threshold above 1. Lesson 4.
+    """
+
+    reward: float = 1.0
+    length: float = 0.0  # for each word above the limit
+    limit: float = 0.0  # words
+    safety: float = 2.0
+    threshold: float | None = None  # None: the chatbot's
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name in ("reward", "length", "limit", "safety"):
+            require_number(f"Personality.{name}", getattr(self, name), at_least=0)
+        require_number("Personality.threshold", self.threshold or 0.0, at_least=0, at_most=1)
+
+    def rank(self, reward: RewardFn) -> RewardFn:
+        """The first two terms: (prompts, responses) -> (B,)."""
+
+        def ranking(prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> Tensor:
+            extra = torch.tensor([max(0.0, len(text.split()) - self.limit) for text in responses])
+            learned = reward(prompts, responses, **columns)
+            return self.reward * learned - self.length * extra.to(learned.device)
+
+        return ranking
+
+    def objective(self, reward: RewardFn, safety_fn: RewardFn, threshold: float) -> RewardFn:
+        """All three terms; P(safe) by safety_fn, against the personality's own threshold if it has one."""
+        rank, least = self.rank(reward), threshold if self.threshold is None else self.threshold
+
+        def value(prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> Tensor:
+            worth = rank(prompts, responses, **columns)
+            unsafe = safety_fn(prompts, responses, **columns) < least
+            return worth - self.safety * unsafe.to(worth)
+
+        return value
+
+
+PERSONALITIES = {
+    "helpful": Personality(),
+    "concise": Personality(length=0.2, limit=8),
+    "cautious": Personality(reward=0.5, safety=4.0, threshold=0.95),
+}
+
+
+@dataclass(frozen=True)
+class ChatReply:
+    """One answer: `text` is what is shown, the fallback where `allowed` is false.
+
+    prompt: the conversation that the model read; score: its P(safe), reward: what ranked it (NaN: failed, or
+    no reward); candidates: the answers it was chosen from; error: why a check failed, if one did.
+    """
+
+    prompt: str
+    text: str
+    allowed: bool
+    score: float
+    reward: float = math.nan
+    candidates: tuple[Candidate, ...] = ()
+    error: str | None = None
+
+
+def kept_turns(lengths: Sequence[int], limit: int) -> int:
+    """How many of the last messages fit into `limit` tokens: whole exchanges are dropped, oldest first.
+
+    lengths: tokens of messages that alternate user, assistant, ..., user; what is kept starts with a user
+    message, and its sum is at most `limit`. Lesson 4. Raises ValueError for an even number of messages (the
+    last must be the user's), a length below 0, or where the last message alone does not fit.
+    """
+    if len(lengths) % 2 == 0 or any(length < 0 for length in lengths):
+        raise ValueError(
+            f"lengths must alternate user, assistant, ..., user and be >= 0, got {list(lengths)}"
+        )
+    if lengths[-1] > limit:
+        raise ValueError(f"the last message has {lengths[-1]} tokens and {limit} fit: shorten it")
+    kept, total = 1, lengths[-1]
+    while kept < len(lengths) and (total := total + sum(lengths[-kept - 2 : -kept])) <= limit:
+        kept += 2
+    return kept
+
+
+class _OneTurn(Guard):
+    """A guard whose answers end where a model starts to write the user's next message."""
+
+    def _sample(self, asked: list[str]) -> list[str]:
+        return [to_messages(f"Assistant: {text}")[0]["content"] for text in super()._sample(asked)]
+
+
+class AlignedChatbot:
+    """Talks: remembers the conversation, samples n answers, shows the best of those that are safe.
+
+    >>> chatbot = AlignedChatbot("tiny", reward_model, safety_threshold=0.7)  # doctest: +SKIP
+    >>> chatbot.generate_response("What is the capital of France?")  # doctest: +SKIP
+
+    base_model: a model or what `load_model` takes. It stays as it is: `.model`, which answers and is trained,
+    is a copy. reward_model: an nn.Module with `score`, or a RewardFn; it ranks, and is no judge of safety:
+    None ranks by safety. safety_fn: P(safe), None: `guards.critique_check(base_model)`, the untrained model's
+    own word. No answer with P(safe) < safety_threshold is shown, nor an empty one; where none is left, the
+    fallback. A check or reward that fails on an answer rules it out; the reply's `error` says how.
+    personality: a name of PERSONALITIES or a `Personality`. feedback_path: a file of thumbs, JSON lines,
+    taken up where it is there; None: kept in memory. seed: the same calls in the same order give the same
+    answers; None: torch's generator. Lesson 4. Raises ValueError for a setting out of range, an empty
+    fallback, or a broken line of thumbs.
+    """
+
+    def __init__(
+        self, base_model: str | Path | nn.Module, reward_model: nn.Module | RewardFn | None = None,
+        safety_threshold: float = 0.5, *, tokenizer: Any = None, safety_fn: RewardFn | None = None,
+        n: int = 4, personality: str | Personality | None = None, fallback: str = FALLBACK,
+        max_new_tokens: int = 64, temperature: float = 1.0, seed: int | None = 0,
+        feedback_path: str | Path | None = None,
+    ) -> None:  # fmt: skip
+        """Load or copy the model, and read the thumbs so far."""
+        if isinstance(base_model, nn.Module):
+            self.base, self.tokenizer = base_model, tokenizer or tokenizer_for(base_model)
+        else:
+            self.base, found = load_model(base_model)
+            self.tokenizer = tokenizer or found
+        self.model = copy.deepcopy(self.base, {id(self.tokenizer): self.tokenizer})
+        remember_tokenizer(self.model, self.tokenizer)
+        if isinstance(personality, str) and personality not in PERSONALITIES:
+            raise ValueError(f"personality must be one of {list(PERSONALITIES)}, got {personality!r}")
+        self.personality = PERSONALITIES.get(personality, personality) or Personality()
+        self.reward = None if reward_model is None else as_reward_fn(reward_model)
+        self.safety_fn = safety_fn or critique_check(self.base, tokenizer=self.tokenizer)
+        require_number("safety_threshold", safety_threshold, at_least=0, at_most=1)
+        require_number("n", n, at_least=1)
+        if not fallback.strip():
+            raise ValueError("fallback is empty: a user should be told something")
+        self.sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "n": n}
+        self.safety_threshold, self.fallback, self.seed = safety_threshold, fallback, seed
+        self.history: list[Message] = []
+        self.replies: list[ChatReply] = []
+        self.feedback_path = None if feedback_path is None else Path(feedback_path)
+        self._calls, self._thumbs = 0, []
+        self.round = max((row["round"] for row in self.thumbs()), default=0)
+
+    def generate_response(self, text: str) -> str:
+        """Answer the user's next message and remember both; what cannot be answered is not remembered."""
+        asked = [*self.history, {"role": "user", "content": text}]
+        reply = self.answer_batch([asked])[0]
+        self.history = [*asked, {"role": "assistant", "content": reply.text}]
+        self.replies.append(reply)
+        return reply.text
+
+    def reset(self) -> None:
+        """Forget the conversation; replies and thumbs stay."""
+        self.history = []
+
+    def answer_batch(self, conversations: Sequence[Sequence[Message]], **changes: Any) -> list[ChatReply]:
+        """Answer the last message of each conversation, all together; `history` is not read.
+
+        A conversation is a list of {"role", "content"}: perhaps a system message, then user and assistant in
+        turn, the user last. changes: n, max_new_tokens, temperature, seed of this call. Raises ValueError
+        that names the conversation where it has another form, or its last message does not fit the context.
+        """
+        seed = None if self.seed is None else self.seed + self._calls
+        sampling = {**self.sampling, "seed": seed, **changes}
+        prompts = []
+        for number, conversation in enumerate(conversations):
+            try:
+                prompts.append(self.prompt_of(conversation, max_new_tokens=sampling["max_new_tokens"]))
+            except ValueError as error:
+                raise ValueError(f"conversation {number}: {error}") from error
+        guard = _OneTurn(
+            model=self.model, tokenizer=self.tokenizer, output_fn=self._p_safe, fallback=self.fallback,
+            reward_fn=None if self.reward is None else self.personality.rank(self.reward),
+            threshold=self.safety_threshold, **sampling,
+        )  # fmt: skip
+        records = guard.answer_batch(prompts) if prompts else []
+        self._calls += 1
+        return [
+            ChatReply(r.prompt, r.response, r.allowed, r.score, r.reward, r.candidates, r.error)
+            for r in records
+        ]
+
+    def prompt_of(self, conversation: Sequence[Message], *, max_new_tokens: int | None = None) -> str:
+        """The text that the model is asked with, so much of the end of the conversation as its context takes.
+
+        The system message, if there is one, always stays. Raises ValueError as `answer_batch`.
+        """
+        messages = [dict(message) for message in conversation]
+        system = messages[:1] if messages and messages[0].get("role") == "system" else []
+        turns = messages[len(system) :]
+        wanted = ["user" if i % 2 == 0 else "assistant" for i in range(len(turns))]
+        if not turns or len(turns) % 2 == 0 or [m.get("role") for m in turns] != wanted:
+            roles = [m.get("role") for m in messages]
+            raise ValueError(
+                f"messages must go user, assistant, ..., user (a system first or none), got {roles}"
+            )
+        if any(len(to_messages(f"User: {m['content']}")) > 1 for m in messages):
+            raise ValueError(
+                "a message holds a role label after a blank line, so it would be read as several"
+            )
+        if not turns[-1]["content"].strip():
+            raise ValueError("the last message is empty: write something")
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        if context is None:
+            return to_text(messages)
+        room, lengths, before = context - (max_new_tokens or self.sampling["max_new_tokens"]), [], 0
+        for count in range(1, len(turns) + 1, 2):  # what an exchange adds, by whatever template
+            whole = len(encode_prompt(self.tokenizer, to_text([*system, *turns[-count:]])))
+            lengths = [whole - before, *([0] if lengths else []), *lengths]
+            before = whole
+            if whole > room:
+                break
+        return to_text([*system, *turns[-kept_turns(lengths, room) :]])
+
+    def feedback(self, thumb: str, index: int = -1) -> dict[str, Any]:
+        """Keep a thumb, "up" or "down", for a reply of `replies`; the row as it was kept.
+
+        Rows prompt, completion (what was shown), label (true: up), round. Each is a line of feedback_path,
+        written through to the disk before this returns. Raises ValueError for another thumb, IndexError
+        where there is no such reply.
+        """
+        if thumb not in THUMBS:
+            raise ValueError(f"thumb must be one of {list(THUMBS)}, got {thumb!r}")
+        if not -len(self.replies) <= index < len(self.replies):
+            raise IndexError(f"there is no reply {index}: {len(self.replies)} so far")
+        reply = self.replies[index]
+        row = {"prompt": reply.prompt, "completion": reply.text, "label": THUMBS[thumb], "round": self.round}
+        if self.feedback_path is None:
+            self._thumbs.append(row)
+            return dict(row)
+        with self.feedback_path.open("a+b") as file:  # "a": whatever is there stays
+            torn = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+            line = json.dumps(row, ensure_ascii=False) + "\n"
+            file.write((b"\n" if torn else b"") + line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        return row
+
+    def thumbs(self) -> list[dict[str, Any]]:
+        """All thumbs of all rounds, oldest first, as the unpaired losses of `dpo` take them.
+
+        Read anew from feedback_path. Raises ValueError that names file and line where one is broken.
+        """
+        if self.feedback_path is None or not self.feedback_path.exists():
+            return [dict(row) for row in self._thumbs]
+        rows = []
+        for number, line in enumerate(self.feedback_path.read_text(encoding="utf8").split("\n"), 1):
+            if line.strip():
+                rows.append(_thumb(line, f"{self.feedback_path}, line {number}"))
+        return rows
+
+    def _p_safe(self, prompts: list[str], responses: list[str], **columns: Any) -> Tensor:
+        """P(safe) by safety_fn; 0 for an empty answer, which is none."""
+        found = torch.as_tensor(self.safety_fn(prompts, responses, **columns))
+        said = torch.tensor([bool(text.strip()) for text in responses], device=found.device)
+        return found * said if found.shape == said.shape else found
+
+
+def _thumb(line: str, place: str) -> dict[str, Any]:
+    kinds = {"prompt": str, "completion": str, "label": bool, "round": int}
+    try:
+        row = json.loads(line)
+        good = isinstance(row, dict) and all(isinstance(row.get(name), kinds[name]) for name in kinds)
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError(
+            f"{place} is no thumb with {list(kinds)}: mend it or move it away, got {line[:80]!r}"
+        )
+    return row

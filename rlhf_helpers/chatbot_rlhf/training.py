@@ -1,0 +1,159 @@
+"""From conversations and thumbs to a better chatbot: imitation, then a policy stage, then the thumbs."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from rlhf_helpers.chatbot_rlhf.chatbot import AlignedChatbot
+from rlhf_helpers.core.generation import generate
+from rlhf_helpers.core.models import frozen_copy, to_messages, to_text
+from rlhf_helpers.core.tensors import require_number
+from rlhf_helpers.core.training import History, TrainingSettings, sft
+from rlhf_helpers.dpo import DPOSettings, DPOTrainer
+from rlhf_helpers.policy_optimization import (
+    RejectionSamplingSettings,
+    RLOOSettings,
+    rejection_sampling,
+    rloo,
+)
+from rlhf_helpers.reward_model import normalise_reward
+
+ANSWERS = ("chosen", "response", "completion")
+Conversation = str | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """Settings of each stage, for the tiny assistant; their own numbers of steps and epochs are not used."""
+
+    sft: TrainingSettings = field(default_factory=lambda: TrainingSettings(learning_rate=3e-4))
+    policy: RLOOSettings = field(default_factory=lambda: RLOOSettings(learning_rate=1e-3))
+    pairs: DPOSettings = field(default_factory=DPOSettings)
+    thumbs: DPOSettings = field(default_factory=lambda: DPOSettings(loss="kto", beta=0.1))
+    sft_batch_size: int = 16
+
+
+class ChatbotTrainer:
+    """Trains `chatbot.model`, the chatbot's own copy; the model it was made from is not changed.
+
+    What the data hold decides the stages, each num_epochs long, one after the other:
+        sft      where there are good answers: imitate them
+        policy   where the chatbot has a reward: RLOO on its own answers to all prompts, or rejection
+                 sampling where settings.policy are its settings. Reward: the personality's objective of
+                 the learned reward, scaled to mean 0 and std 1 on the chatbot's samples, and P(safe);
+                 KL to the model after sft at settings.policy.kl_coef
+        pairs    where it has none: DPO on chosen against rejected
+        thumbs   where people gave thumbs, in this round or before: KTO on all of them
+
+    settings: `ChatSettings`; changes (learning_rate, seed, progress, ...): of every stage. Ouyang et al.
+    2022; Ethayarajh et al. 2024. Lesson 4.
+    """
+
+    def __init__(self, chatbot: AlignedChatbot, settings: ChatSettings | None = None, **changes: Any) -> None:
+        """Take the chatbot; TypeError for a keyword that is no field of `TrainingSettings`."""
+        given, self.chatbot = settings or ChatSettings(), chatbot
+        stages = {name: getattr(given, name) for name in ("sft", "policy", "pairs", "thumbs")}
+        if unknown := sorted(set(changes) - set(TrainingSettings.__dataclass_fields__)):
+            raise TypeError(f"ChatbotTrainer has no setting {unknown}: give settings=ChatSettings(...)")
+        self.settings = replace(given, **{name: replace(s, **changes) for name, s in stages.items()})
+        self.histories: dict[str, History] = {}
+
+    def train(self, conversation_data: Iterable[Conversation] = (), num_epochs: int = 1) -> History:
+        """Run one round on conversations and all thumbs so far; then `chatbot.round` goes up by one.
+
+        conversation_data: prompts as text, or rows with prompt and response, prompt, chosen and rejected, or
+        messages (an assistant's last: the good answer; a user's last: a prompt). Prompts in the flat form of
+        `core.text` are conversations; what the context does not hold is dropped from their beginning.
+        Returns a row an epoch: means of that pass of each stage, named stage/metric
+        (policy/objective/scores), and how many thumbs it learned from. All steps: `.histories`. Thumbs on
+        fewer than two prompts wait for a later round: KTO compares prompts. Raises ValueError that names the
+        row of faulty data, and where there is nothing to learn from.
+        """
+        require_number("num_epochs", num_epochs, at_least=1)
+        rows, thumbs = self._read(conversation_data), self.chatbot.thumbs()
+        thumbs = thumbs if len({row["prompt"] for row in thumbs}) > 1 else []
+        answers = [row for row in rows if "completion" in row]
+        pairs = [row | {"chosen": row["completion"]} for row in answers if "rejected" in row]
+        asked = list(dict.fromkeys(row["prompt"] for row in rows))
+        rewarded = bool(asked) and self.chatbot.reward is not None
+        if not (answers or rewarded or thumbs):
+            raise ValueError(
+                "nothing to learn from: give answers, prompts to a chatbot with a reward, or thumbs"
+            )
+        model, tokenizer, found = self.chatbot.model, self.chatbot.tokenizer, {}
+        if answers:
+            options = {"epochs": num_epochs, "batch_size": self.settings.sft_batch_size}
+            found["sft"] = sft(model, tokenizer, answers, self.settings.sft, **options)
+        if rewarded:
+            found["policy"] = self._reinforce(asked, num_epochs)
+        elif pairs:
+            found["pairs"] = self._prefer(pairs, self.settings.pairs, num_epochs)
+        if thumbs:
+            found["thumbs"] = self._prefer(thumbs, self.settings.thumbs, num_epochs)
+        self.histories, self.chatbot.round = found, self.chatbot.round + 1
+        return _by_epoch(found, num_epochs, {"thumbs": len(thumbs), "round": self.chatbot.round})
+
+    def _reinforce(self, asked: list[str], epochs: int) -> History:
+        bot, policy = self.chatbot, self.settings.policy
+        group = min(policy.prompts_per_step, len(asked))
+        policy = replace(policy, prompts_per_step=group, steps=epochs * -(-len(asked) // group))
+        sampling = {"max_new_tokens": policy.max_new_tokens, "temperature": policy.temperature}
+        sample = (asked * max(1, -(-64 // len(asked))))[:512]  # so many answers that the scale is known
+        said = generate(bot.model, bot.tokenizer, sample, seed=policy.seed, **sampling).responses
+        bot.reward = normalise_reward(bot.reward, sample, said)
+        reward = bot.personality.objective(bot.reward, bot.safety_fn, bot.safety_threshold)
+        loop = rejection_sampling if isinstance(policy, RejectionSamplingSettings) else rloo
+        return loop(bot.model, bot.tokenizer, asked, reward, policy)
+
+    def _prefer(self, rows: list[dict[str, Any]], settings: DPOSettings, epochs: int) -> History:
+        model = self.chatbot.model
+        trainer = DPOTrainer(model, frozen_copy(model), self.chatbot.tokenizer, settings=settings)
+        return trainer.train(rows, epochs=epochs)
+
+    def _read(self, data: Iterable[Conversation]) -> list[dict[str, str]]:
+        """Rows of prompt[, completion[, rejected]], each prompt as the chatbot would be asked with it."""
+        if isinstance(data, str | Mapping):
+            raise ValueError(f"conversation_data must be a list of conversations, got {type(data).__name__}")
+        rows, room = [], self.settings.policy.max_new_tokens
+        for number, given in enumerate(data):
+            try:
+                row = _parts(given)
+                messages = to_messages(row["prompt"])
+                rows.append(row | {"prompt": self.chatbot.prompt_of(messages, max_new_tokens=room)})
+            except ValueError as error:
+                raise ValueError(f"conversation_data[{number}]: {error}") from error
+        return rows
+
+
+def _parts(given: Conversation) -> dict[str, str]:
+    """One conversation as prompt[, completion[, rejected]]."""
+    if isinstance(given, str):
+        row = {"prompt": given}
+    elif isinstance(given, Mapping) and given.get("messages"):
+        messages = [dict(message) for message in given["messages"]]
+        answered = messages[-1].get("role") == "assistant"
+        row = {"prompt": to_text(messages[: len(messages) - answered])}
+        row |= {"completion": messages[-1]["content"]} if answered else {}
+    elif isinstance(given, Mapping) and "prompt" in given:
+        row = {"prompt": given["prompt"]}
+        answers = [given[name] for name in ANSWERS if name in given]
+        row |= {"completion": answers[0]} if answers else {}
+        row |= {"rejected": given["rejected"]} if "chosen" in given and "rejected" in given else {}
+    else:
+        raise ValueError(f"give text, messages, or prompt with response or chosen; got {str(given)[:80]}")
+    if bad := [name for name, text in row.items() if not isinstance(text, str) or not text.strip()]:
+        raise ValueError(f"{bad[0]} must be a text that is not empty, got {row[bad[0]]!r}")
+    return row
+
+
+def _by_epoch(stages: Mapping[str, Sequence[Mapping[str, Any]]], epochs: int, facts: Mapping) -> History:
+    history = History()
+    for epoch in range(epochs):
+        row = {"epoch": epoch + 1, **facts}
+        for stage, steps in stages.items():
+            part = History([steps[i] for i in np.array_split(range(len(steps)), epochs)[epoch]]).to_frame()
+            row |= {f"{stage}/{name}": float(value) for name, value in part.mean().items() if name != "step"}
+        history.append(row)
+    return history
