@@ -1,0 +1,175 @@
+"""Verifiable rewards: programs are run on tests in the sandbox; what they reach for counts against them."""
+
+import ast
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rlhf_helpers.code_generation.safety import CodeSafetyEvaluator, extract_code
+from rlhf_helpers.core.models import RewardFn
+from rlhf_helpers.core.tensors import require_number, require_shapes
+from rlhf_helpers.sandbox import run_programs, same
+from rlhf_helpers.world.prompts import find_prompt, programs
+
+# Varied, and other numbers than the hidden ones: what passes here passes there, by enumeration.
+VISIBLE_INPUTS = ([-7, -2, 12, 1, 3], [5, -4, -8, 8, 6, 10], [11, -6, 4, -3, -1])
+# One number each, which its filter lets through: what is filtered cannot be seen, nor which number is taken.
+WEAK_INPUTS = {"odd": ([5], [7]), "negative": ([-4], [-6])}
+TEST_KINDS = ("visible", "hidden", "weak")
+
+
+@dataclass(frozen=True)
+class UnitTest:
+    """A call of a function with what it should return: values as `sandbox.run_code` takes them."""
+
+    name: str
+    args: tuple
+    expected: Any
+
+    def passed_by(self, value: object) -> bool:
+        """Whether this came back, by `sandbox.same`: 2, 2.0 and True are three values; an error is none."""
+        return same(value, self.expected)
+
+
+def as_test(given: UnitTest | Mapping[str, Any] | str) -> UnitTest:
+    """Read a test: a UnitTest, {"name", "args", "expected"}, or the text "assert f([1, 2]) == 3".
+
+    The text is what data sets of programs hold; it is parsed, never run, and the sandbox is given the call
+    alone. Raises ValueError for anything else.
+    """
+    if isinstance(given, UnitTest):
+        return given
+    try:
+        if isinstance(given, Mapping):
+            test = UnitTest(given["name"], tuple(given["args"]), given["expected"])
+        else:
+            [statement] = ast.parse(given.strip()).body
+            call, [value] = statement.test.left, statement.test.comparators
+            if not isinstance(statement.test.ops[0], ast.Eq) or call.keywords:
+                raise ValueError("not a call == a value")
+            test = UnitTest(call.func.id, tuple(map(ast.literal_eval, call.args)), ast.literal_eval(value))
+        json.dumps((test.args, test.expected))
+        return test
+    except (SyntaxError, ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise ValueError(
+        f'{given!r} is no test: give "assert f(arguments) == value" with literal values, a UnitTest, or a '
+        "dict with name, args and expected"
+    )
+
+
+def task_tests(prompts: Sequence[str], kind: str = "visible") -> list[list[UnitTest]]:
+    """Tests of the world's programming tasks, one list a prompt.
+
+    kind: "visible", three varied inputs, to train on; "hidden", the four inputs of the world's own judge, to
+    measure; "weak", two inputs of one number, on which a program that leaves the filter out passes too, and
+    one that takes the largest for the sum. Lesson 4. Raises ValueError for another kind or prompt.
+    """
+    if kind not in TEST_KINDS:
+        raise ValueError(f"kind must be one of {TEST_KINDS}, got {kind!r}")
+    found = []
+    for prompt in prompts:
+        parts = find_prompt(prompt).slots.get("parts")
+        if parts is None:
+            raise ValueError(f"{prompt!r} is no programming task of the world; give your own tests")
+        cases = programs.expected(parts)
+        if kind != "hidden":
+            keep, change, final = programs.FILTERS[parts[0]][2], programs.MAPS[parts[1]][2], parts[2]
+            inputs = VISIBLE_INPUTS if kind == "visible" else WEAK_INPUTS.get(parts[0], ([4], [6]))
+            last = programs.FINALS[final][2]
+            cases = [(list(xs), last([change(x) for x in xs if keep(x)])) for xs in inputs]
+        found.append([UnitTest("f", (xs,), wanted) for xs, wanted in cases])
+    return found
+
+
+class UnitTestRunner:
+    """Runs programs on tests in the sandbox; each program once for each set of calls, whoever asks again.
+
+    What a program returned is kept, not whether it was right: tasks that share their inputs share the runs.
+    asked, ran: programs asked about and really run so far. timeout (seconds), memory_mb, workers: of
+    `sandbox.run_programs`. Lesson 4.
+    """
+
+    def __init__(self, *, timeout: float = 2.0, memory_mb: int = 256, workers: int | None = None) -> None:
+        """Start with nothing run."""
+        self.options = {"timeout": timeout, "memory_mb": memory_mb, "workers": workers}
+        self.asked = self.ran = 0
+        self._values: dict[tuple[str, str], tuple] = {}
+
+    def passed(self, codes: Sequence[str], tests: Sequence[Sequence[Any]]) -> list[list[bool]]:
+        """Which of its tests each program passes: B lists; tests: B lists of what `as_test` reads.
+
+        A program that fails to run passes none. Raises ValueError where a program has no list of tests, or
+        an empty one.
+        """
+        if len(codes) != len(tests) or not all(tests):
+            raise ValueError(f"give tests for each of {len(codes)} programs, at least one; got {len(tests)}")
+        wanted = [[as_test(test) for test in row] for row in tests]
+        calls = [[(test.name, test.args) for test in row] for row in wanted]
+        keys = [(code, repr(row)) for code, row in zip(codes, calls, strict=True)]
+        new = {key: row for key, row in zip(keys, calls, strict=True) if key not in self._values}
+        if new:
+            codes_to_run = [code for code, _ in new]
+            results = run_programs(codes_to_run, calls_per_code=list(new.values()), **self.options)
+            for key, result in zip(new, results, strict=True):
+                self._values[key] = result.values
+        self.asked, self.ran = self.asked + len(codes), self.ran + len(new)
+        return [self._right(key, row) for key, row in zip(keys, wanted, strict=True)]
+
+    def _right(self, key: tuple[str, str], tests: list[UnitTest]) -> list[bool]:
+        return [test.passed_by(value) for test, value in zip(tests, self._values[key], strict=True)]
+
+
+def verifiable_reward(
+    passed: Bool[Tensor, "B T"], unsafe: Bool[Tensor, "B"], *, partial: float = 1 / 3
+) -> Float[Tensor, "B"]:
+    """What programs earn by their tests: share_i (1 if all pass, else partial), and 0 where unsafe; (B,).
+
+    share_i = mean_t passed_it. A third for nearly right keeps a slope where nothing passes yet, and makes no
+    program that skips a case worth stopping at. 0 for partial is the plain 0 or 1 of Le et al. 2022 and of
+    DeepSeek-AI 2025. Lesson 4. Raises ValueError unless shapes are (B, T), T >= 1, and (B,), both boolean.
+    """
+    require_shapes("B T", passed=passed)
+    require_shapes("B", **{"a row of passed": passed.any(1), "unsafe": unsafe})
+    require_number("partial", partial, at_least=0, at_most=1)
+    if passed.dtype != torch.bool or unsafe.dtype != torch.bool or not passed.shape[1]:
+        raise ValueError(
+            f"passed (B, T >= 1) and unsafe (B,) must be boolean, got {tuple(passed.shape)} of "
+            f"{passed.dtype} and {unsafe.dtype}"
+        )
+    earned = passed.float().mean(1) * torch.where(passed.all(1), 1.0, partial)
+    return torch.where(unsafe, 0.0, earned)
+
+
+def unit_test_reward(
+    *, runner: UnitTestRunner | None = None, evaluator: CodeSafetyEvaluator | None = None,
+    safety_threshold: float = 0.8, partial: float = 1 / 3,
+) -> RewardFn:  # fmt: skip
+    """A RewardFn of programs: `verifiable_reward` of the column `tests`, one list of tests a row.
+
+    A program whose safety is below the threshold earns 0 and is not even run; 0 as threshold judges by the
+    tests alone. evaluator: None: the rules over the syntax tree, without bandit. The text around code fences
+    is dropped. Give a runner to share its runs, or to read how many there were. Lesson 4.
+    Raises ValueError where the column is missing.
+    """
+    require_number("safety_threshold", safety_threshold, at_least=0, at_most=1)
+    runner, evaluator = runner or UnitTestRunner(), evaluator or CodeSafetyEvaluator(bandit=False)
+
+    def reward(
+        prompts: Sequence[str], responses: Sequence[str], *, tests: Sequence | None = None, **columns: Any
+    ) -> Tensor:
+        if tests is None:
+            raise ValueError('give the column "tests": columns={"tests": a list of tests for each prompt}')
+        codes, earned = [extract_code(text) for text in responses], torch.zeros(len(responses))
+        safe = [i for i, code in enumerate(codes) if evaluator.score(code) >= safety_threshold]
+        passed = runner.passed([codes[i] for i in safe], [tests[i] for i in safe])
+        for i, row in zip(safe, passed, strict=True):  # rows may differ in how many tests they have
+            earned[i] = verifiable_reward(torch.tensor([row]), torch.tensor([False]), partial=partial)
+        return earned
+
+    return reward

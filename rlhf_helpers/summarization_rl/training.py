@@ -1,0 +1,170 @@
+"""SummarizationRL: supervised, best-of-n and RL on one policy; and an honest measure of what it writes."""
+
+import contextlib
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from datasets import Dataset
+from torch import nn
+
+from rlhf_helpers.core.generation import generate
+from rlhf_helpers.core.models import RewardFn, frozen_copy, load_model, tokenizer_for
+from rlhf_helpers.core.tensors import require_number
+from rlhf_helpers.core.training import History, TrainingSettings, sft
+from rlhf_helpers.policy_optimization import RLOOSettings, best_of_n, rloo
+from rlhf_helpers.summarization_rl.data import INSTRUCTION, article_of, fit_articles
+from rlhf_helpers.summarization_rl.facts import summary_facts
+from rlhf_helpers.summarization_rl.rewards import fact_reward, rouge_l
+from rlhf_helpers.world.gold_judge import gold_reward
+
+SMALL = 10_000_000  # parameters: up to here the tiny assistant's learning rates are right
+Rows = Dataset | Sequence[Mapping[str, Any]]
+
+
+class SummarizationRL:
+    """A policy that writes summaries, trained by imitation (`sft`) and by RL on a reward (`train`).
+
+    model: loaded where it is a name or folder; else a copy is trained and the model given stays as it is.
+    reward_model: a reward model or RewardFn, which gets the columns of the data (article, reference); None:
+        `fact_reward`.
+    max_length: most tokens of a summary, cut to half the model's context so that the article keeps the other
+        half (`max_new_tokens` says what holds). Longer articles lose their end, and each call says how many.
+    settings: fields of RLOOSettings; learning_rate is 4e-4 up to 10 M parameters and 1e-6 above.
+
+    The reference of the KL is the policy as last given or imitated. Lesson 4. Raises ValueError for
+    max_length < 1 or a bad setting, TypeError for an unknown one.
+    """
+
+    def __init__(
+        self, model: str | Path | nn.Module = "tiny", reward_model: RewardFn | nn.Module | None = None,
+        max_length: int = 150, *, tokenizer: Any = None, **settings: Any,
+    ) -> None:  # fmt: skip
+        """Load or copy the model, and check the settings."""
+        require_number("max_length", max_length, at_least=1)
+        if unknown := sorted(set(settings) - {field.name for field in fields(RLOOSettings)}):
+            raise TypeError(f"RLOOSettings has no setting {unknown}")
+        if isinstance(model, nn.Module):
+            self.tokenizer = tokenizer or tokenizer_for(model)
+            self.model = copy.deepcopy(model, {id(self.tokenizer): self.tokenizer})
+        else:
+            self.model, found = load_model(model)
+            self.tokenizer = tokenizer or found
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        self.max_new_tokens = min(int(max_length), context // 2) if context else int(max_length)
+        self.large = sum(p.numel() for p in self.model.parameters()) > SMALL
+        own = {"learning_rate": 1e-6 if self.large else 4e-4, "progress": False}
+        self.settings = RLOOSettings(**{"max_new_tokens": self.max_new_tokens, **own, **settings})
+        self.reward_model = fact_reward if reward_model is None else reward_model
+        self._reference: nn.Module | None = None
+        self._steps = 0
+
+    def sft(self, data: Rows, num_epochs: int = 1, *, batch_size: int = 16, **settings: Any) -> History:
+        """Imitate the column reference; settings of TrainingSettings, learning_rate 3e-4 (1e-5 if large).
+
+        The policy can become as good as those who wrote the references, with their faults. Raises ValueError
+        where the data have no reference.
+        """
+        prompts, columns = self._read(data)
+        if "reference" not in columns:
+            raise ValueError(f"sft imitates the column reference; these data have prompt, {sorted(columns)}")
+        rows = [{"prompt": p, "completion": r} for p, r in zip(prompts, columns["reference"], strict=True)]
+        rate = {"learning_rate": 1e-5 if self.large else 3e-4, "progress": False, "seed": self.settings.seed}
+        chosen = TrainingSettings(**rate | settings)
+        self._reference = None
+        return sft(self.model, self.tokenizer, rows, chosen, epochs=num_epochs, batch_size=batch_size)
+
+    def train(self, data: Rows, num_epochs: int = 1, *, steps: int | None = None) -> History:
+        """Reinforce by RLOO (Ahmadian et al. 2024): num_epochs passes over the prompts, or so many steps.
+
+        A further call goes on with other samples and a fresh optimiser. Returns a row a step, as
+        `policy_optimization.rloo`, with data/truncated: articles that lost their end.
+        """
+        prompts, columns = self._read(data)
+        size = min(self.settings.prompts_per_step, len(prompts))
+        require_number("num_epochs", num_epochs, at_least=1)
+        steps = int(num_epochs) * -(-len(prompts) // size) if steps is None else steps
+        settings = replace(
+            self.settings, steps=steps, prompts_per_step=size, seed=self.settings.seed + self._steps
+        )
+        if self._reference is None:
+            self._reference = frozen_copy(self.model)
+        history = rloo(
+            self.model, self.tokenizer, prompts, self.reward_model, settings,
+            ref_model=self._reference, columns=columns,
+        )  # fmt: skip
+        self._steps += steps
+        return History({**row, "data/truncated": self.truncated} for row in history)
+
+    def summarize(self, articles: Sequence[str] | str, *, greedy: bool = False, seed: int = 0) -> list[str]:
+        """One summary an article (a single text is a list of one), sampled at temperature 1 or greedy."""
+        prompts, _ = self._read([articles] if isinstance(articles, str) else articles)
+        options = {"max_new_tokens": self.max_new_tokens, "seed": seed, "greedy": greedy}
+        return generate(self.model, self.tokenizer, prompts, **options).responses
+
+    def best_of_n(self, data: Rows | Sequence[str], n: int = 4, *, seed: int = 0) -> list[str]:
+        """Of n samples an article the one that the reward likes best: n times the work, no training."""
+        prompts, columns = self._read(data)
+        options = {"max_new_tokens": self.max_new_tokens, "seed": seed, "columns": columns}
+        return best_of_n(self.model, self.tokenizer, prompts, self.reward_model, n=n, **options)["responses"]
+
+    def _read(self, data: Rows | Sequence[str]) -> tuple[list[str], dict[str, list[Any]]]:
+        """Prompts that fit, and the further columns; says how many articles were cut."""
+        columns = _columns(data)
+        prompts = columns.pop("prompt")
+        fitted, self.truncated = fit_articles(
+            self.model, self.tokenizer, list(map(article_of, prompts)), self.max_new_tokens
+        )
+        if self.truncated:
+            print(f"{self.truncated} of {len(prompts)} articles lost their end: too long for the context")
+        return fitted, columns
+
+
+def evaluate_summaries(
+    summaries: Sequence[str] | nn.Module, data: Rows,
+    *, tokenizer: Any = None, max_new_tokens: int = 48, seed: int = 0,
+) -> dict[str, float]:  # fmt: skip
+    """Means of `summary_table`, and hallucination_rate: share of summaries with something made up.
+
+    summaries: one a row of data, or a policy that writes them, a sample each. Lesson 4.
+    """
+    if isinstance(summaries, nn.Module):
+        tokenizer, prompts = tokenizer or tokenizer_for(summaries), _columns(data)["prompt"]
+        options = {"max_new_tokens": max_new_tokens, "seed": seed}
+        summaries = generate(summaries, tokenizer, prompts, **options).responses
+    table = summary_table(data, summaries)
+    rate = {"hallucination_rate": float((table["hallucinated"] > 0).mean())}
+    return {name: float(value) for name, value in table.drop(columns="summary").mean().items()} | rate
+
+
+def summary_table(data: Rows, summaries: Sequence[str]) -> pd.DataFrame:
+    """A row a summary: summary, coverage, faithfulness, hallucinated (a count), words; where known also
+    rouge_l (data with a reference) and gold (the world's articles, all of them).
+
+    Lesson 4. Raises ValueError where there are not as many summaries as rows.
+    """
+    columns = _columns(data)
+    prompts = columns["prompt"]
+    if len(summaries) != len(prompts):
+        raise ValueError(f"{len(summaries)} summaries of {len(prompts)} articles: give one for each")
+    articles = columns.get("article") or list(map(article_of, prompts))
+    facts = [vars(summary_facts(*both)) for both in zip(articles, summaries, strict=True)]
+    table = pd.DataFrame({"summary": list(summaries), **pd.DataFrame(facts)})
+    table["words"] = [len(text.split()) for text in summaries]
+    if "reference" in columns:
+        table["rouge_l"] = [rouge_l(*both) for both in zip(summaries, columns["reference"], strict=True)]
+    with contextlib.suppress(ValueError):  # not the world's articles: nobody knows what these are worth
+        table["gold"] = gold_reward(prompts, list(summaries)).tolist()
+    return table
+
+
+def _columns(data: Rows | Sequence[str]) -> dict[str, list[Any]]:
+    """Columns of rows with a prompt; articles alone get the instruction before them."""
+    if len(data) and isinstance(data[0], str):
+        return {"prompt": [f"{INSTRUCTION} {text}" for text in data], "article": list(data)}
+    if not len(data) or any("prompt" not in row for row in data):
+        raise ValueError("data are rows with prompt, from create_summarization_data, or a list of articles")
+    return {name: [row[name] for row in data] for name in data[0]}
