@@ -6,6 +6,8 @@ from typing import Any
 _NAMES = {
     "check": "checks",
     "progress": "checks",
+    "compare_page": "comparison",
+    "write_comparison": "comparison",
     "bar_with_intervals": "plots",
     "learning_curve": "plots",
     "line_plot": "plots",

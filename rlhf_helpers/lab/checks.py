@@ -1,6 +1,7 @@
 """Exercise checks: the verdict on a learner's function, named mistakes, progress that survives a restart."""
 
 import contextlib
+import copy
 import inspect
 import json
 import os
@@ -85,7 +86,7 @@ def _outcomes(fn: Callable[..., Any], probes: Iterable[tuple[Any, ...]]) -> list
     outcomes = []
     for probe in probes:
         try:  # copies: a function that works in place must not spoil the next comparison
-            outcomes.append(fn(*(arg.clone() if isinstance(arg, Tensor) else arg for arg in probe)))
+            outcomes.append(fn(*copy.deepcopy(probe)))
         except Exception as error:  # whatever the learner's code raises is a verdict, not a stop
             outcomes.append(_Raised(type(error).__name__, " ".join(str(error).split())[:200]))
     return outcomes
@@ -133,6 +134,8 @@ def _lost_gradient(exercise: Exercise, fn: Callable[..., Any], probes: list[tupl
     """Say what is wrong with the gradient of a function whose values are right; empty when nothing is."""
     names = list(inspect.signature(exercise.reference).parameters)
     for probe in probes:
+        if not any(isinstance(arg, Tensor) and arg.is_floating_point() for arg in probe):
+            continue  # nothing to differentiate by; the reference may even refuse this probe
         wanted = _gradients(exercise.reference, probe)
         if all(want is None for want in wanted):
             continue  # a measure, not a loss: nothing is trained through it
@@ -165,6 +168,8 @@ def _first_failure(exercise: Exercise, probe: tuple[Any, ...], got: Any, want: A
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, _Raised):
+        return f"an error ({value.kind})"
     if not isinstance(value, Tensor):
         text = " ".join(repr(value).split())[:200]  # one line, whatever it is
         return f"{value!r} ({type(value).__name__})" if isinstance(value, str | bytes) else text

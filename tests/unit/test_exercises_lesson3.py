@@ -27,7 +27,7 @@ def tensors(*rows):
 
 def test_the_exercises_come_in_the_order_of_the_lesson_and_no_name_is_taken_twice():
     assert tuple(name for name, exercise in EXERCISES.items() if exercise.lesson == 3) == NAMES
-    assert len(EXERCISES) == 8 + 10 + 10
+    assert len(EXERCISES) == 8 + 10 + 10 + 8
 
 
 def test_soft_label_by_hand():

@@ -1,0 +1,140 @@
+"""Answers side by side: the widget, what a page without a kernel shows, and the file."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from rlhf_helpers.lab import compare_page, write_comparison
+
+PROMPTS = ["What is 1 + 1?", "Is 1 < 2 & 2 > 1?"]
+ANSWERS = {"base": ["Three.", ""], "SFT": ["Two.\nYes.", "<script>alert('x')</script>"]}
+SCORES = {"SFT": [1.0, 0.25]}
+
+
+class Table(HTMLParser):
+    """Rows of texts by cell, all tags, and where headers point."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.rows, self.scopes, self.attributes = [], [], [], {}
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes.setdefault(tag, []).append(dict(attrs))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("th", "td"):
+            self.rows[-1].append("")
+        if tag == "th":
+            self.scopes.append(dict(attrs)["scope"])
+
+    def handle_data(self, data):
+        if self.rows:
+            self.rows[-1][-1:] = [(self.rows[-1] or [""])[-1] + data]
+
+
+def rows_of(page):
+    return [[cell.strip() for cell in row] for row in Table(page).rows]
+
+
+WHOLE = [
+    ["prompt", "base", "SFT"],
+    [PROMPTS[0], "Three.", "Two.\nYes.\n[1.00]"],
+    [PROMPTS[1], "(empty)", "<script>alert('x')</script>\n[0.25]"],
+    ["mean score", "", "0.62"],
+]
+
+
+def test_the_widget_shows_the_prompt_that_is_chosen():
+    page = compare_page(PROMPTS, ANSWERS, scores=SCORES)
+    assert [label for label, _ in page.chooser.options] == ["1. What is 1 + 1?", "2. Is 1 < 2 & 2 > 1?"]
+    assert rows_of(page.view.value) == WHOLE[:2]
+    page.chooser.value = 1
+    assert rows_of(page.view.value) == [WHOLE[0], WHOLE[2]]
+    page.show(0)
+    assert page.chooser.value == 0
+    assert rows_of(page.view.value) == WHOLE[:2]
+
+
+def test_without_a_kernel_all_is_shown():
+    page = compare_page(PROMPTS, ANSWERS, scores=SCORES)
+    shown = page._repr_mimebundle_()["text/html"]
+    assert rows_of(shown) == WHOLE
+    assert "<script" not in shown
+
+
+def test_the_file_is_one_whole_page_that_fetches_nothing(tmp_path):
+    path = tmp_path / "new" / "page.html"
+    assert write_comparison(path, PROMPTS, ANSWERS, scores=SCORES, title="A & B", note="<i>") == path
+    page = path.read_text(encoding="utf8")
+    table = Table(page)
+    assert rows_of(page) == WHOLE
+    assert page.startswith('<!doctype html>\n<html lang="en">')
+    assert table.scopes == ["col", "col", "col", "row", "row", "row"]
+    assert {"title", "h1", "caption", "thead", "tbody"} <= set(table.tags)
+    assert not {"script", "img", "link", "iframe", "i"} & set(table.tags)
+    assert not {"src", "href", "onclick"} & {
+        key for all_ in table.attributes.values() for a in all_ for key in a
+    }
+    assert "default-src 'none'" in [a.get("content", "") for a in table.attributes["meta"]][2]
+    assert "<title>A &amp; B</title>" in page
+    assert not re.search("https?:|url\\(|@import", page)
+
+
+def test_scores_are_optional_and_may_be_tensors(tmp_path):
+    bare = write_comparison(tmp_path / "a.html", PROMPTS, ANSWERS).read_text(encoding="utf8")
+    assert rows_of(bare)[1:] == [
+        [PROMPTS[0], "Three.", "Two.\nYes."],
+        [PROMPTS[1], "(empty)", WHOLE[2][2][:27]],
+    ]
+    scores = {name: torch.tensor(column) for name, column in SCORES.items()}
+    assert rows_of(compare_page(PROMPTS, ANSWERS, scores=scores)._repr_mimebundle_()["text/html"]) == WHOLE
+
+
+def test_names_and_prompts_are_escaped(tmp_path):
+    page = write_comparison(tmp_path / "a.html", ['<b onload="x">'], {"<u>": ["&amp;"]}).read_text("utf8")
+    assert rows_of(page) == [["prompt", "<u>"], ['<b onload="x">', "&amp;"]]
+    assert not {"b", "u"} & set(Table(page).tags)
+
+
+@pytest.mark.parametrize(
+    "prompts, answers, scores, said",
+    [
+        ([], {"a": []}, None, "at least one prompt"),
+        ("hello", {"a": ["x"] * 5}, None, "at least one prompt"),
+        (["p"], {}, None, "one name"),
+        (["p"], {"a": ["x", "y"]}, None, "'a' needs a text for each of 1 prompts"),
+        (["p"], {"a": "x"}, None, "'a' needs a text for each of 1 prompts"),
+        (["p", 3], {"a": ["x", "y"]}, None, "'prompts', row 1, must be a text, got 3"),
+        (["p"], {"a": [None]}, None, "'a', row 0, must be a text, got None"),
+        (["p"], {"a": ["x"]}, {"b": [1.0]}, r"scores\['b'\] needs that name"),
+        (["p"], {"a": ["x"]}, {"a": [1.0, 2.0]}, r"scores\['a'\] needs that name .* and 1 numbers"),
+    ],
+)
+def test_what_does_not_fit_is_refused(prompts, answers, scores, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        compare_page(prompts, answers, scores=scores)
+    with pytest.raises(ValueError, match=said):
+        write_comparison(tmp_path / "a.html", prompts, answers, scores=scores)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten_unasked_and_no_half_file_is_left(tmp_path, monkeypatch):
+    path = write_comparison(tmp_path / "a.html", PROMPTS, ANSWERS)
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match="say overwrite=True"):
+        write_comparison(path, PROMPTS[:1], {"a": ["x"]})
+
+    def full(self, target):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.replace", full)
+        with pytest.raises(OSError, match="no space left"):
+            write_comparison(path, PROMPTS[:1], {"a": ["x"]}, overwrite=True)
+    assert path.read_bytes() == before
+    write_comparison(path, PROMPTS[:1], {"a": ["x"]}, overwrite=True)
+    assert rows_of(path.read_text("utf8")) == [["prompt", "a"], [PROMPTS[0], "x"]]
