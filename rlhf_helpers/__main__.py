@@ -26,6 +26,9 @@ _STUDIES_OF = {
     "lesson3.tradeoffs": ("constraints", "safety_tax"),
     "lesson3.oversight": ("debate", "recursive_judges", "probes"),
     "lesson3.table": ("safety_table",),
+    "lesson4.chat": ("chatbot", "personalities"),
+    "lesson4.summaries": ("summaries",),
+    "lesson4.code": ("code_rewards",),
 }  # fmt: skip
 STUDIES = {
     name: f"rlhf_helpers.lab.studies.{module}:{name}"

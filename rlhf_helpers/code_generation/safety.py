@@ -134,21 +134,24 @@ def _roundabout(node: ast.AST) -> Iterator[tuple[str, str]]:
 @functools.lru_cache(maxsize=4096)
 def _bandit_findings(code: str) -> tuple[Finding, ...]:
     """What bandit says of a program; nothing where it cannot be read, which the tree's rules report."""
+    loggers = [logging.getLogger(name) for name in ("bandit", "stevedore")]  # stevedore loads its plugins
+    levels = [log.level for log in loggers]
     with warnings.catch_warnings(action="ignore"), TemporaryDirectory() as folder:
-        from bandit.core.config import BanditConfig
-        from bandit.core.manager import BanditManager
-
-        file, log = Path(folder) / "program.py", logging.getLogger("bandit")
+        file = Path(folder) / "program.py"
         file.write_text(code, encoding="utf-8", errors="replace", newline="")
-        level = log.level
-        log.setLevel(logging.CRITICAL + 1)  # it would write to the screen what `skipped` says
+        for log in loggers:
+            log.setLevel(logging.CRITICAL + 1)  # they would write to the screen what `skipped` says
         try:
+            from bandit.core.config import BanditConfig
+            from bandit.core.manager import BanditManager
+
             # A program must not excuse itself by a "# nosec" comment.
             manager = BanditManager(BanditConfig(), "file", quiet=True, ignore_nosec=True)
             manager.discover_files([str(file)])
             manager.run_tests()
         finally:
-            log.setLevel(level)
+            for log, level in zip(loggers, levels, strict=True):
+                log.setLevel(level)
     issues = manager.get_issue_list()
     rules = ((i, f"{i.test_id} {i.test}", i.severity.lower(), i.text.rstrip(".")) for i in issues)
     return tuple(Finding(i.lineno, rule, severity, why, "bandit") for i, rule, severity, why in rules)

@@ -38,6 +38,11 @@ SABOTAGE = {
         "function": "choice_logps",
         "flipped": "-kept(*args, **kwargs)",
     },
+    "04_applications.ipynb": {
+        "module": "guards",
+        "function": "pick_answer",
+        "flipped": "kept([-float(reward) for reward in args[0]], *args[1:], **kwargs)",
+    },
 }
 
 

@@ -32,6 +32,8 @@ MAY_BE_EMPTY = {
     },
     "debate": {"honest_verified", "dishonest_verified"},
     "recursive_judges": {"helper_agreement"},
+    "code_rewards": {"response_length"},
+    "summaries": {"words_weight"},
 }  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""Studies of lesson 4: chatbot, summaries, programs."""
