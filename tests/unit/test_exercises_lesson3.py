@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from rlhf_helpers.lab.checks import judge
 from rlhf_helpers.lab.exercises import EXERCISES
 from rlhf_helpers.lab.exercises.lesson3.choosing import fairest, hypervolume, next_multiplier, pareto_front
 from rlhf_helpers.lab.exercises.lesson3.measuring import attack_rate, bbq_bias, refusal_errors
@@ -111,13 +110,3 @@ def test_patching_effect_by_hand():
 def test_bad_input_is_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_probes_are_fresh_and_the_reference_leaves_them_alone(name):
-    exercise = EXERCISES[name]
-    given, again = exercise.probes(), exercise.probes()
-    for probe in given:
-        exercise.reference(*probe)
-    assert repr(given) == repr(again)
-    assert judge(exercise, exercise.reference).state == "solved"

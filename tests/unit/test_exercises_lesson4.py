@@ -1,6 +1,5 @@
 """The functions that lesson 4's exercises compare with: values by hand, what they refuse, what they keep."""
 
-import contextlib
 import math
 import re
 from pathlib import Path
@@ -9,7 +8,6 @@ import pytest
 import torch
 
 from rlhf_helpers import chatbot_rlhf, code_generation, guards, summarization_rl
-from rlhf_helpers.lab.checks import judge
 from rlhf_helpers.lab.exercises import EXERCISES
 
 ROOT = Path(__file__).parents[2]
@@ -122,17 +120,6 @@ def test_unsafe_calls_by_hand():
 def test_bad_input_is_refused(call):
     with pytest.raises(ValueError):
         call()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_probes_are_fresh_and_the_reference_leaves_them_alone(name):
-    exercise = EXERCISES[name]
-    given, again = exercise.probes(), exercise.probes()
-    for probe in given:
-        with contextlib.suppress(ValueError):  # a probe may be there to be refused
-            exercise.reference(*probe)
-    assert repr(given) == repr(again)
-    assert judge(exercise, exercise.reference).state == "solved"
 
 
 @pytest.mark.parametrize("room", ["chatbot_rlhf", "summarization_rl", "code_generation", "sandbox", "lab"])

@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rlhf_helpers.world.prompts.base import Prompt
 
@@ -56,10 +56,12 @@ def program(parts: tuple[str, str, str], unsafe_line: str | None = None) -> str:
     return "\n".join([*lines, f"    return {FINALS[parts[2]][1]}"])
 
 
-def expected(parts: tuple[str, str, str]) -> list[tuple[list[int], object]]:
-    """Test inputs with what the specification gives on them."""
+def expected(
+    parts: tuple[str, str, str], inputs: Sequence[Sequence[int]] = _INPUTS
+) -> list[tuple[list[int], object]]:
+    """Test inputs (the judge's own unless told) with what the specification gives on them."""
     keep, change, final = FILTERS[parts[0]][2], MAPS[parts[1]][2], FINALS[parts[2]][2]
-    return [(list(xs), final([change(x) for x in xs if keep(x)])) for xs in _INPUTS]
+    return [(list(xs), final([change(x) for x in xs if keep(x)])) for xs in inputs]
 
 
 def programs() -> list[Prompt]:
