@@ -46,11 +46,13 @@ def create_summarization_data(
     if known:
         texts, told = [p.text.removeprefix(INSTRUCTION).strip() for p in known], []
     else:
-        texts = _texts(articles, "articles", ARTICLE_COLUMNS, article_column, split)
+        loaded = _load(articles, "articles", split)
+        texts = _texts(loaded, "articles", ARTICLE_COLUMNS, article_column)
         if summaries is None:
-            told = _texts(articles, "summaries", SUMMARY_COLUMNS, summary_column, split, needed=False)
+            told = _texts(loaded, "summaries", SUMMARY_COLUMNS, summary_column, needed=False)
         else:
-            told = _texts(summaries, "summaries", SUMMARY_COLUMNS, summary_column, split)
+            given = _load(summaries, "summaries", split)
+            told = _texts(given, "summaries", SUMMARY_COLUMNS, summary_column)
         if told and len(told) != len(texts):
             raise ValueError(f"{len(texts)} articles and {len(told)} summaries: give one for each article")
     order = _drawn(len(texts), num_samples, rng)
@@ -108,30 +110,35 @@ def _drawn(count: int, wanted: int | None, rng: random.Random) -> list[int]:
     return drawn
 
 
+def _load(source: Any, what: str, split: str | None) -> tuple[str | None, list[tuple[str, Any]]]:
+    """Each row of a source with its place, read once; the source's name, None where its rows are texts."""
+    if files := _text_files(source):
+        return None, [(str(file), file.read_text("utf-8")) for file in files]
+    if not isinstance(source, (str, os.PathLike)) and len(source) and isinstance(source[0], str):
+        return None, [(f"{what}[{i}]", text) for i, text in enumerate(source)]
+    name, records, faults = read_records(source, split=split, limit=None)
+    if faults:
+        raise PreferenceDataError(name, faults)
+    return name, records
+
+
 def _texts(
-    source: Any, what: str, names: Sequence[str], column: str | None, split: str | None,
+    loaded: tuple[str | None, list[tuple[str, Any]]], what: str, names: Sequence[str], column: str | None,
     *, needed: bool = True,
 ) -> list[str]:  # fmt: skip
-    """The texts of one source; [] where none is needed and it has no such column."""
-    files = _text_files(source)
-    plain = not isinstance(source, (str, os.PathLike)) and len(source) and isinstance(source[0], str)
-    if files or plain:
+    """The texts of one loaded source; [] where none is needed and it has no such column."""
+    name, found = loaded
+    if name is None:
         if not needed:
             return []
-        found = [(str(f), f.read_text("utf-8")) for f in files] or [
-            (f"{what}[{i}]", t) for i, t in enumerate(source)
-        ]
     else:
-        name, records, faults = read_records(source, split=split, limit=None)
-        if faults:
-            raise PreferenceDataError(name, faults)
-        have = dict(records[0][1]) if isinstance(records[0][1], dict) else {}
+        have = dict(found[0][1]) if isinstance(found[0][1], dict) else {}
         key = column or next((n for n in names if n in have), None)
         if key is None and not needed:
             return []
         if key not in have:
             raise ValueError(f"{what}: {name} has no column {key or names}, it has {sorted(have)}")
-        found = [(place, row.get(key)) for place, row in records]
+        found = [(place, row.get(key)) for place, row in found]
     for place, text in found:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{what}: {place} must be a text that is not blank, got {text!r}")
