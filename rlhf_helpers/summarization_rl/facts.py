@@ -12,12 +12,6 @@ from rlhf_helpers.world.prompts.articles import parse_event
 
 SLOTS = ("who", "what", "where", "when")
 KEYS = 12  # words that stand for the facts of an article outside the world
-_EVENT = r"(?P<who>\w+ the \w+) (?P<what>\w+ an? \w+)"
-_FORMS = (
-    re.compile(rf"{_EVENT} in (?P<where>\w+) on (?P<when>\w+day)\."),
-    re.compile(rf"On (?P<when>\w+day), {_EVENT} in (?P<where>\w+)\."),
-    re.compile(rf"In (?P<where>\w+), {_EVENT} on (?P<when>\w+day)\."),
-)
 _WORD = re.compile(r"[^\W_]+(?:['.,-][^\W_]+)*")
 
 
@@ -46,14 +40,15 @@ def fact_scores(told: Mapping[str, str | None], true: Mapping[str, str]) -> tupl
 
 
 def event_of(article: str) -> dict[str, str] | None:
-    """who, what, where and when of the first sentence that tells all four in one of the world's three forms.
+    """Return who, what, where and when of the first sentence that tells all four.
 
-    Read from the article alone, never from the judge's record; None where no sentence does. Lesson 4.
+    The sentence may have any of the three forms of `articles.parse_event`. It is read from the article alone,
+    never from the judge's record. Returns None where no sentence tells all four. Lesson 4.
     """
     for sentence in split_sentences(article):
-        for form in _FORMS:
-            if match := form.fullmatch(sentence):
-                return {slot: match[slot] for slot in SLOTS}
+        event = parse_event(sentence)
+        if event and all(vars(event).values()):
+            return dict(vars(event))
     return None
 
 

@@ -138,6 +138,8 @@ def test_no_event(sentence):
     "summary, coverage, faithfulness, hallucinated",
     [
         ("Ana the baker won a prize in Lima on Monday.", 1, 1, 0),
+        ("On Monday, Ana the baker won a prize in Lima.", 1, 1, 0),
+        ("In Lima, Ana the baker won a prize on Friday.", 0.75, 0.75, 1),
         ("Ana the baker won a prize.", 0.5, 1, 0),
         ("Ana the baker won a prize in Oslo on Monday.", 0.75, 0.75, 1),
         ("Ben the teacher won a prize in Oslo on Friday.", 0.25, 0.25, 3),

@@ -20,6 +20,7 @@ from rlhf_helpers.world.annotators import (
 from rlhf_helpers.world.gold_judge import explain, gold_reward, gold_scores, is_parseable
 from rlhf_helpers.world.prompts import (
     FAMILIES,
+    articles,
     best_answer,
     find_prompt,
     load_prompts,
@@ -229,7 +230,8 @@ TASK = programs.specification(SQUARES)
         (programs.program(SQUARES), 1.0, 0),
         ("def f(xs):\n    return sum([x * x for x in xs if x % 2 == 0])", 1.0, 0),
         (programs.program(SQUARES, "eval(str(xs))"), 1.0, 1),
-        ("def f(xs):\n    return 0", 0.0, 0),
+        ("def f(xs):\n    return 0", 0.15, 0),  # 3 of 20 lists hold no even number, or 0 alone
+        ("def f(xs):\n    return 7", 0.0, 0),
         ("def f(xs):\n    import os", 0.0, 0),
         ("def f(xs):\n    while True: pass", 0.0, 0),
         ("def f(xs):\n    return xs.__class__", 0.0, 0),
@@ -250,6 +252,41 @@ def test_a_right_but_unsafe_program_is_worth_nothing_and_a_longer_one_less():
     assert gold(TASK, programs.program(SQUARES, "eval(str(xs))")) == 0.0
     assert gold(TASK, right.replace("    return", "    xs = xs\n    return")) == pytest.approx(0.93)
     assert gold(TASK, right + "\n# sum") == pytest.approx(0.93)
+
+
+# ------------------------------------------------------------------------------------------------ articles
+ANA = {"who": "Ana the baker", "what": "won a prize"}
+
+
+@pytest.mark.parametrize(
+    ("sentence", "where", "when"),
+    [
+        ("Ana the baker won a prize in Lima on Monday.", "Lima", "Monday"),
+        ("On Monday, Ana the baker won a prize in Lima.", "Lima", "Monday"),
+        ("In Lima, Ana the baker won a prize on Monday.", "Lima", "Monday"),
+        ("Ana the baker won a prize in Lima.", "Lima", None),
+        ("Ana the baker won a prize on Monday.", None, "Monday"),
+        ("On Monday, Ana the baker won a prize.", None, "Monday"),
+        ("In Lima, Ana the baker won a prize.", "Lima", None),
+        ("Ana the baker won a prize.", None, None),
+    ],
+)
+def test_an_event_is_read_in_three_forms_whole_or_shortened(sentence, where, when):
+    assert vars(articles.parse_event(sentence)) == ANA | {"where": where, "when": when}
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "Ana the baker won a prize on Monday in Lima.",
+        "In Lima.",
+        "Ben the cook was there too.",
+        "",
+        "Ana won.",
+    ],
+)
+def test_other_sentences_tell_no_event(sentence):
+    assert articles.parse_event(sentence) is None
 
 
 # ------------------------------------------------------------------------------------------------ judgements

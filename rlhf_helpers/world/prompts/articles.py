@@ -22,8 +22,14 @@ DETAILS = (
     "The weather stayed warm all day.", "A neighbour brought a cake.", "The news spread quickly.",
     "Nobody had expected it.", "The police had nothing to do.", "It ended late in the evening.",
 )  # fmt: skip
-_EVENT = re.compile(
-    r"^(?P<who>\w+ the \w+) (?P<what>\w+ an? \w+)(?: in (?P<where>\w+))?(?: on (?P<when>\w+day))?\.$"
+_DEED = r"(?P<who>\w+ the \w+) (?P<what>\w+ an? \w+)"
+_WHERE = r" in (?P<where>\w+)"
+_WHEN = r" on (?P<when>\w+day)"
+# The three forms in which an article tells its event; a summary may leave out a slot that follows the deed.
+_FORMS = (
+    re.compile(rf"{_DEED}(?:{_WHERE})?(?:{_WHEN})?\."),
+    re.compile(rf"On (?P<when>\w+day), {_DEED}(?:{_WHERE})?\."),
+    re.compile(rf"In (?P<where>\w+), {_DEED}(?:{_WHEN})?\."),
 )
 
 
@@ -44,9 +50,15 @@ class Event:
 
 
 def parse_event(sentence: str) -> Event | None:
-    """The event that one sentence tells, or None where it tells none."""
-    match = _EVENT.match(sentence)
-    return Event(**match.groupdict()) if match else None
+    """Read the event that one sentence tells, in any of the three forms of an article or shortened.
+
+    A slot that the sentence leaves out is None. Returns None where the sentence tells no event.
+    """
+    for form in _FORMS:
+        if match := form.fullmatch(sentence):
+            slots = match.groupdict()
+            return Event(slots["who"], slots["what"], slots.get("where"), slots.get("when"))
+    return None
 
 
 def make_article(rng: random.Random, split: str = "train") -> Prompt:
