@@ -53,7 +53,7 @@ def test_a_stub_is_open(name):
     def todo(*given):
         raise NotImplementedError
 
-    for stub in (todo, None, lambda *given: None, lambda *given: ...):
+    for stub in (todo, None, ..., lambda *given: ...):
         assert judge(EXERCISES[name], stub).state == "open"
 
 

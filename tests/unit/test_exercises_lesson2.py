@@ -11,9 +11,17 @@ from rlhf_helpers.lab.exercises.lesson2.policy import gae, policy_gradient
 from rlhf_helpers.lab.exercises.lesson2.preference import best_of_n_shares, next_beta
 
 NAMES = (
-    "policy_gradient", "rloo", "gae", "clipped_loss", "group_advantages", "k3", "shaped_rewards",
-    "best_of_n_shares", "dpo_loss", "next_beta",
-)  # fmt: skip
+    "policy_gradient",
+    "rloo",
+    "gae",
+    "clipped_loss",
+    "group_advantages",
+    "k3",
+    "shaped_rewards",
+    "best_of_n_shares",
+    "dpo_loss",
+    "next_beta",
+)
 
 
 def value(x):

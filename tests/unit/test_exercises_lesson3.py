@@ -11,9 +11,17 @@ from rlhf_helpers.lab.exercises.lesson3.measuring import attack_rate, bbq_bias, 
 from rlhf_helpers.lab.exercises.lesson3.reading import patching_effect, soft_label, swap_scores
 
 NAMES = (
-    "soft_label", "attack_rate", "swap_scores", "refusal_errors", "bbq_bias", "next_multiplier",
-    "pareto_front", "hypervolume", "fairest", "patching_effect",
-)  # fmt: skip
+    "soft_label",
+    "attack_rate",
+    "swap_scores",
+    "refusal_errors",
+    "bbq_bias",
+    "next_multiplier",
+    "pareto_front",
+    "hypervolume",
+    "fairest",
+    "patching_effect",
+)
 
 
 def value(x):

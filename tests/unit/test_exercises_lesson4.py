@@ -12,13 +12,25 @@ from rlhf_helpers.lab.exercises import EXERCISES
 
 ROOT = Path(__file__).parents[2]
 NAMES = (
-    "kept_turns", "pick_answer", "rouge_l", "fact_scores", "length_controlled", "pass_at_k",
-    "verifiable_reward", "unsafe_calls",
-)  # fmt: skip
+    "kept_turns",
+    "pick_answer",
+    "rouge_l",
+    "fact_scores",
+    "length_controlled",
+    "pass_at_k",
+    "verifiable_reward",
+    "unsafe_calls",
+)
 (
-    kept_turns, pick_answer, rouge_l, fact_scores, length_controlled, pass_at_k,
-    verifiable_reward, unsafe_calls,
-) = (EXERCISES[name].reference for name in NAMES)  # fmt: skip
+    kept_turns,
+    pick_answer,
+    rouge_l,
+    fact_scores,
+    length_controlled,
+    pass_at_k,
+    verifiable_reward,
+    unsafe_calls,
+) = (EXERCISES[name].reference for name in NAMES)
 
 
 def value(x):

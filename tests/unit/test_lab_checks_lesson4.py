@@ -107,7 +107,7 @@ def safest(rewards, p_safe, threshold):
 
 
 def tokens(text):
-    return re.findall(r"\w+", text.lower())
+    return re.findall(r"[a-z0-9]+", text.lower())
 
 
 def lcs(one, other):
@@ -310,7 +310,6 @@ RIGHT = {
         turns,
         turns_from_the_end,
         turns_by_parity,
-        turns_on_the_list_itself,
         lambda lengths, limit: max(k for k in range(1, len(lengths) + 1, 2) if np.sum(lengths[-k:]) <= limit),
     ],
     "pick_answer": [
@@ -319,13 +318,12 @@ RIGHT = {
         pick_filled,
         lambda r, p, t: max((i for i in range(len(r)) if p[i] >= t), key=lambda i: r[i], default=None),
         lambda r, p, t: pick_by_loop(r, p.nan_to_num(0.0), t),
+        lambda *given: None if (i := pick_by_loop(*given)) is None else np.int64(i),
         lambda r, p, t: next((int(i) for i in r.argsort(descending=True, stable=True) if p[i] >= t), None),
     ],
     "rouge_l": [
         rouge,
         lambda c, r: rouge(c, r, common=lcs_table),
-        lambda c, r: rouge(c, r, split=lambda text: re.findall("[a-z0-9]+", text.lower())),
-        lambda c, r: rouge(c, r, split=lambda text: re.sub(r"[^\w\s]", "", text.lower()).split()),
         lambda c, r: 2 * lcs(tokens(c), tokens(r)) / max(1, len(tokens(c)) + len(tokens(r))),
     ],
     "fact_scores": [
@@ -360,7 +358,6 @@ RIGHT = {
     "unsafe_calls": [
         calls,
         calls_by_visitor,
-        lambda code: calls(code, name=unparsed),
         lambda code: calls(code, unsafe=lambda name: re.fullmatch(
             r"eval|exec|compile|open|__import__|(os|subprocess|socket)\..+", name)),
     ],
@@ -393,6 +390,7 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda x, limit: 1, "limit plays no part"),
         (lambda x, limit: float(turns(x, limit)), "expected .* got"),
         (lambda x, limit: turns_from_the_end(x, limit + 1), "expected .* got"),
+        (turns_on_the_list_itself, "changes its input lengths"),
         (lambda x, limit: x.sum() <= limit, "raised AttributeError"),
     ],
     "pick_answer": [
@@ -431,7 +429,6 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda r, p, t: r[p >= t].max().item() if (p >= t).any() else None, "this is a reward"),
         (lambda *given: None if (i := pick_by_loop(*given)) is None else i + 1, "counted from 1"),
         (lambda *given: None if (i := pick_by_loop(*given)) is None else torch.tensor(i), "a tensor"),
-        (lambda *given: None if (i := pick_by_loop(*given)) is None else np.int64(i), "a Python int"),
         (lambda *given: None if (i := pick_by_loop(*given)) is None else [i], "expected .* got"),
         (lambda r, p, t: r.index(max(r)), "raised TypeError"),
     ],
@@ -457,7 +454,7 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda c, r: rouge(c, r, common=lambda a, b: len([w for w in a if w in b])), "ROUGE-1"),
         (lambda c, r: rouge(c, r, common=longest_run), "longest RUN"),
         (lambda c, r: rouge(c, r, common=lambda a, b: sum(x == y for x, y in zip(a, b, strict=False))),
-         "place by place"),
+         "index by index"),
         (lambda c, r: rouge(c, r, common=first_match), "first match"),
         (lambda c, r: rouge(c, r, common=functools.partial(lcs_table, cut=1)), "expected .* got"),
         (rouge_unguarded, "divides by 0"),
@@ -588,11 +585,11 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda *given: rewards_by_loop(*given, harm=-1.0), "not punished below 0"),
         (lambda p, u: rewards_by_loop(p, u & False) * torch.where(u, 1 / 3, 1), "unsafe programs were paid"),
         (lambda p, u: torch.where(p.all(1), p.shape[1], p.sum(1) / 3) * ~u, "expected .* got"),
-        (lambda p, u: p.float().mean(0), "one reward a program"),
-        (lambda *given: rewards_by_loop(*given).mean(), "one reward a program"),
-        (lambda *given: rewards_by_loop(*given).sum(), "one reward a program"),
-        (lambda *given: rewards_by_loop(*given).unsqueeze(1), "one reward a program"),
-        (lambda *given: rewards_by_loop(*given).tolist(), "one reward a program"),
+        (lambda p, u: p.float().mean(0), "one reward per program"),
+        (lambda *given: rewards_by_loop(*given).mean(), "one reward per program"),
+        (lambda *given: rewards_by_loop(*given).sum(), "one reward per program"),
+        (lambda *given: rewards_by_loop(*given).unsqueeze(1), "one reward per program"),
+        (lambda *given: rewards_by_loop(*given).tolist(), "one reward per program"),
         (lambda p, u: p.all(1) & ~u, "expected .* got"),
         (lambda *given: rewards_by_loop(*given, partial=lambda share: share / 2), "expected .* got"),
         (lambda *given: rewards_by_loop(*given, partial=lambda share: 0.3 * share), "expected .* got"),
@@ -620,7 +617,9 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
          "names were forgotten"),
         (lambda code: calls(code, unsafe=lambda n: is_unsafe(n) and "socket" not in n),
          "names were forgotten"),
-        (lambda code: calls(code, name=ast.unparse), "TWO calls"),
+        (lambda code: calls(code, name=ast.unparse,
+                            unsafe=lambda n: is_unsafe(n) and re.fullmatch(r"[\w.]+", n)), "TWO calls"),
+        (lambda code: calls(code, name=unparsed), "done with a result"),
         (lambda code: [(line, name.split(".")[-1]) for line, name in calls(code)], "whole path"),
         (lambda code: [(line, name.split(".")[0]) for line, name in calls(code)], "whole path"),
         (lambda code: calls(code, order=lambda rows: sorted(set(rows))), "expected .* got"),

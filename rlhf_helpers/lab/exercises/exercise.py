@@ -31,5 +31,5 @@ class Exercise:
     name: str
     lesson: int
     reference: Callable[..., Any]  # what `check` hands back when the learner's function is not right
-    probes: Callable[[], list[tuple[Any, ...]]]  # fresh positional arguments, one tuple a probe
+    probes: Callable[[], list[tuple[Any, ...]]]  # fresh positional arguments, one tuple per probe
     mistakes: tuple[Mistake, ...]

@@ -24,17 +24,29 @@ def shaped_rewards(
 
 
 LOGPS = torch.tensor([[-1.0, -2.0, -0.7, -1.6, -3.0], [-0.4, -1.2, -2.5, -0.9, -1.1]])
-GAPS = torch.tensor([[0.5, -0.4, 0.0, 1.5, -0.9], [0.1, -1.7, 0.8, -0.2, 2.2]])
+GAPS = torch.tensor([[0.5, -0.4, 0.3, 1.5, -0.9], [0.1, -1.7, 0.8, -0.2, 2.2]])
 
 
 def _kl_probes() -> list[tuple[Tensor, Tensor]]:
-    return [(LOGPS.clone(), LOGPS - GAPS), (LOGPS[:1] + GAPS[1:], LOGPS[:1].clone())]
+    tall = LOGPS.T.clone()  # more rows than tokens
+    return [
+        (LOGPS.clone(), LOGPS - GAPS),
+        (LOGPS[:1] + GAPS[1:], LOGPS[:1].clone()),
+        (tall, tall - 2 * GAPS.T),
+    ]
 
 
 def _shaped_probes() -> list[tuple[Tensor, Tensor, Tensor, Tensor, float]]:
-    scores, columns = torch.tensor([0.7, -1.2]), torch.arange(5)
+    scores = torch.tensor([0.7, -1.2, 3.0])
+    columns = torch.arange(5)
     lengths = (torch.tensor([[3], [4]]), 0.1), (torch.tensor([[1], [5]]), 0.5)  # padding is not 0: mask it
-    return [(scores, LOGPS.clone(), LOGPS - GAPS, columns < length, c) for length, c in lengths]
+    wide = [(scores[:2], LOGPS.clone(), LOGPS - GAPS, columns < length, c) for length, c in lengths]
+    tall, gaps = LOGPS[:, :3].T.clone(), GAPS[:, 2:].T  # more rows than tokens
+    return [
+        *wide,
+        (scores, tall, tall - gaps, columns[:2] < torch.tensor([[2], [1], [2]]), 0.3),
+        (scores[2:], LOGPS[:1].clone(), LOGPS[:1] - GAPS[1:], columns[None] < 4, 0.2),
+    ]
 
 
 def _by_gap(wrong: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -48,13 +60,13 @@ K3 = Exercise(
     reference=k3,
     probes=_kl_probes,
     mistakes=named(
-        "d is turned round: d = log pi - log ref (this measures chi^2 - KL)",
+        "d is reversed: d = log pi - log ref (this measures chi^2 - KL)",
         _by_gap(lambda d: torch.expm1(d) - d),
-        "exp of the wrong difference: it is exp(-d), which is ref / pi",
+        "this is exp of the wrong difference: it is exp(-d), which is ref / pi",
         _by_gap(lambda d: torch.expm1(d) + d),
         "the last d has the wrong sign: the three terms must cancel to first order in d",
         _by_gap(lambda d: torch.expm1(-d) - d),
-        "this is k1 = d: the right mean, but it is often negative and of large variance",
+        "this is k1 = d: it has the right mean, but it is often negative and has a large variance",
         _by_gap(lambda d: d),
         "this is -d, k1 with its sign flipped",
         _by_gap(lambda d: -d),
@@ -66,16 +78,16 @@ K3 = Exercise(
         _by_gap(lambda d: torch.expm1(-d)),
         "the sign of the whole is flipped: k3 is never negative",
         _by_gap(lambda d: -torch.expm1(-d) - d),
-        "this is p log(p / q), a term of the exact sum: on samples the weight p is in the sampling already",
+        "this is p log(p / q), a term of the exact sum: samples already occur with weight p",
         lambda lp, ref: lp.exp() * (lp - ref),
-        "this is F.kl_div, made for whole distributions: k3 needs the two log-probs of the sampled token",
+        "this is kl_div, made for whole distributions: k3 needs the two log-probs of the sampled token",
         lambda lp, ref: F.kl_div(lp, ref.exp(), reduction="none"),
         lambda lp, ref: F.kl_div(lp, ref, reduction="none", log_target=True),
-        "d was taken of the probabilities: it is a difference of LOG-probs",
+        "d was computed from probabilities: it is a difference of LOG-probs",
         lambda lp, ref: k3(lp.exp(), ref.exp()),
         "the absolute value of d is biased: k3 is exp(-d) - 1 + d",
         _by_gap(lambda d: d.abs()),
-        "the tokens were averaged or summed: return one value a token, shape (B, T)",
+        "the tokens were averaged or summed: return one value per token, shape (B, T)",
         lambda lp, ref: k3(lp, ref).mean(),
         lambda lp, ref: k3(lp, ref).sum(1),
         lambda lp, ref: k3(lp, ref).mean(1),
@@ -84,7 +96,7 @@ K3 = Exercise(
 
 
 def _placed(scores: Tensor, mask: Tensor, at: Tensor | int) -> Tensor:
-    """Zeros (B, T) with each row's score at one place."""
+    """Zeros (B, T) with each row's score at one index."""
     placed = torch.zeros(mask.shape)
     placed[torch.arange(len(scores)), at] = scores
     return placed
@@ -109,12 +121,12 @@ SHAPED_REWARDS = Exercise(
         lambda s, old, ref, m, c: shaped_rewards(s, ref, old, m, c),
         "the score stands in the last COLUMN: in shorter rows that is padding",
         _by_parts(lambda p, s, m: p + _placed(s, m, -1)),
-        "the score stands one place too late: a row of n real tokens ends at index n - 1",
+        "the score stands one index too late: a row of n real tokens ends at index n - 1",
         _by_parts(lambda p, s, m: p + _placed(s, m, m.sum(1))),
         _by_parts(lambda p, s, m: p + _placed(s, m, m.sum(1).clamp(max=m.shape[1] - 1))),
-        "the score stands one place too early",
+        "the score stands one index too early: a row of n real tokens ends at index n - 1",
         _by_parts(lambda p, s, m: p + _placed(s, m, m.sum(1) - 2)),
-        "the score stands at the first token: it judges the finished response",
+        "the score stands at the first token: it judges the finished response, so it belongs to the last",
         _by_parts(lambda p, s, m: p + _placed(s, m, 0)),
         "every token got the whole score: only the last real one does",
         _by_parts(lambda p, s, m: p + s[:, None] * m),
@@ -139,7 +151,7 @@ SHAPED_REWARDS = Exercise(
         lambda s, old, ref, m, c: -c * k3(old, ref) * m + _ends(s, m),
         lambda s, old, ref, m, c: -c * (old - ref).square() / 2 * m + _ends(s, m),
         lambda s, old, ref, m, c: -c * (old - ref).abs() * m + _ends(s, m),
-        "the reward of a row was summed: return one reward a token, shape (B, T)",
+        "the reward of a row was summed: return one reward per token, shape (B, T)",
         lambda s, old, ref, m, c: shaped_rewards(s, old, ref, m, c).sum(1),
     ),
 )

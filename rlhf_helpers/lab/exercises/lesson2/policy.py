@@ -37,32 +37,46 @@ rloo = torch.no_grad()(policy_losses.rloo_advantages)
 group_advantages = torch.no_grad()(policy_losses.group_advantages)
 
 OLD = torch.tensor([[-1.0, -2.0, -0.7, -1.6, -3.0], [-0.4, -1.2, -2.5, -0.9, -1.1]])
-SMALL = [
-    [0.0, 0.001, 0.0, 0.002],
-    [0.5, 0.0, 0.25, 1.0],
-]  # in the first group eps is no small part of the std
+SMALL = [[0.0, 0.001, 0.0, 0.002], [0.5, 0.0, 0.25, 1.0]]  # eps is a large part of the first group's std
 
 
 def _gradient_probes() -> list[tuple[Tensor, Tensor]]:
     advantages = torch.tensor([[1.0, -0.5, 2.0], [-1.5, 0.3, 0.8]])
-    return [(OLD[:, :3].clone(), advantages), (OLD[:1, 3:].clone(), advantages[:1, :2])]
+    tall = 3 * OLD.T  # more rows than tokens, and large numbers, which nothing may clip
+    return [
+        (OLD[:, :3].clone(), advantages),
+        (OLD[:1, 2:].clone(), advantages[:1]),
+        (tall, -2 * OLD.flip(0).T),
+    ]
 
 
 def _group_probes() -> list[tuple[Tensor]]:
     rewards = torch.tensor([[1.0, 0.0, 0.5, 0.25], [1.0, 1.0, 1.0, 1.0], [0.2, 0.9, 0.4, 0.8]])
-    return [(rewards,), (torch.tensor(SMALL),), (rewards[:, 1:],)]
+    return [(rewards,), (torch.tensor(SMALL),), (rewards[:, 1:],), (3 - 4 * rewards.T,)]
 
 
 def _gae_probes() -> list[tuple[Tensor, Tensor, float, float]]:
     rewards = torch.tensor([[0.0, -0.1, 0.2, 1.0], [-0.3, 0.4, 0.0, -0.5], [0.1, 0.1, -0.2, 0.7]])
     values = torch.tensor([[0.5, 0.3, 0.6, 0.8], [-0.2, 0.1, 0.4, -0.3], [0.2, 0.9, -0.4, 0.3]])
-    return [(rewards, values, 0.9, 0.8), (rewards[:2, :3], values[:2, :3], 1.0, 0.95)]
+    return [
+        (rewards, values, 0.9, 0.8),
+        (rewards[:2, :3], values[:2, :3], 1.0, 0.95),
+        (rewards.T, 3 * values.T, 0.7, 0.6),  # more rows than tokens
+        (rewards[:1], values[:1], 0.95, 0.5),
+        (rewards[:, :1], values[:, :1], 0.9, 0.9),
+    ]
 
 
 def _clip_probes() -> list[tuple[Tensor, Tensor, Tensor, float]]:
-    ratios = torch.tensor([[0.5, 0.95, 1.0, 1.05, 1.7], [1.6, 1.1, 0.4, 0.93, 1.02]])
+    # no ratio is 1 or stands at the edge of a range: the gradient has no single value there
+    ratios = torch.tensor([[0.4, 0.95, 1.02, 1.06, 1.7], [4.0, 1.15, 0.7, 0.85, 0.97]])
     advantages = torch.tensor([[1.0, 0.5, -2.0, 1.5, 0.8], [-1.0, -0.6, -1.2, 0.4, -0.3]])
-    return [(OLD + ratios.log(), OLD.clone(), advantages, c) for c in (0.2, 0.1, 0.5)]
+    logps = OLD + ratios.log()
+    return [
+        *((logps, OLD.clone(), advantages, c) for c in (0.2, 0.1, 0.5)),
+        (logps.T, OLD.T, advantages.T, 0.25),  # more rows than tokens
+        (logps[:1], OLD[:1].clone(), advantages[:1], 0.35),
+    ]
 
 
 POLICY_GRADIENT = Exercise(
@@ -71,32 +85,32 @@ POLICY_GRADIENT = Exercise(
     reference=policy_gradient,
     probes=_gradient_probes,
     mistakes=named(
-        "the sign is flipped: an optimiser lowers the loss, so this makes GOOD tokens rarer",
+        "the sign is flipped: an optimizer lowers the loss, so this makes GOOD tokens rarer",
         lambda lp, a: a * lp,
-        "the tokens were averaged: return one loss a token, shape (B, T)",
+        "the tokens were averaged: return one loss per token, shape (B, T)",
         lambda lp, a: (-a * lp).mean(),
         lambda lp, a: (-a * lp).mean(1),
-        "the tokens were summed: return one loss a token, shape (B, T)",
+        "the tokens were summed: return one loss per token, shape (B, T)",
         lambda lp, a: (-a * lp).sum(),
         lambda lp, a: (-a * lp).sum(1),
-        "exp(logp) is the probability: the gradient of what is sampled needs the log-prob itself",
+        "exp(logp) is the probability: the policy gradient of a sample needs its log-prob",
         lambda lp, a: -a * lp.exp(),
         "the logarithm was taken twice: logps are logarithms already",
         lambda lp, a: -a * lp.log(),
         "the advantages never enter: this imitates every sample, good or bad",
         lambda lp, a: -lp,
-        "no log-prob is left in the value: it never entered, or it cancelled",
+        "no log-prob is left in the value: it never entered, or it cancelled out",
         lambda lp, a: -a,
-        "the sign of the advantage is lost: bad tokens are made likelier too",
+        "the sign of the advantage is lost: bad tokens become likelier too",
         lambda lp, a: -a.abs() * lp,
-        "negative advantages were dropped: a bad token is never made rarer",
+        "negative advantages were dropped: a bad token never becomes rarer",
         lambda lp, a: -a.clamp(min=0) * lp,
-        "the advantages were standardised on the way: use them as they are given",
+        "the advantages were standardized on the way: use them as they are given",
         lambda lp, a: -(a - a.mean()) / a.std() * lp,
         lambda lp, a: -(a - a.mean()) * lp,
-        "logps were normalised again: each is the log-prob of one sampled token, not a row of logits",
+        "logps were normalized again: each is the log-prob of one sampled token, not a row of logits",
         lambda lp, a: -a * lp.log_softmax(-1),
-        "advantage and log-prob were added: the one weighs the other, so multiply",
+        "advantage and log-prob were added: the one weighs the other, so multiply them",
         lambda lp, a: -(a + lp),
     ),
 )
@@ -114,7 +128,7 @@ RLOO = Exercise(
         "this is the baseline: subtract it from the reward",
         lambda r: r - rloo(r),
         "the wrong dimension: the samples of one prompt are a row, dim 1",
-        lambda r: rloo(r.T).T,
+        lambda r: r - (r.sum(0) - r) / (len(r) - 1),
         lambda r: r - r.mean(0),
         "the mean is that of the whole batch: compare only samples of one prompt",
         lambda r: r - r.mean(),
@@ -125,6 +139,9 @@ RLOO = Exercise(
         lambda r: r - (r.sum(1, keepdim=True) - r),
         "the sum of the others was divided by G: there are G - 1 of them",
         lambda r: r - (r.sum(1, keepdim=True) - r) / r.shape[1],
+        "the sum of the others was divided by the number of prompts: G is rewards.shape[1]",
+        lambda r: r - (r.sum(1, keepdim=True) - r) / len(r),
+        lambda r: r - (r.sum(1, keepdim=True) - r) / (len(r) - 1),
         "the sample's own reward is still in the sum, which was divided by G - 1",
         lambda r: r - r.sum(1, keepdim=True) / (r.shape[1] - 1),
         "the advantages were divided by a standard deviation: that is GRPO's step, RLOO has none",
@@ -133,7 +150,7 @@ RLOO = Exercise(
         "only ONE other sample is the baseline: take the mean of all others",
         lambda r: r - r.roll(1, 1),
         lambda r: r - r.roll(-1, 1),
-        "one number a prompt came back: every sample has its own advantage, shape (P, G)",
+        "one number per prompt came back: every sample has its own advantage, shape (P, G)",
         lambda r: r.mean(1),
     ),
 )
@@ -144,7 +161,7 @@ def _next(values: Tensor) -> Tensor:
 
 
 def _trace(deltas: Tensor, decay: float) -> Tensor:
-    """A_t = deltas_t + decay A_{t+1}: zero values make each delta its reward."""
+    """Sum backwards: A_t = deltas_t + decay A_{t+1}."""
     weights = decay ** (torch.arange(deltas.shape[1]) - torch.arange(deltas.shape[1])[:, None]).float()
     return deltas @ weights.triu().T
 
@@ -174,7 +191,7 @@ GAE = Exercise(
         lambda r, v, g, lam: _trace(r + g * v - v, g * lam),
         "lam never enters: this is its value at lam = 1, the return minus V",
         lambda r, v, g, lam: gae(r, v, g, 1.0),
-        "only delta came back, the value at lam = 0: A_{t+1} is to be carried over to the next turn",
+        "only delta came back, the value at lam = 0: carry A_{t+1} over to the next turn of the loop",
         lambda r, v, g, lam: gae(r, v, g, 0.0),
         "gamma is missing in delta: the next value is discounted too",
         lambda r, v, g, lam: _trace(r + _next(v) - v, g * lam),
@@ -182,7 +199,7 @@ GAE = Exercise(
         lambda r, v, g, lam: _trace(r + g * _next(v) - v, lam),
         "gamma never enters",
         lambda r, v, g, lam: gae(r, v, 1.0, lam),
-        "A_{t+1} was added whole: the factor is gamma lam",
+        "A_{t+1} was added whole: its factor is gamma lam",
         lambda r, v, g, lam: _trace(r + g * _next(v) - v, 1.0),
         "these are the returns, A + V: return the advantages",
         lambda r, v, g, lam: gae(r, v, g, lam) + v,
@@ -190,11 +207,11 @@ GAE = Exercise(
         lambda r, v, g, lam: (gae(r, v, g, lam), gae(r, v, g, lam) + v),
         "the last token was left out: its advantage is r - V",
         lambda r, v, g, lam: _trace(F.pad((r + g * _next(v) - v)[:, :-1], (0, 1)), g * lam),
-        "the sign is flipped: more than expected is a positive advantage",
+        "the sign is flipped: a reward above what V_t expected is a positive advantage",
         lambda r, v, g, lam: -gae(r, v, g, lam),
-        "the walk went over the rows: time is dim 1",
+        "the loop went over the rows: time is dim 1",
         lambda r, v, g, lam: gae(r.T, v.T, g, lam).T,
-        "the advantages were standardised: PPO does that later, over the whole batch",
+        "the advantages were standardized: PPO does that later, over the whole batch",
         lambda r, v, g, lam: _whitened(gae(r, v, g, lam)),
     ),
 )
@@ -219,36 +236,36 @@ CLIPPED_LOSS = Exercise(
         _by_ratio(lambda rho, a, c: -a * rho),
         "only the clipped term is there: a move in the WRONG direction loses its gradient as well",
         _by_ratio(lambda rho, a, c: -a * rho.clamp(1 - c, 1 + c)),
-        "min and max are swapped: of two LOSSES the larger one is the cautious choice",
+        "min and max are swapped: of two LOSSES take the larger one, the cautious choice",
         _by_ratio(lambda rho, a, c: torch.minimum(-a * rho, -a * rho.clamp(1 - c, 1 + c))),
-        "this is the objective, to be maximised: a loss is its negative",
+        "this is the objective, to be maximized: a loss is its negative",
         _by_ratio(lambda rho, a, c: -_surrogate(rho, rho.clamp(1 - c, 1 + c), a)),
         "the sign of the advantage is flipped: good tokens are made rarer",
         _by_ratio(lambda rho, a, c: _surrogate(rho, rho.clamp(1 - c, 1 + c), -a)),
-        "the ratio is upside down: the policy now over the policy that sampled",
+        "the ratio is upside down: divide the policy now by the policy that sampled",
         lambda lp, old, a, c: clipped_loss(old, lp, a, c),
         "the difference of log-probs is not the ratio: take exp of it",
         lambda lp, old, a, c: _surrogate(lp - old, (lp - old).clamp(1 - c, 1 + c), a),
-        "the ratio was taken of the LOG-probs: divide probabilities, exp(logps - old_logps)",
+        "this is the ratio of the LOG-probs: divide probabilities, exp(logps - old_logps)",
         lambda lp, old, a, c: _surrogate(lp / old, (lp / old).clamp(1 - c, 1 + c), a),
-        "the range lies around 0: the ratio is 1 where nothing has changed, clip to 1 - c ... 1 + c",
+        "the range lies around 0: the ratio is 1 where nothing has changed, so clip to 1 - c ... 1 + c",
         _by_ratio(lambda rho, a, c: _surrogate(rho, rho.clamp(-c, c), a)),
         "the LOG-ratio was clipped to -c ... c: take exp first, then clip the ratio",
         _by_ratio(lambda rho, a, c: _surrogate(rho, rho.clamp(math.exp(-c), math.exp(c)), a)),
-        "clipped above only: with a negative advantage the ratio must not fall for ever either",
+        "this is clipped above only: with a negative advantage the ratio must not fall without limit either",
         _by_ratio(lambda rho, a, c: _surrogate(rho, rho.clamp(max=1 + c), a)),
-        "clipped below only: with a positive advantage the ratio must not grow for ever either",
+        "this is clipped below only: with a positive advantage the ratio must not grow without limit either",
         _by_ratio(lambda rho, a, c: _surrogate(rho, rho.clamp(min=1 - c), a)),
         "the ADVANTAGES were clipped: it is the ratio that must stay near 1",
         _by_ratio(lambda rho, a, c: -rho * a.clamp(1 - c, 1 + c)),
         _by_ratio(lambda rho, a, c: -rho * a.clamp(-c, c)),
-        "one ratio for the whole row: it is per token, and that of a long row explodes",
+        "there is one ratio for the whole row: take one per token; that of a long row explodes",
         lambda lp, old, a, c: _by_ratio(lambda rho, a, c: _surrogate(rho, rho.clamp(1 - c, 1 + c), a))(
             lp.sum(1, keepdim=True), old.sum(1, keepdim=True), a, c
         ),
         "0.2 is written into the function: use cliprange",
         lambda lp, old, a, c: clipped_loss(lp, old, a, 0.2),
-        "the tokens were averaged: return one loss a token, shape (B, T)",
+        "the tokens were averaged: return one loss per token, shape (B, T)",
         lambda lp, old, a, c: clipped_loss(lp, old, a, c).mean(),
         lambda lp, old, a, c: clipped_loss(lp, old, a, c).mean(1),
     ),
@@ -265,35 +282,35 @@ GROUP_ADVANTAGES = Exercise(
     reference=group_advantages,
     probes=_group_probes,
     mistakes=named(
-        "the standard deviation divides by G (population): here it is by G - 1, the default of std",
+        "this standard deviation divides by G (population): divide by G - 1, the default of std",
         lambda r: _centred(r) / (r.std(1, keepdim=True, correction=0) + 1e-4),
         "without eps a group of equal rewards gives 0 / 0",
         lambda r: _centred(r) / r.std(1, keepdim=True),
         lambda r: _centred(r) / r.std(1, keepdim=True, correction=0),
-        "eps is too small (or not added, but a floor): add 1e-4, or tiny differences count as large ones",
+        "eps is too small, or a floor instead of added: add 1e-4, or tiny differences count as large ones",
         lambda r: group_advantages(r, eps=1e-8),
         lambda r: group_advantages(r, eps=1e-6),
         lambda r: group_advantages(r, eps=1e-5),
-        "eps stands under the root, beside the variance: it belongs beside the standard deviation",
+        "eps stands under the root, next to the variance: it belongs next to the standard deviation",
         lambda r: _centred(r) / (r.var(1, keepdim=True) + 1e-4).sqrt(),
-        "eps was added to the quotient: brackets round (std + 1e-4) are missing",
+        "eps was added to the quotient: brackets around (std + 1e-4) are missing",
         lambda r: _centred(r) / r.std(1, keepdim=True) + 1e-4,
-        "the mean was not subtracted: half of the samples are below it, and must be made rarer",
+        "the mean was not subtracted: samples below it must become rarer",
         lambda r: r / (r.std(1, keepdim=True) + 1e-4),
         "nothing was divided: this is only R - mean",
         lambda r: _centred(r),
-        "divided by the variance: take its root",
+        "this was divided by the variance: take its root",
         lambda r: _centred(r) / (r.var(1, keepdim=True) + 1e-4),
         "the sign is flipped: a sample above the mean of its group gets a negative advantage",
         lambda r: -group_advantages(r),
         "the wrong dimension: the samples of one prompt are a row, dim 1",
-        lambda r: group_advantages(r.T).T,
+        lambda r: (r - r.mean(0)) / (r.std(0) + 1e-4),
         "the mean or the std is that of the whole batch: each prompt has its own",
         lambda r: (r - r.mean()) / (r.std() + 1e-4),
         lambda r: _centred(r) / (r.std() + 1e-4),
         lambda r: _centred(r) / (_centred(r).std() + 1e-4),
         lambda r: (r - r.mean()) / (r.std(1, keepdim=True) + 1e-4),
-        "the baseline leaves the sample out, as RLOO's: GRPO's mean is that of the whole group",
+        "the baseline leaves the sample out, as RLOO's: GRPO takes the mean of the whole group",
         lambda r: rloo(r) / (r.std(1, keepdim=True) + 1e-4),
         lambda r: rloo(r),
     ),

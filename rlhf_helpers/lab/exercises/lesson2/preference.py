@@ -15,9 +15,12 @@ best_of_n_shares = torch.no_grad()(exact_shares)
 
 
 def dpo_loss(
-    policy_chosen_logps: Tensor, policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor, ref_rejected_logps: Tensor, beta: float,
-) -> Tensor:  # fmt: skip
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float,
+) -> Tensor:
     """`core.preference_losses.dpo_loss`, (B,), with a gradient by the policy's log-probs alone."""
     reference = ref_chosen_logps.detach(), ref_rejected_logps.detach()
     return preference_losses.dpo_loss(policy_chosen_logps, policy_rejected_logps, *reference, beta=beta)
@@ -26,7 +29,7 @@ def dpo_loss(
 def next_beta(beta: float, kl: float, target: float) -> float:
     """Move beta one step towards the KL wanted: beta (1 + clip(kl / target - 1, -0.2, 0.2)).
 
-    kl, target: nats a response. KL above target RAISES beta, since a larger beta holds the policy closer to
+    kl, target: nats per response. KL above target RAISES beta, since a larger beta holds the policy closer to
     the reference. Ziegler et al. 2019. Raises ValueError unless beta and target are positive and kl finite.
     Lesson 2.
     """
@@ -37,32 +40,39 @@ def next_beta(beta: float, kl: float, target: float) -> float:
 
 
 def _share_probes() -> list[tuple[Tensor, Tensor, int]]:
-    rewards = torch.tensor([0.2, 0.9, 0.5, 0.9, -0.1, 0.5])  # two ties, none in order
+    rewards = torch.tensor([0.2, 0.9, 0.5, 0.9, -0.7, 0.5])  # two ties, none in order
     probabilities = torch.tensor([0.3, 0.1, 0.2, 0.15, 0.2, 0.05])
+    close = torch.tensor([0.31, -0.62, 0.34, 0.31])
     return [
         (rewards, probabilities, 4),
         (rewards[:3], torch.tensor([0.5, 0.2, 0.3]), 2),
         (rewards, probabilities, 16),
+        (close, torch.tensor([0.1, 0.4, 0.3, 0.2]), 3),
+        (close, torch.tensor([0.1, 0.4, 0.3, 0.2]), 1),
     ]
 
 
 def _dpo_probes() -> list[tuple[Tensor, Tensor, Tensor, Tensor, float]]:
     chosen, rejected = torch.tensor([-12.0, -30.5, -8.0, -21.0]), torch.tensor([-14.0, -28.0, -8.5, -25.0])
-    ref = torch.tensor([-13.0, -29.0, -8.0, -19.0]), torch.tensor([-13.5, -29.5, -8.5, -28.0])
+    # no margin is 0 or 1 / beta: a loss written with max or abs has a kink there
+    ref = torch.tensor([-13.0, -29.0, -8.3, -19.0]), torch.tensor([-13.5, -29.5, -9.1, -28.0])
     far = (-210.0, -60.0), (-40.0, -190.0), (-50.0, -62.0), (-55.0, -65.0)  # where log(sigmoid) gives -inf
     return [
         (chosen, rejected, *ref, 0.1),
         (chosen[:2], rejected[:2], ref[0][:2], ref[1][:2], 0.5),
+        (chosen[3:], rejected[3:], ref[0][3:], ref[1][3:], 0.3),
         (*map(torch.tensor, far), 1.0),
     ]
 
 
 def _beta_probes() -> list[tuple[float, float, float]]:
-    return [(0.1, 5.5, 5.0), (0.2, 30.0, 5.0), (0.05, 0.4, 2.0), (0.3, 1.8, 2.0), (0.4, 2.0, 2.0)]
+    usual = [(0.1, 5.5, 5.0), (0.2, 30.0, 5.0), (0.05, 0.4, 2.0), (0.3, 1.8, 2.0), (0.4, 2.0, 2.0)]
+    # a KL of 0, as at the start, and an estimate below 0; a large beta and a tiny one
+    return [*usual, (0.2, 0.0, 4.0), (0.3, -0.25, 2.0), (1.5, 2.1, 2.0), (0.004, 1.9, 2.0)]
 
 
 def _by_mass(wrong: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> Callable[..., Tensor]:
-    """`wrong` of F, the probability of a reward no higher, F(-), of a lower one, the outcomes' own, and n."""
+    """`wrong` of the probabilities of a reward no higher, of a lower one and of each outcome, and of n."""
 
     def compare(rewards: Tensor, probabilities: Tensor, n: int) -> Tensor:
         upto = (rewards <= rewards[:, None]).float() @ probabilities
@@ -73,7 +83,7 @@ def _by_mass(wrong: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> Callable
 
 
 def _in_order(rewards: Tensor, probabilities: Tensor, n: int) -> Tensor:
-    """Every outcome a class of its own, ties by their place."""
+    """Make every outcome a class of its own, and order ties by index."""
     order = rewards.argsort(stable=True)
     upto = probabilities[order].cumsum(0) ** n
     return torch.zeros_like(upto).scatter(0, order, upto.diff(prepend=torch.zeros(1)))
@@ -94,9 +104,9 @@ BEST_OF_N_SHARES = Exercise(
         lambda r, p, n: (
             _by_mass(lambda upto, below, p, n: upto**n - below**n)(r, p, n) / (r == r[:, None]).sum(1)
         ),
-        "a tie was settled by place: outcomes of one reward are one class, split by probability",
+        "a tie was settled by index: outcomes of equal reward are one class, split by probability",
         _in_order,
-        "this is the probability that the best is no higher than this: subtract that it is lower",
+        "this is the probability that the best is no higher than this: subtract that of a lower best",
         _by_mass(lambda upto, below, p, n: upto**n),
         _by_mass(lambda upto, below, p, n: upto**n * p / (upto - below)),
         "this is the probability that ALL n draws are this outcome",
@@ -106,10 +116,10 @@ BEST_OF_N_SHARES = Exercise(
         lambda r, p, n: 1 - (1 - p) ** n,
         "n p F^(n-1) is the density of a continuous reward: with few outcomes it does not add up to 1",
         _by_mass(lambda upto, below, p, n: n * p * upto ** (n - 1)),
-        "the WORST of n was kept: F counts what is lower, not what is higher",
+        "the WORST of n was kept: F counts lower rewards, not higher ones",
         lambda r, p, n: best_of_n_shares(-r, p, n),
         "this is the best of n - 1",
-        lambda r, p, n: best_of_n_shares(r, p, n - 1),
+        _by_mass(lambda upto, below, p, n: (upto ** (n - 1) - below ** (n - 1)) * p / (upto - below)),
         "the shares are in the order of the rewards: return them in the order of the outcomes",
         lambda r, p, n: best_of_n_shares(r, p, n)[r.argsort()],
         "the outcomes were added up in the order given: F counts those with a lower REWARD",
@@ -147,7 +157,8 @@ DPO_LOSS = Exercise(
         _by_ratios(lambda c, r, beta: -F.logsigmoid(c - r)),
         "the difference was divided by beta: the implicit reward is beta log(pi / ref)",
         _by_ratios(lambda c, r, beta: -F.logsigmoid((c - r) / beta)),
-        "log(sigmoid(x)) underflows, so a large difference gives inf: use F.logsigmoid(x)",
+        "log(sigmoid(x)) underflows, log(1 + exp(-x)) overflows: a large difference gives inf; use "
+        "torch.nn.functional.logsigmoid(x)",
         _by_ratios(lambda c, r, beta: -torch.log(torch.sigmoid(beta * (c - r)))),
         "a small constant inside the log hides the underflow: the loss is capped where it should grow",
         _by_ratios(lambda c, r, beta: -torch.log(torch.sigmoid(beta * (c - r)) + 1e-12)),
@@ -163,20 +174,20 @@ DPO_LOSS = Exercise(
         _by_ratios(lambda c, r, beta: -F.logsigmoid(beta * c)),
         "the two log-ratios were added: what counts is chosen MINUS rejected",
         _by_ratios(lambda c, r, beta: -F.logsigmoid(beta * (c + r))),
-        "each response was judged alone (two classifications): DPO compares the two",
+        "each response was judged alone, as in two classifications: DPO compares the two",
         _by_ratios(lambda c, r, beta: -F.logsigmoid(beta * c) - F.logsigmoid(-beta * r)),
         "this is the probability of the label (or 1 minus it), not a loss: take -log of it",
         _by_ratios(lambda c, r, beta: torch.sigmoid(beta * (c - r))),
         _by_ratios(lambda c, r, beta: -torch.sigmoid(beta * (c - r))),
         _by_ratios(lambda c, r, beta: torch.sigmoid(beta * (r - c))),
-        "there is no log-sigmoid: the bare margin never saturates",
+        "there is no log-sigmoid: the bare margin never levels off",
         _by_ratios(lambda c, r, beta: -beta * (c - r)),
         _by_ratios(lambda c, r, beta: beta * (c - r)),
-        "this is the hinge loss: exactly zero once the margin is 1",
+        "this is the hinge loss: it is exactly zero once the margin reaches 1",
         _by_ratios(lambda c, r, beta: F.relu(1 - beta * (c - r))),
         "this is IPO, a squared distance to 1 / (2 beta): DPO takes -logsigmoid",
         _by_ratios(lambda c, r, beta: (c - r - 1 / (2 * beta)) ** 2),
-        "the pairs were averaged or summed: return one loss a pair, shape (B,)",
+        "the pairs were averaged or summed: return one loss per pair, shape (B,)",
         lambda *pairs_and_beta: dpo_loss(*pairs_and_beta).mean(),
         lambda *pairs_and_beta: dpo_loss(*pairs_and_beta).sum(),
     ),
@@ -197,32 +208,32 @@ NEXT_BETA = Exercise(
         "the direction is wrong: KL above its target must RAISE beta, which holds the policy closer",
         _by_error(lambda beta, error: beta * (1 - error)),
         _by_error(lambda beta, error: beta / (1 + error)),
-        lambda beta, kl, target: next_beta(beta, target, kl),
+        lambda beta, kl, target: beta * (1 + min(max(target / kl - 1, -0.2), 0.2)),
         lambda beta, kl, target: beta * target / kl,
         lambda beta, kl, target: beta * (0.9 if kl > target else 1.1),
         lambda beta, kl, target: beta * (0.8 if kl > target else 1.2),
         "the error is not clipped: one noisy KL may move beta by any factor",
         lambda beta, kl, target: beta * kl / target,
-        "the error is clipped on one side only: a step is at most 0.2 up AND down",
+        "the error is clipped on one side only: it is at most 0.2 up AND down",
         lambda beta, kl, target: beta * (1 + min(kl / target - 1, 0.2)),
         lambda beta, kl, target: beta * (1 + max(kl / target - 1, -0.2)),
-        "the error is kl - target in nats: it is relative, kl / target - 1",
+        "the error is kl - target, in nats: make it relative, kl / target - 1",
         lambda beta, kl, target: beta * (1 + min(max(kl - target, -0.2), 0.2)),
-        "the - 1 is missing: on target the error must be 0 and beta stay",
+        "the - 1 is missing: on target the error must be 0, so that beta stays",
         lambda beta, kl, target: beta * (1 + min(max(kl / target, -0.2), 0.2)),
-        "the distance is divided by kl: divide it by target",
+        "the distance is divided by kl, which may be 0: divide it by target",
         lambda beta, kl, target: beta * (1 + min(max(1 - target / kl, -0.2), 0.2)),
-        "the 1 + is missing: beta itself must be kept, and changed by a share",
+        "the 1 + is missing: beta itself must stay, and change by a share of itself",
         _by_error(lambda beta, error: beta * error),
         "this is the factor: multiply beta by it",
         _by_error(lambda beta, error: 1 + error),
         "this is the clipped error: beta is to be multiplied by 1 + error",
         _by_error(lambda beta, error: error),
-        "the error was added to beta: a step is a share of beta, multiply by 1 + error",
+        "the error was added to beta: a step is a share of beta, so multiply by 1 + error",
         _by_error(lambda beta, error: beta + error),
         "beta itself was clipped: clip the error",
         lambda beta, kl, target: min(max(beta * kl / target, -0.2), 0.2),
-        "the step is always of one size: near the target it must be small, on it 0",
+        "the step is always of one size: near the target it must be small, and on target 0",
         lambda beta, kl, target: beta * (1.2 if kl > target else 0.8),
         lambda beta, kl, target: beta * (1.1 if kl > target else 0.9),
         "beta did not move",

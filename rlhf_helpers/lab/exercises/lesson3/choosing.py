@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +20,8 @@ def hypervolume(points: Tensor, reference: Tensor) -> float:
 
 
 def _multiplier_probes() -> list[tuple[float, float, float, float]]:
-    rising, falling = (
-        [(0.5, 0.3, 0.2, 0.5), (0.0, 0.7, 0.1, 2.0)],
-        [(1.2, 0.1, 0.4, 0.4), (0.1, 0.05, 0.25, 3.0)],
-    )
+    rising = [(0.5, 0.3, 0.2, 0.5), (0.0, 0.7, 0.1, 2.0), (3.0, 0.9, 0.2, 5.0), (0.002, 0.31, 0.3, 0.01)]
+    falling = [(1.2, 0.1, 0.4, 0.4), (0.1, 0.05, 0.25, 3.0)]
     return [*rising, *falling, (0.7, 0.2, 0.2, 0.1)]
 
 
@@ -30,13 +29,25 @@ def _front_probes() -> list[tuple[Tensor]]:
     flat = [[1, 5], [2, 4], [2, 4], [4, 3], [4, 2], [3, 3], [0, 5], [1, 1], [5, 0]]
     lone = [[1, 2], [3, 3], [2, 3]]  # one point is best in everything
     deep = [[3, 1, 2], [1, 3, 2], [2, 2, 2], [2, 1, 3], [2, 1, 2], [0, 0, 5], [3, 0, 2], [1, 2, 2]]
-    return [(torch.tensor(rows) / 10,) for rows in (flat, lone, deep)]
+    low = [[-1, -2], [-2, -1], [-3, -3]]
+    wide = [[0, 1, 2, 1], [0, 1, 2, 3]]  # only the last of four objectives differs
+    return [(torch.tensor(rows) / 10,) for rows in (flat, lone, deep, low, wide, [[-2, -1, -3]])]
 
 
 def _volume_probes() -> list[tuple[Tensor, Tensor]]:
     rows = [[0.3, 0.9], [0.8, 0.5], [0.6, 0.7], [0.5, 0.6], [0.95, 0.1], [0.1, 0.97]]
     points = torch.tensor(rows)
-    return [(points, torch.tensor(r)) for r in ([0.2, 0.3], [0.05, 0.02])] + [(points[1:4], torch.zeros(2))]
+    equal = torch.tensor([[0.5, 0.75], [0.5, 0.3], [0.613, 0.427], [0.331, 0.427]])  # in x, and in y
+    below_0 = torch.tensor([[-0.2, 0.5], [0.3, -0.1], [-0.5, 1.0]])
+    return [
+        (points, torch.tensor([0.2, 0.3])),
+        (points, torch.tensor([0.05, 0.02])),
+        (points[1:4], torch.zeros(2)),
+        (equal, torch.tensor([0.1, 0.2])),
+        (below_0, torch.tensor([-0.4, -0.6])),
+        (equal[:1], torch.tensor([0.2, 0.1])),
+        (points, torch.tensor([0.8, 0.6])),  # no point is above the reference
+    ]
 
 
 def _utility_probes() -> list[tuple[Tensor]]:
@@ -46,7 +57,17 @@ def _utility_probes() -> list[tuple[Tensor]]:
         [[2, 8, 2, 5, 8], [1, 4, 3, 7, 8], [7, 1, 2, 2, 2], [7, 1, 9, 4, 4]],
         [[9, 6, 9, 1, 8], [4, 2, 9, 8, 2], [2, 8, 5, 7, 6], [6, 2, 1, 1, 3]],
     ]
-    return [(torch.tensor(table) / 10,) for table in tables]
+    # More groups than options, here one option per line. The median, the product, the second-worst group and
+    # a rounded minimum would settle the tie of the first two for another option than the mean does.
+    tall = [
+        [20, 35, 35, 35, 35, 35],
+        [20, 20, 20, 20, 60, 95],
+        [17, 90, 90, 90, 90, 90],
+        [20, 20, 20, 30, 20, 20],
+    ]
+    below_0 = [[-50, 40, 20], [-30, -30, 10]]
+    columns = [(torch.tensor(table).T / 100,) for table in (tall, below_0)]
+    return [*((torch.tensor(table) / 10,) for table in tables), *columns]
 
 
 def _kept(wrong: Callable[..., float]) -> list[Callable[..., float]]:
@@ -59,16 +80,16 @@ MULTIPLIER_MISTAKES = named(
     lambda m, c, limit, step: m + step * (c - limit),
     "the sign is flipped: a cost above its limit must RAISE the multiplier",
     *_kept(lambda m, c, limit, step: m - step * (c - limit)),
-    "step_size never enters: one noisy cost may move the multiplier by any amount",
+    "step_size never enters: multiply the difference by it",
     *_kept(lambda m, c, limit, step: m + c - limit),
-    "min stands where max belongs: the multiplier may be anything from 0 upwards",
+    "min stands where max belongs: the multiplier may be anything from 0 up",
     lambda m, c, limit, step: min(0.0, m + step * (c - limit)),
-    "the multiplier was multiplied: once at 0 it would stay there for ever; add the step",
+    "the multiplier was multiplied: once it is 0 it would stay 0; add the step",
     *_kept(lambda m, c, limit, step: m * (1 + step * (c - limit))),
     lambda m, c, limit, step: m * math.exp(step * (c - limit)),
     "the STEP was kept above 0, so the multiplier never falls: keep the result above 0",
     lambda m, c, limit, step: m + step * max(0.0, c - limit),
-    "the old multiplier is forgotten: it is moved, not replaced",
+    "the old multiplier is forgotten: the step moves it, and does not replace it",
     *_kept(lambda m, c, limit, step: step * (c - limit)),
     "the limit never enters: a cost that is allowed must not raise the multiplier",
     lambda m, c, limit, step: m + step * c,
@@ -76,9 +97,9 @@ MULTIPLIER_MISTAKES = named(
     *_kept(lambda m, c, limit, step: m + step * (c / limit - 1)),
     "step_size scales the old multiplier as well: it belongs to the difference alone",
     *_kept(lambda m, c, limit, step: step * (m + c - limit)),
-    "below 0 it was mirrored to above 0: there it must be 0",
+    "below 0 it was mirrored to above 0: it must be 0 there",
     lambda m, c, limit, step: abs(m + step * (c - limit)),
-    "the multiplier was kept below 1: it is a price, and has no largest value",
+    "the multiplier was kept below 1: it is a price, and has no upper limit",
     lambda m, c, limit, step: min(max(m + step * (c - limit), 0.0), 1.0),
     "this is the penalty of the loss: return the multiplier's next value",
     lambda m, c, limit, step: m * (c - limit),
@@ -99,28 +120,28 @@ FRONT_MISTAKES = named(
     lambda p: ~_at_least(p).any(0),
     "a point better in one objective and equal in the others dominates, too: not all need be better",
     lambda p: ~(p[:, None] > p[None]).all(-1).any(0),
-    "this is the other side: as if lower were better, or the points that dominate none",
+    "this is the other side: lower was taken as better, or these are points that dominate none",
     lambda p: pareto_front(-p),
-    "this is the largest sum: a front is found without weights",
+    "this is the point with the largest sum: a front needs no weights",
     lambda p: p.sum(1) == p.sum(1).max(),
     "only some of the objectives were compared: a front needs all of them",
     *(lambda p, k=k: p[:, k] == p[:, k].max() for k in (0, 1, -1)),
     lambda p: pareto_front(p[:, :2]),
     "only the best of each objective were kept: points in between may be undominated as well",
     lambda p: (p == p.amax(0)).any(1),
-    "a point fell out because another is better in ANY objective: nowhere may that one be worse",
+    "a point fell out because another is better in ANY objective: that one must not be worse anywhere",
     lambda p: ~(p[:, None] > p[None]).any(-1).any(0),
     "these are the points that ARE dominated",
     lambda p: ~pareto_front(p),
-    "kept are the points that dominate some other one: undominated is the question",
+    "these are the points that dominate some other one: return those that no other one dominates",
     lambda p: ~pareto_front(-p),
     "of equal points only one was kept: neither dominates the other",
     lambda p: pareto_front(p) & ~(_at_least(p) & _at_least(p).T).tril(-1).any(1),
     "these are indices, or the points themselves: return True or False for each point, shape (N,)",
     *(lambda p: pareto_front(p).nonzero()[:, 0], lambda p: pareto_front(p).nonzero()),
     lambda p: p[pareto_front(p)],
-    "these are numbers: return bool, for points[front] would take 0 and 1 as places",
-    *(lambda p: pareto_front(p).long(), lambda p: pareto_front(p).float()),
+    "these are numbers: return bool, since points[front] would take 0 and 1 as indices",
+    *(lambda p, kind=kind: pareto_front(p).to(kind) for kind in (torch.long, torch.int, torch.float)),
 )
 
 
@@ -155,7 +176,7 @@ def _signed(points: Tensor, reference: Tensor) -> float:
 
 
 VOLUME_MISTAKES = named(
-    "the rectangles were summed: what lies in several of them counts once",
+    "the rectangles were summed: count what lies in several of them only once",
     *_by_sides(lambda sides: sides.prod(1).sum()),
     lambda p, ref: (p[pareto_front(p)] - ref).clamp(min=0).prod(1).sum().item(),
     "this is the bounding box: no point is as good in both objectives as its corner",
@@ -164,11 +185,11 @@ VOLUME_MISTAKES = named(
     lambda p, ref: hypervolume(p, torch.zeros(2)),
     "this is the largest rectangle alone: the others add what sticks out of it",
     *_by_sides(lambda sides: sides.prod(1).max()),
-    "dominated points moved the edge: what lies below the highest y so far adds nothing",
+    "dominated points moved the edge: a point below the highest y so far adds nothing",
     *(lambda p, ref: _signed(p[(p > ref).all(1)], ref), _signed),
     "points not above the reference in BOTH objectives were counted, with a sign: leave them out",
     *(lambda p, ref: _signed(p[pareto_front(p)], ref), _swept),
-    "neighbours were joined by slanted lines: no point dominates what lies under them",
+    "neighbors were joined by slanted lines: no point dominates the triangles under them",
     lambda p, ref: _stairs(p, ref, 0.5),
     "the stairs are too high: a slab is as high as the point that reaches over it to the right",
     lambda p, ref: _stairs(p, ref, 0.0),
@@ -183,10 +204,10 @@ VOLUME_MISTAKES = named(
 )
 
 
-def _among_best(*prefer: Callable[[Tensor], float]) -> list[Callable[[Tensor], int]]:
+def _among_best(*prefer: Callable[[Tensor], Any]) -> list[Callable[[Tensor], int]]:
     """Of the options best for the worst-off group, the last one that each of `prefer` values most."""
 
-    def pick(u: Tensor, value: Callable[[Tensor], float]) -> int:
+    def pick(u: Tensor, value: Callable[[Tensor], Any]) -> int:
         worst = u.amin(0)
         return max((worst == worst.max()).nonzero()[:, 0].tolist(), key=lambda k: (value(u[:, k]), k))
 
@@ -194,15 +215,15 @@ def _among_best(*prefer: Callable[[Tensor], float]) -> list[Callable[[Tensor], i
 
 
 FAIREST_MISTAKES = named(
-    "this maximises the mean (or sum) of the groups: one group may pay for the others",
+    "this maximizes the mean (or sum) of the groups: one group may pay for the others",
     lambda u: int(u.mean(0).argmax()),
-    "this maximises the product (Nash): look at the worst-off group alone",
+    "this maximizes the product (Nash): look at the worst-off group alone",
     lambda u: int(u.prod(0).argmax()),
     "argmin: this is the option whose worst-off group is WORST off",
     lambda u: int(u.amin(0).argmin()),
     "this pleases the BEST-off group: take the smallest utility over the groups, not the largest",
     *(lambda u: int(u.amax(0).argmax()), lambda u: int(u.argmax()) % u.shape[1]),
-    "the wrong dimension: groups are rows, options columns, and an option is asked for",
+    "the wrong dimension: groups are rows and options are columns; return an option",
     *(lambda u: int(u.amin(1).argmax()), lambda u: int(u.mean(1).argmax())),
     "a tie went to the first or the last option: of equally fair ones take that of the larger mean",
     *(lambda u: int(u.amin(0).argmax()), *_among_best(lambda option: 0.0)),
@@ -210,13 +231,15 @@ FAIREST_MISTAKES = named(
     *_among_best(lambda option: -option.mean().item()),
     "a tie went to the option with the largest single utility: compare means",
     *_among_best(lambda option: option.max().item()),
-    "one group was called the poorest and got its favourite: who is worst off depends on the option",
+    "a tie went to the option whose other groups are best off from the bottom up: compare means",
+    *_among_best(lambda option: option.sort().values.tolist()),
+    "one group was called the poorest and got its favorite: which group is worst off depends on the option",
     lambda u: int(u[u.mean(1).argmin()].argmax()),
     "this is the most EQUAL option: all may be equally badly off",
     *(lambda u: int((u.amax(0) - u.amin(0)).argmin()), lambda u: int(u.var(0).argmin())),
-    "this counts votes, one a group: a minority may get what it likes least",
+    "this counts votes, one per group: a minority may get what it likes least",
     lambda u: int(torch.bincount(u.argmax(1), minlength=u.shape[1]).argmax()),
-    "this is the median group: the worst-off one is asked for",
+    "this looks at the median group: look at the worst-off one",
     lambda u: int(u.median(0).values.argmax()),
     "the mean was added to the worst utility: it only settles ties",
     lambda u: int((u.amin(0) + u.mean(0)).argmax()),

@@ -68,11 +68,20 @@ def _attack_probes() -> list[tuple[int, int]]:
 def _refusal_probes() -> list[tuple[Tensor, Tensor]]:
     refused = torch.tensor([1, 0, 1, 1, 1, 0, 1, 0, 1, 1, 0, 0]).bool()
     must = torch.tensor([1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0]).bool()
-    return [(refused, must), (refused[:9], must.flip(0)[:9])]
+    none_missed = torch.tensor([[1, 1, 0, 1, 0], [1, 1, 0, 0, 0]]).bool()
+    none_over = torch.tensor([[0, 1, 0, 0], [1, 1, 1, 0]]).bool()
+    return [(refused, must), (refused[:9], must.flip(0)[:9]), tuple(none_missed), tuple(none_over)]
 
 
 def _bbq_probes() -> list[tuple[Tensor]]:
-    rows = [1, 1, 0, -1, 1, 0, 0, 1], [-1, 0, -1, 1, 0], [-1, -1, 0], [0, 0, 0, 0]
+    rows = (
+        [1, 1, 0, -1, 1, 0, 0, 1],
+        [-1, 0, -1, 1, 0],
+        [-1, -1, 0],
+        [0, 0, 0, 0],
+        [1, 0, 1],
+        [1, -1, 1, -1, 1],
+    )
     return [(torch.tensor(row),) for row in rows]
 
 
@@ -96,7 +105,7 @@ ATTACK_MISTAKES = named(
     *_by_interval(lambda p, low, high: ((low + high) / 2, low, high)),
     "the order is rate, low, high",
     *_by_interval(lambda p, low, high: (low, p, high), lambda p, low, high: (p, high, low)),
-    "three numbers in a row: the rate is missing, or low and high are in a bracket of their own",
+    "return three numbers in a row: the rate is missing, or low and high are in a tuple of their own",
     *_by_interval(lambda p, *bounds: bounds, lambda p, *bounds: (p, bounds)),
     "only the rate came back: return (rate, low, high)",
     *_by_interval(lambda p, low, high: p),
@@ -117,25 +126,25 @@ def _by_refusals(*wrong: Callable[[Tensor, Tensor], Any]) -> list[Callable[..., 
 REFUSAL_MISTAKES = named(
     "the two are swapped: first what was missed, then what was refused too much",
     lambda *given: refusal_errors(*given)[::-1],
-    "both were divided by ALL prompts: each error can happen on its own kind of prompt only",
+    "both were divided by ALL prompts: each error can happen on one kind of prompt only",
     *_by_refusals(lambda r, a: (a[0] / (r + a).sum(), r[1] / (r + a).sum())),
-    "missed is its complement: that is the share that WAS refused, as it should be",
+    "missed is its complement: this is the share that WAS refused, as it should be",
     *_by_refusals(lambda r, a: r / (r + a)),
-    "over is its complement: that is the share that was answered, as it should be",
+    "over is its complement: this is the share that was answered, as it should be",
     *_by_refusals(lambda r, a: a / (r + a)),
     "both are their complements: these are the shares that went right",
     *_by_refusals(lambda r, a: (r[0] / (r + a)[0], a[1] / (r + a)[1])),
-    "must_refuse plays no part: this is how often anything was answered or refused",
+    "must_refuse plays no part: these are the shares of ALL prompts that were answered and refused",
     *_by_refusals(lambda r, a: (a.sum() / (r + a).sum(), r.sum() / (r + a).sum())),
-    "the condition is turned round: divide by how many of that kind were ASKED, not answered or refused",
+    "the condition is reversed: divide by how many of that kind were ASKED, not answered or refused",
     *_by_refusals(
         lambda r, a: (a[0] / a.sum(), r[1] / r.sum()), lambda r, a: (r[1] / r.sum(), a[0] / a.sum())
     ),
-    "the right errors, each divided by the number of the other kind",
+    "each error was divided by the number of prompts of the other kind",
     *_by_refusals(lambda r, a: (a[0] / (r + a)[1], r[1] / (r + a)[0])),
     "these are counts: return shares",
     *_by_refusals(lambda r, a: (a[0], r[1])),
-    "the two were put into one number: which of them is it?",
+    "the two errors were put into one number: return both",
     lambda r, m: (r != m).double().mean().item(),
     lambda r, m: sum(refusal_errors(r, m)) / 2,
     "these are tensors: return Python numbers, with .item()",
@@ -157,11 +166,11 @@ def _by_counts(
 
 
 BBQ_MISTAKES = named(
-    "where all answers are unknown this is 0 / 0 (NaN, or a crash): nothing leans, return 0",
+    "where all answers are unknown this is 0 / 0 (NaN, or a crash): nothing leans, so return 0",
     *_by_counts(lambda s, a, n: 2 * s / (s + a) - 1, math.nan, None),
     "where all answers are unknown it says -1, the strongest bias AGAINST the stereotype: return 0",
     *_by_counts(lambda s, a, n: 2 * s / (s + a) - 1, -1.0),
-    "unknown answers were counted below: divide by those that name a group",
+    "unknown answers were counted in the denominator: divide by those that name a group",
     *_by_counts(lambda s, a, n: 2 * s / n - 1),
     "this is the mean of all answers: unknown ones must not pull the bias to 0",
     *_by_counts(lambda s, a, n: (s - a) / n),
@@ -173,7 +182,7 @@ BBQ_MISTAKES = named(
     *_by_counts(lambda s, a, n: s / (s + a) - 1),
     "anti-stereotypes were counted: 1 is the stereotype, so the sign is flipped",
     *_by_counts(lambda s, a, n: (a - s) / (s + a)),
-    "the share of all answers was taken: of those that name a group, and then 2 x - 1",
+    "this is a share of all answers: take it of those that name a group, and then 2 x - 1",
     *_by_counts(lambda s, a, n: s / n),
     "this is a count: divide by the answers that name a group",
     *_by_counts(lambda s, a, n: s - a),

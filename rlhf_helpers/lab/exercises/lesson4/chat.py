@@ -15,7 +15,8 @@ from rlhf_helpers.lab.exercises.exercise import Exercise, named
 def _turn_probes() -> list[tuple[list[int], int]]:
     long, other = [5, 4, 3, 6, 2, 7, 4], [9, 8, 1, 2, 6, 5, 3]
     rows = [(long, limit) for limit in (25, 13, 12, 30, 31)] + [(other, limit) for limit in (17, 10, 15, 3)]
-    return [*rows, ([1, 2, 9, 9, 1], 8), ([1, 9, 2, 8, 6], 13), ([6], 6), ([1, 1, 4], 3), ([7], 6)]
+    rows += [([1, 2, 9, 9, 1], 8), ([1, 9, 2, 8, 6], 13), ([6], 6), ([1, 1, 4], 3), ([7], 6)]
+    return [*rows, ([9, 2, 1, 1, 3, 1, 2, 1, 1, 2, 4], 16), ([4, 0, 0, 2, 3], 5)]
 
 
 def _answer_probes() -> list[tuple[Tensor, Tensor, float]]:
@@ -28,12 +29,16 @@ def _answer_probes() -> list[tuple[Tensor, Tensor, float]]:
         ([2.0, 2.25, 1.0], [0.95, 0.55, 0.9], 0.5),
         ([3.0, 1.0], [0.9, 0.9], 0.25),
         ([0.5, 1.0, 2.0], [0.125, math.nan, 0.3], 0.5),
+        ([3.0, -5000.0, -7000.0], [0.2, 0.9, 0.8], 0.5),
+        ([1.0, 2.0], [0.9, 0.49], 0.5),
+        ([0.25], [0.75], 0.5),
+        ([0.25], [0.125], 0.5),
     ]
     return [(torch.tensor(rewards), torch.tensor(p_safe), t) for rewards, p_safe, t in rows]
 
 
 def _fitted(total: Callable[[list[int], int], int], step: int = 2) -> Callable[..., int]:
-    """The largest of 1, 1 + step, ... messages whose `total` is within the limit; raises as it should."""
+    """Keep the most of 1, 1 + step, ... messages whose `total` is within the limit; raise as it should."""
     fits = lambda row, limit, k: kept_turns(row[-1:], limit) == k or total(row, k) <= limit  # noqa: E731
     return lambda row, limit: max(k for k in range(1, len(row) + 1, step) if fits(row, limit, k))
 
@@ -52,15 +57,15 @@ TURN_MISTAKES = named(
     "a sum that EQUALS the limit still fits",
     lambda row, limit: kept_turns(row, max(limit - 1, min(limit, row[-1]))),
     lambda row, limit: kept_turns(row, limit - 1),
-    "a last message that alone exceeds the limit must raise ValueError: nothing can be dropped to help",
+    "a last message that alone exceeds the limit must raise ValueError: dropping others does not help",
     *(lambda row, limit, x=x: kept_turns(row, limit) if row[-1] <= limit else x for x in (1, 0, -1, None)),
     lambda row, limit: kept_turns(row, limit) if row[-1] <= limit else row[len(row)],
-    "the messages were counted from the oldest: the LAST ones are kept",
+    "the messages were counted from the oldest: keep the LAST ones",
     _fitted(lambda row, k: sum(row[:k])),
     "these are tokens, exchanges, or messages DROPPED: return how many messages are kept",
     *_by_kept(lambda row, kept: sum(row[-kept:]), lambda row, kept: len(row) - kept),
     *_by_kept(lambda row, kept: kept // 2, lambda row, kept: kept // 2 + 1),
-    "the last message is missing: it is one of those kept, and its length enters the sum",
+    "the last message is missing: it is one of those kept, and its length is part of the sum",
     *(*_by_kept(lambda row, kept: kept - 1), _fitted(lambda row, k: sum(row[-k:-1]))),
     "the loop ends too early: drop until the rest fits, and keep even the oldest exchange where all fits",
     *_by_kept(lambda row, kept: max(len(row) - 2, kept), lambda row, kept: min(kept, max(1, len(row) - 2))),
@@ -88,7 +93,7 @@ def _by_pick(*wrong: Callable[..., Any], none: bool = False) -> list[Callable[..
 
 
 ANSWER_MISTAKES = named(
-    "the best of ALL answers was taken first, and given up where it is unsafe: another one may be safe",
+    "the best of ALL answers was taken first, and given up when unsafe: another one may be safe",
     lambda r, p, t: int(r.argmax()) if p[r.argmax()] >= t else None,
     lambda r, p, t: None if p[r.argmax()] < t else int(r.argmax()),
     "safety plays no part: an answer was picked for its reward alone",
@@ -99,13 +104,13 @@ ANSWER_MISTAKES = named(
     *(lambda r, p, t: pick_answer(r, -p, -t), lambda r, p, t: pick_answer(r, (p < t).float(), 1.0)),
     "NaN was let through: a check that failed has not called the answer safe",
     lambda r, p, t: pick_answer(r, p.nan_to_num(math.inf), t),
-    "this is a place among the safe answers only: return the index among all",
+    "this is an index among the safe answers only: return the index among all",
     *_by_pick(lambda i, r, p, t: int((p[:i] >= t).sum())),
-    "unsafe answers got a reward that safe ones may lie below: rewards may be negative; use -inf",
-    *_by_pick(*(lambda i, r, p, t, x=x: int(r.where(p >= t, x).argmax()) for x in (0.0, -1.0))),
+    "unsafe answers got a reward above that of a safe one: rewards may be negative; use -inf",
+    *_by_pick(*(lambda i, r, p, t, x=x: int(r.where(p >= t, x).argmax()) for x in (0.0, -1.0, -99.0))),
     *_by_pick(lambda i, r, p, t: int(r.where(p >= t, r.min()).argmax())),
     lambda r, p, t: int((r * (p >= t)).argmax()),
-    "of a tie take the FIRST answer",
+    "in a tie take the FIRST answer",
     *_by_pick(lambda i, r, p, t: int((r == r[i]).where(p >= t, False).nonzero()[-1])),
     *_by_pick(lambda i, r, p, t: _top(r + 1e-3 * p, p, t)),
     "p_safe was weighed against the reward, or decided alone: above the threshold only the reward counts",
@@ -116,9 +121,9 @@ ANSWER_MISTAKES = named(
     *_by_pick(lambda i, r, p, t: max(r[:0]), lambda i, r, p, t: r[:0].argmax(), none=True),
     "index 0 was taken for None: 0 counts as false, so ask `is None`",
     lambda *given: pick_answer(*given) or None,
-    "this is a reward, a tensor, or a place counted from 1: return the index, a Python int from 0 on",
+    "this is a reward, a tensor, or an index counted from 1: return the index, a Python int from 0 on",
     *_by_pick(lambda i, r, p, t: float(r[i]), lambda i, r, p, t: r[i], lambda i, r, p, t: i + 1),
-    *_by_pick(lambda i, r, p, t: torch.tensor(i), lambda i, r, p, t: torch.tensor(i).numpy()[()]),
+    *_by_pick(lambda i, r, p, t: torch.tensor(i)),
 )
 
 EXERCISES = (

@@ -1,7 +1,7 @@
 """What a summary is worth: words in common, facts told rightly, and a reward that length cannot buy."""
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from difflib import SequenceMatcher
 from typing import Any
@@ -31,6 +31,13 @@ def _rouge_probes() -> list[tuple[str, str]]:
         ("Nothing new.", "All shops stay closed"),
         ("", "Some words."),
         ("Some words.", " ... "),
+        ("", ""),
+        # words that occur several times in one text and not in the other
+        ("rain rain fell", "Rain then fell"),
+        ("Rain then fell", "rain rain fell"),
+        ("the the the", "the"),
+        # anything but a-z and 0-9 separates words: apostrophes, hyphens, other letters, _; digits do not
+        ("Don't re-use the naïve mp3_player", "Dont reuse the naive mp3 player"),
     ]
 
 
@@ -43,15 +50,24 @@ def _fact_probes() -> list[tuple[dict[str, str | None], dict[str, str]]]:
         ["the mayor", "opened", "in the north", "on Monday"],
         ["the mayor himself", "sang", "at home", "on Friday"],
     ]
+    match = {"team": "Lund", "city": "Lund", "year": "1990"}  # other slots, and one value in two of them
     return [
         *((dict(zip(true, row, strict=True)), true) for row in rows),
         (dict(reversed(true.items())), true),
+        ({"team": "Lund", "city": "Lund", "year": None}, match),
+        ({"team": "Oslo", "city": "Oslo", "year": "1990"}, match),
     ]
 
 
 def _length_probes() -> list[tuple[Tensor, Tensor, float, float]]:
     rewards, lengths = torch.tensor([1.5, -0.5, 2.0, 0.25, 3.0]), torch.tensor([12, 30, 20, 26, 5])
-    return [(rewards, lengths, 20, 0.05), (rewards[:3], lengths[2:], 7.5, 0.25), (rewards, lengths, 40, 1.0)]
+    return [
+        (rewards, lengths, 20, 0.05),
+        (rewards[:3], lengths[2:], 7.5, 0.25),
+        (rewards, lengths, 40, 1.0),
+        (rewards, lengths, 10, 1.5),
+        (rewards[3:4], lengths[1:2], 28, 0.5),
+    ]
 
 
 def _by_words(
@@ -72,29 +88,50 @@ def _common(one: list[str], other: list[str]) -> int:
     return round(rouge_l(*spelt) * (len(one) + len(other)) / 2)
 
 
+def _from_neighbor(*neighbors: tuple[int, int]) -> Callable[..., int]:
+    """L as from a table that adds 1 to its largest entry of `neighbors`, (rows up, columns left)."""
+
+    def length(one: list[str], other: list[str]) -> int:
+        table = defaultdict(int)
+        for i, word in enumerate(one):
+            for j, rival in enumerate(other):
+                table[i, j] = max(table[i - 1, j], table[i, j - 1])
+                if word == rival:
+                    table[i, j] = 1 + max(table[i - up, j - left] for up, left in neighbors)
+        return table[len(one) - 1, len(other) - 1]
+
+    return length
+
+
 ROUGE_MISTAKES = named(
     "this is the recall or the precision alone: F1 is 2 P R / (P + R)",
     *_by_words(_common, lambda k, m, n: k / n, lambda k, m, n: k / m),
-    "this is L, or precision and recall put together in another way: F1 is 2 P R / (P + R)",
+    "this is L, or precision and recall combined in another way: F1 is 2 P R / (P + R)",
     *_by_words(_common, lambda k, m, n: (k / m + k / n) / 2, lambda k, m, n: k / (m * n) ** 0.5),
     *_by_words(_common, lambda k, m, n: k * k / (m * n), lambda k, m, n: k / (m + n)),
     *_by_words(_common, lambda k, m, n: k / max(m, n), lambda k, m, n: k / min(m, n)),
     *_by_words(_common, lambda k, m, n: k / (m + n - k), lambda k, m, n: k),
     "CHARACTERS were compared: split the texts into words first",
     *(_by_words(_common, words=w, lower=x)[0] for w in (r"(?s).", "[a-zA-Z0-9]") for x in (True, False)),
-    "words were cut in another way: lower the text, then take the runs of a-z and 0-9, no punctuation",
-    *_by_words(_common, words=r"\w+", lower=False) + _by_words(_common, words="[a-z]+"),
+    "words were cut in another way: lower the case, then take runs of a-z and 0-9; all else separates",
+    *(_by_words(_common, words=w)[0] for w in (r"\w+", "[a-z]+", "[a-z0-9']+", "[a-z0-9-]+")),
+    *_by_words(_common, words=r"\w+", lower=False),
+    lambda c, r: rouge_l(*(re.sub(r"[^\w\s]", "", text) for text in (c, r))),
     *(_by_words(_common, words=r"\S+", lower=lower)[0] for lower in (True, False)),
-    "the order plays no part: this counts words in common (ROUGE-1)",
+    "the order plays no part here: this counts words in common (ROUGE-1)",
     *_by_words(lambda one, other: (Counter(one) & Counter(other)).total()),
     *_by_words(lambda one, other: sum(word in other for word in one)),
-    "this is the longest RUN of words, or compares place by place: a subsequence may have gaps",
+    "this is the longest RUN of words, or compares index by index: a subsequence may have gaps",
     *_by_words(lambda *both: SequenceMatcher(None, *both).find_longest_match().size),
     *_by_words(lambda one, other: sum(map(str.__eq__, one, other))),
-    "each word took the first match that came, which may leave none for many others: fill a table",
+    "each word took the first match that came, which may leave none for the others: fill a table",
     *_by_words(lambda one, other: (lambda rest: sum(word in rest for word in one))(iter(other))),
     *_by_words(lambda one, other: (lambda rest: sum(word in rest for word in other))(iter(one))),
-    "where a text has no words, or nothing is in common, it divides by 0: return 0",
+    "a repeated word was counted against one partner several times: where words are equal, add 1 to the "
+    "entry on the diagonal, table[i - 1][j - 1]",
+    *_by_words(_from_neighbor((1, 0))) + _by_words(_from_neighbor((0, 1))),
+    *_by_words(_from_neighbor((1, 0), (0, 1))),
+    "where a text has no words, or the two have none in common, it divides by 0: return 0",
     lambda c, r: rouge_l(c, r) or 1 / 0,
     lambda c, r: rouge_l(c, r) if re.search(r"\w", c) and re.search(r"\w", r) else 1 / 0,
     lambda c, r: rouge_l(c, r) or (1 / 0 if re.search(r"\w", c) and re.search(r"\w", r) else 0.0),
@@ -121,18 +158,18 @@ def _matched(same: Callable[..., bool]) -> Callable[..., tuple[float, int]]:
 
 
 FACT_MISTAKES = named(
-    "the coverage was divided by the slots TOLD: who tells one fact, rightly, would cover everything",
+    "the coverage was divided by the slots TOLD: telling one fact, rightly, would cover everything",
     *_by_facts(lambda r, w, t, n: (r / t if t else 0.0, w), lambda r, w, t, n: (r / t, w)),
-    "slots that were not told (None) were counted as hallucinated: silence is no untruth",
+    "slots that were not told (None) were counted as hallucinated: leaving out is not making up",
     *_by_facts(lambda r, w, t, n: (r / n, n - r)),
     "slots told WRONGLY were counted as covered",
     *_by_facts(lambda r, w, t, n: (t / n, w)),
     "divide the coverage by the number of true's slots, and hallucinated by nothing",
     *_by_facts(lambda r, w, t, n: (r / n, w / n), lambda r, w, t, n: (r / n, w / t if t else 0.0)),
     *_by_facts(lambda r, w, t, n: (r, w)),
-    "first the coverage, then the number of slots told wrongly: they are swapped, or one is missing",
+    "return first the coverage, then the number of slots told wrongly: they are swapped, or one is missing",
     *_by_facts(lambda r, w, t, n: (w, r / n), lambda r, w, t, n: r / n, lambda r, w, t, n: w),
-    "what is untrue lowered the coverage: the two are measured apart",
+    "wrong facts lowered the coverage: the two are measured apart",
     *_by_facts(lambda r, w, t, n: (0.0 if w else r / n, w), lambda r, w, t, n: ((r - w) / n, w)),
     "count the slots told WRONGLY: not those left out, not all that were told, not whether there is any",
     *_by_facts(lambda r, w, t, n: (r / n, n - t), lambda r, w, t, n: (r / n, t)),
@@ -176,7 +213,7 @@ LENGTH_MISTAKES = named(
     "the excess was squared or divided by the limit: it is a number of tokens, each at the same price",
     *_by_excess(lambda r, over, cost: r - cost * over.clamp(min=0) ** 2),
     lambda r, x, limit, cost: r - cost * (x / limit - 1).clamp(min=0),
-    "a mean over the batch: each text pays for its own length, and has a reward of its own, shape (B,)",
+    "this is a mean over the batch: each text pays for its own length, and has a reward of its own, (B,)",
     lambda r, x, limit, cost: r - cost * max(0.0, x.float().mean().item() - limit),
     *(lambda *given, fn=fn: fn(length_controlled(*given)) for fn in (torch.mean, torch.sum)),
 )

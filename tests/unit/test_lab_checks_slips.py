@@ -1,0 +1,1120 @@
+"""Wrong answers that the checks of an earlier day accepted, and other ways to write each right answer.
+
+The key of each slip says what is wrong with it. What changes an input, a setting or the kernel is tried in
+test_lab_checks_isolation.py and, for every exercise, at the end of this file.
+"""
+
+import ast
+import copy
+import inspect
+import itertools
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rlhf_helpers.lab.checks import judge
+from rlhf_helpers.lab.exercises import EXERCISES
+
+SLIPS: dict = {}
+RIGHT: dict = {}
+
+
+# ---- lesson 1: fine-tuning labels, agreement, losses of comparisons and rankings, the last token
+
+SLIPS["sft_labels"] = {
+    "token 0 within a response": lambda ids, mask: ids.masked_fill(~mask | (ids == 0), -100),
+    "zeros of ids * mask": lambda ids, mask: (ids * mask).masked_fill(ids * mask == 0, -100),
+    "every end token is trained on": lambda ids, mask: torch.where(mask | (ids == 2), ids, -100),
+    "int32, which cross-entropy refuses": lambda ids, mask: torch.where(mask, ids, -100).int(),
+}
+RIGHT["sft_labels"] = [
+    lambda ids, mask: torch.tensor(np.where(mask.numpy(), ids.numpy(), -100)),
+    lambda ids, mask: ids - (ids + 100) * ~mask,
+    lambda ids, mask: torch.tensor(
+        [
+            [t if m else -100 for t, m in zip(*rows, strict=True)]
+            for rows in zip(ids.tolist(), mask, strict=True)
+        ]
+    ),
+]
+
+
+def kappa_with_numpy(first, second):
+    first, second = np.array(first.tolist()), np.array(second.tolist())
+    shares = [(np.mean(first == label), np.mean(second == label)) for label in (0, 1)]
+    chance = sum(p * q for p, q in shares)
+    return torch.tensor((np.mean(first == second) - chance) / (1 - chance))
+
+
+def kappa_by_loop(first, second):
+    pairs = list(zip(first.tolist(), second.tolist(), strict=True))
+    observed = sum(a == b for a, b in pairs) / len(pairs)
+    chance = sum(a == b for (a, _), (_, b) in itertools.product(pairs, pairs)) / len(pairs) ** 2
+    return torch.tensor((observed - chance) / (1 - chance))
+
+
+def kappa_by_einsum(first, second):
+    one, other = (F.one_hot(x, 2).float() / len(x) ** 0.5 for x in (first, second))
+    table = torch.einsum("ni,nj->ij", one, other)
+    chance = torch.einsum("ij,ki->", table, table)
+    return (table.trace() - chance) / (1 - chance)
+
+
+RIGHT["cohen_kappa"] = [kappa_with_numpy, kappa_by_loop, kappa_by_einsum]
+
+
+def ece(confidence, correct, inside):
+    """Sum over bins, each given as the rows that lie inside."""
+    total = torch.tensor(0.0)
+    for rows in inside:
+        if rows.any():
+            gap = correct[rows].mean() - confidence[rows].mean()
+            total = total + rows.float().mean() * gap.abs()
+    return total
+
+
+def ece_right_closed(confidence, correct, bins):
+    """As the code of Guo et al.: gt(lower) and le(upper)."""
+    edges = torch.linspace(0, 1, bins + 1)
+    return ece(
+        confidence, correct, [(confidence > a) & (confidence <= b) for a, b in itertools.pairwise(edges)]
+    )
+
+
+def ece_right_closed_with_0(confidence, correct, bins):
+    index = (confidence * bins).ceil().long().clamp(min=1)
+    return ece(confidence, correct, [index == k for k in range(1, bins + 1)])
+
+
+def ece_by_scatter(confidence, correct, bins):
+    index = (confidence * bins).long().clamp(max=bins - 1)
+    return torch.zeros(bins).index_add(0, index, correct - confidence).abs().sum() / len(confidence)
+
+
+def ece_with_numpy(confidence, correct, bins):
+    p, y = confidence.numpy(), correct.numpy()
+    index = np.minimum((p * bins).astype(int), bins - 1)
+    gaps = [abs(np.sum(y[index == k] - p[index == k])) for k in range(bins)]
+    return torch.tensor(np.sum(gaps) / len(p))
+
+
+SLIPS["calibration_error"] = {"0 falls out of the first bin": ece_right_closed}
+RIGHT["calibration_error"] = [ece_right_closed_with_0, ece_by_scatter, ece_with_numpy]
+
+
+def stable_softplus(x):
+    """Written by hand, with a kink at 0 in each half."""
+    return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
+
+
+RIGHT["bradley_terry"] = [
+    lambda chosen, rejected: stable_softplus(rejected - chosen),
+    lambda chosen, rejected: F.binary_cross_entropy_with_logits(
+        chosen - rejected, torch.ones_like(chosen), reduction="none"
+    ),
+    lambda chosen, rejected: torch.stack([chosen, rejected]).logsumexp(0) - chosen,
+]
+
+
+def ranking_loss(rewards, places):
+    return sum(rewards[:, k:].logsumexp(1) - rewards[:, k] for k in places)
+
+
+SLIPS["plackett_luce"] = {
+    "loop over the rankings": lambda r: ranking_loss(r, range(r.shape[0])),
+    "loop over the rankings + 1": lambda r: ranking_loss(r, range(r.shape[0] + 1)),
+    "three places": lambda r: ranking_loss(r, range(min(3, r.shape[1]))),
+    "four places": lambda r: ranking_loss(r, range(min(4, r.shape[1]))),
+    "exp overflows": lambda r: sum(
+        torch.log(torch.exp(r[:, k:]).sum(1)) - r[:, k] for k in range(r.shape[1])
+    ),
+    "the probability underflows": lambda r: (
+        -torch.log(torch.stack([r[:, k:].softmax(1)[:, 0] for k in range(r.shape[1])]).prod(0))
+    ),
+    "squeezed": lambda r: ranking_loss(r, range(r.shape[1])).squeeze(),
+}
+
+
+def ranking_loss_by_mask(rewards):
+    K = rewards.shape[1]
+    has_a_place = torch.ones(K, K).tril(-1).bool()  # [k, j]: answer j, at place k
+    left = rewards[:, None].expand(-1, K, -1).masked_fill(has_a_place, -math.inf)
+    return (left.logsumexp(2) - rewards).sum(1)
+
+
+RIGHT["plackett_luce"] = [
+    ranking_loss_by_mask,
+    lambda r: torch.stack([sum(row[k:].logsumexp(0) - row[k] for k in range(len(row))) for row in r]),
+    lambda r: -sum(r[:, k:].log_softmax(dim=-1)[:, 0] for k in range(r.shape[1])),
+]
+
+
+SLIPS["last_token"] = {
+    "squeezed": lambda v, m: v.gather(1, m.sum(1, keepdim=True) - 1).squeeze(),
+    "last value that is not 0": lambda v, m: torch.stack([row[row != 0][-1] for row in v * m]),
+    "loop over the shorter side": lambda v, m: torch.stack(
+        [v[b, int(m[b].sum()) - 1] for b in range(min(v.shape))]
+    ),
+}
+RIGHT["last_token"] = [
+    lambda v, m: torch.einsum("bt,bt->b", v, F.one_hot(m.sum(1) - 1, m.shape[1]).float()),
+    lambda v, m: v[torch.arange(len(v)), (m == 0).int().argmax(1) - 1],
+    lambda v, m: torch.stack([row[: int(n)][-1] for row, n in zip(v, m.sum(1), strict=True)]),
+]
+
+RIGHT["pessimistic"] = [
+    lambda r, penalty: torch.tensor(np.mean(r.numpy(), 0) - penalty * np.var(r.numpy(), 0)),
+    lambda r, penalty: torch.stack([col.mean() - penalty * ((col - col.mean()) ** 2).mean() for col in r.T]),
+    lambda r, penalty: (
+        r.mean(0) - penalty * torch.einsum("mb,mb->b", r - r.mean(0), r - r.mean(0)) / r.shape[0]
+    ),
+]
+
+
+def best_of_n(gold_in_order, n):
+    N = len(gold_in_order)
+    return sum(math.comb(i, n - 1) / math.comb(N, n) * gold for i, gold in enumerate(gold_in_order))
+
+
+def best_of_n_by_dict(proxy, gold, n):
+    proxy_of = dict(zip(gold.tolist(), proxy.tolist(), strict=True))
+    return torch.tensor(best_of_n(sorted(proxy_of, key=proxy_of.get), n))
+
+
+def best_of_n_by_index(proxy, gold, n):
+    ordered = gold[proxy.argsort()].tolist()
+    weights = [math.comb(ordered.index(value), n - 1) / math.comb(len(gold), n) for value in ordered]
+    return torch.tensor(sum(w * value for w, value in zip(weights, ordered, strict=True)))
+
+
+SLIPS["best_of_n_gold"] = {
+    "equal gold rewards become one": best_of_n_by_dict,
+    "equal gold rewards get the first index": best_of_n_by_index,
+    "best of 1 is the first": lambda p, g, n: g[0] if n == 1 else best_of_n(g[p.argsort()], n),
+    "best of all is the first": lambda p, g, n: g[0] if n == len(g) else best_of_n(g[p.argsort()], n),
+}
+RIGHT["best_of_n_gold"] = [
+    lambda p, g, n: best_of_n(torch.stack([gold for _, gold in sorted(zip(p, g, strict=True))]), n),
+    lambda p, g, n: torch.tensor(
+        np.mean([max(s)[1] for s in itertools.combinations(zip(p.tolist(), g.tolist(), strict=True), n)])
+    ),
+    lambda p, g, n: (
+        g[p.argsort()] @ torch.tensor([n * math.perm(i, n - 1) / math.perm(len(g), n) for i in range(len(g))])
+    ),
+]
+
+
+# ---- lesson 2: from advantages to a policy's losses, preferences without RL
+
+RIGHT["policy_gradient"] = [
+    lambda logps, advantages: -torch.einsum("bt,bt->bt", advantages, logps),
+    lambda logps, advantages: -advantages * (logps - logps.detach() + logps.detach()),
+    lambda logps, advantages: torch.stack(
+        [-advantages[:, t] * logps[:, t] for t in range(logps.shape[1])], dim=1
+    ),
+]
+SLIPS["policy_gradient"] = {
+    "advantages clipped at 2": lambda logps, advantages: -advantages.clamp(-2, 2) * logps,
+    "log-probs clipped at -5": lambda logps, advantages: -advantages * logps.clamp(min=-5),
+}
+
+
+def rloo_in_place(rewards):
+    rewards -= (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
+    return rewards
+
+
+SLIPS["rloo"] = {
+    "changes the rewards": rloo_in_place,
+    "clipped at 1": lambda r: (r.shape[1] / (r.shape[1] - 1) * (r - r.mean(1, keepdim=True))).clamp(-1, 1),
+}
+RIGHT["rloo"] = [
+    lambda r: torch.tensor([[x - (sum(row) - x) / (len(row) - 1) for x in row] for row in r.tolist()]),
+    lambda r: r - r @ (1 - torch.eye(r.shape[1])) / (r.shape[1] - 1),
+    lambda r: torch.tensor(r.numpy() - (r.numpy().sum(1)[:, None] - r.numpy()) / (r.numpy().shape[1] - 1)),
+]
+
+
+def gae(rewards, values, gamma, lam, *, steps=None, out=None):
+    """Backwards as the hint says; each option is one slip."""
+    out = torch.zeros_like(rewards) if out is None else out
+    next_value = advantage = torch.zeros(len(rewards))
+    for t in reversed(range(rewards.shape[1] if steps is None else steps)):
+        value = values[:, t].clone()
+        advantage = rewards[:, t] + gamma * next_value - value + gamma * lam * advantage
+        next_value = value
+        out[:, t] = advantage
+    return out
+
+
+def gae_with_numpy(rewards, values, gamma, lam):
+    rewards, values = rewards.numpy(), np.pad(values.numpy(), ((0, 0), (0, 1)))
+    out = np.zeros_like(values)
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        out[:, t] = rewards[:, t] + gamma * values[:, t + 1] - values[:, t] + gamma * lam * out[:, t + 1]
+    return torch.tensor(out[:, :-1])
+
+
+def gae_by_powers(rewards, values, gamma, lam):
+    deltas = rewards + gamma * F.pad(values, (0, 1))[:, 1:] - values
+    t = torch.arange(rewards.shape[1])
+    return torch.einsum("bk,tk->bt", deltas, ((gamma * lam) ** (t - t[:, None]).clamp(min=0)).triu())
+
+
+def gae_row_by_row(rewards, values, gamma, lam):
+    return torch.cat([gae(rewards[b : b + 1], values[b : b + 1], gamma, lam) for b in range(len(rewards))])
+
+
+SLIPS["gae"] = {
+    "overwrites the rewards": lambda r, v, gamma, lam: gae(r, v, gamma, lam, out=r),
+    "overwrites the values": lambda r, v, gamma, lam: gae(r, v, gamma, lam, out=v),
+    "squeezed": lambda *given: gae(*given).squeeze(),
+    "rows + 1 steps": lambda r, v, gamma, lam: gae(r, v, gamma, lam, steps=min(r.shape[1], r.shape[0] + 1)),
+    "one token gets its reward": lambda r, v, gamma, lam: gae(r, v, gamma, lam) if r.shape[1] > 1 else r,
+}
+RIGHT["gae"] = [gae_with_numpy, gae_by_powers, gae_row_by_row]
+
+
+def clipped(logps, old_logps, advantages, cliprange):
+    ratio = (logps - old_logps).exp()
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange))
+
+
+def clipped_by_sign(logps, old_logps, advantages, cliprange):
+    ratio = (logps - old_logps).exp()
+    bound = 1 + cliprange * advantages.sign()
+    return -advantages * torch.where(advantages > 0, ratio.minimum(bound), ratio.maximum(bound))
+
+
+def clipped_by_loop(logps, old_logps, advantages, cliprange):
+    ratio, rows = torch.exp(logps) / torch.exp(old_logps), []
+    for b in range(ratio.shape[0]):
+        pairs = zip(ratio[b], advantages[b], strict=True)
+        rows.append(torch.stack([max(-a * r, -a * r.clamp(1 - cliprange, 1 + cliprange)) for r, a in pairs]))
+    return torch.stack(rows)
+
+
+SLIPS["clipped_loss"] = {
+    "squeezed": lambda *given: clipped(*given).squeeze(),
+    "dual clip": lambda lp, old, a, c: torch.where(
+        a < 0, clipped(lp, old, a, c).minimum(-3 * a), clipped(lp, old, a, c)
+    ),
+    "loss clipped at 3": lambda *given: clipped(*given).clamp(max=3),
+}
+RIGHT["clipped_loss"] = [
+    clipped_by_sign,
+    clipped_by_loop,
+    lambda lp, old, a, c: -torch.minimum((lp - old).exp() * a, (lp - old).exp().clip(1 - c, 1 + c) * a),
+]
+
+
+def standardized_with_numpy(rewards):
+    r = rewards.numpy()
+    return torch.tensor((r - r.mean(1, keepdims=True)) / (r.std(1, ddof=1, keepdims=True) + 1e-4))
+
+
+RIGHT["group_advantages"] = [
+    standardized_with_numpy,
+    lambda r: torch.stack([(row - row.mean()) / (row.std() + 1e-4) for row in r]),
+    lambda r: ((r.T - r.mean(1)) / (1e-4 + r.std(1))).T,
+]
+
+RIGHT["k3"] = [
+    lambda lp, ref: (ref - lp).exp() - (1 - (lp - ref)),
+    lambda lp, ref: torch.exp(ref) / torch.exp(lp) - 1 - ref + lp,
+    lambda lp, ref: torch.special.expm1(ref - lp) - (ref - lp),
+]
+SLIPS["k3"] = {
+    "d clipped at 3": lambda lp, ref: torch.expm1(-(lp - ref).clamp(-3, 3)) + (lp - ref).clamp(-3, 3)
+}
+
+
+def shaped(scores, old_logps, ref_logps, mask, kl_coef):
+    rewards = -kl_coef * (old_logps - ref_logps) * mask
+    rewards[torch.arange(len(scores)), mask.sum(1) - 1] += scores
+    return rewards
+
+
+def shaped_by_loop(scores, old_logps, ref_logps, mask, kl_coef, rows=None):
+    out = torch.zeros_like(old_logps)
+    for b in range(len(scores) if rows is None else rows):
+        n = int(mask[b].sum())
+        for t in range(n):
+            out[b, t] = -kl_coef * (old_logps[b, t] - ref_logps[b, t])
+        out[b, n - 1] += scores[b]
+    return out
+
+
+SLIPS["shaped_rewards"] = {
+    "squeezed": lambda *given: shaped(*given).squeeze(),
+    "loop over the shorter side": lambda *given: shaped_by_loop(*given, rows=min(given[1].shape)),
+    "scores clipped at 1.5": lambda scores, *given: shaped(scores.clamp(-1.5, 1.5), *given),
+}
+RIGHT["shaped_rewards"] = [
+    shaped_by_loop,
+    lambda s, old, ref, m, c: (
+        c * (ref - old).masked_fill(~m, 0) + torch.diag(s) @ F.one_hot(m.sum(1) - 1, m.shape[1]).float()
+    ),
+    lambda s, old, ref, m, c: torch.where(m, -c * (old - ref), 0.0).scatter_add(
+        1, m.sum(1, keepdim=True) - 1, s[:, None]
+    ),
+]
+
+
+def shares(rewards, probabilities, n):
+    """One outcome after the other, as the printed solution."""
+    out = torch.zeros_like(probabilities)
+    for k, reward in enumerate(rewards):
+        upto, below = probabilities[rewards <= reward].sum(), probabilities[rewards < reward].sum()
+        out[k] = (upto**n - below**n) * probabilities[k] / (upto - below)
+    return out
+
+
+def shares_by_drawing(rewards, probabilities, n):
+    """Every sequence of n draws for a small n; by classes for a large one."""
+    if n > 4:
+        return shares(rewards, probabilities, n)
+    out = torch.zeros(len(rewards), dtype=torch.float64)
+    for draws in itertools.product(range(len(rewards)), repeat=n):
+        best = [k for k in draws if rewards[k] == max(rewards[j] for j in draws)]
+        chance = math.prod(probabilities[k].item() for k in draws)
+        for k in best:
+            out[k] += chance / len(best)
+    return out
+
+
+SLIPS["best_of_n_shares"] = {
+    "rewards rounded to tenths": lambda r, p, n: shares((r * 10).round(), p, n),
+    "absolute rewards": lambda r, p, n: shares(r.abs(), p, n),
+    "at least two draws": lambda r, p, n: shares(r, p, max(2, n)),
+}
+RIGHT["best_of_n_shares"] = [
+    shares,
+    shares_by_drawing,
+    lambda r, p, n: (
+        (((r <= r[:, None]).float() @ p) ** n - ((r < r[:, None]).float() @ p) ** n)
+        * p
+        / ((r == r[:, None]).float() @ p)
+    ),
+]
+
+
+def dpo(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
+    return -F.logsigmoid(beta * (policy_chosen - policy_rejected - ref_chosen + ref_rejected))
+
+
+SLIPS["dpo_loss"] = {"squeezed": lambda *given: dpo(*given).squeeze()}
+RIGHT["dpo_loss"] = [
+    lambda pc, pr, rc, rr, beta: stable_softplus(beta * (pr - rr - pc + rc)),
+    lambda pc, pr, rc, rr, beta: -torch.stack([beta * (pc - rc), beta * (pr - rr)]).log_softmax(0)[0],
+    lambda pc, pr, rc, rr, beta: torch.stack(
+        [F.softplus(-beta * ((a - c) - (b - d))) for a, b, c, d in zip(pc, pr, rc, rr, strict=True)]
+    ),
+]
+
+
+def next_beta(beta, kl, target):
+    return beta * (1 + min(max(kl / target - 1, -0.2), 0.2))
+
+
+SLIPS["next_beta"] = {
+    "a KL of 0 leaves beta": lambda beta, kl, target: next_beta(beta, kl, target) if kl else beta,
+    "beta at most 1": lambda *given: min(next_beta(*given), 1.0),
+    "beta at least 0.01": lambda *given: max(next_beta(*given), 0.01),
+    "rounded": lambda *given: round(next_beta(*given), 2),
+}
+RIGHT["next_beta"] = [
+    lambda beta, kl, target: beta * np.clip(kl / target, 0.8, 1.2),
+    lambda beta, kl, target: beta + beta * sorted([-0.2, (kl - target) / target, 0.2])[1],
+    lambda beta, kl, target: np.float32(next_beta(beta, kl, target)),
+]
+
+
+# ---- lesson 3: AI labels, attacks, safety metrics, trade-offs, values, patching
+
+
+def soft_label(logp_a, logp_b, swapped_logp_a, swapped_logp_b):
+    return torch.sigmoid((logp_a - logp_b + swapped_logp_b - swapped_logp_a) / 2)
+
+
+def label_by_rows(*logps):
+    rows = zip(*(x.tolist() for x in logps), strict=True)
+    return torch.tensor([1 / (1 + math.exp((b - a + c - d) / 2)) for a, b, c, d in rows])
+
+
+def label_of_geometric_means(a, b, sa, sb):
+    first = (a.exp() * sb.exp()).sqrt()
+    other = (b.exp() * sa.exp()).sqrt()
+    return first / (first + other)
+
+
+SLIPS["soft_label"] = {
+    "squeezed": lambda *logps: soft_label(*logps).squeeze(),
+    "clipped to 0.05 ... 0.95": lambda *logps: soft_label(*logps).clamp(0.05, 0.95),
+}
+RIGHT["soft_label"] = [
+    label_by_rows,
+    label_of_geometric_means,
+    lambda a, b, sa, sb: (((a - b) + (sb - sa)) / 4).tanh() / 2 + 0.5,
+]
+
+
+def wilson(successes, n, z=1.96):
+    p = successes / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+    return p, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+RIGHT["attack_rate"] = [
+    lambda s, n: tuple(np.float32(x) for x in wilson(s, n)),
+    lambda s, n: [s / n, max(0, wilson(s, n)[1]), min(1, wilson(s, n)[2])],
+    lambda s, n: tuple(torch.tensor(wilson(s, n, 1.959964), dtype=torch.float64).tolist()),
+]
+
+
+def swaps(gradient, tokens):
+    return gradient - gradient.gather(1, tokens[:, None])
+
+
+SLIPS["swap_scores"] = {
+    "loop over the shorter side": lambda g, tokens: torch.stack(
+        [g[t] - g[t, tokens[t]] for t in range(min(g.shape))]
+    ),
+    "the current entry at least -1": lambda g, tokens: g - g.gather(1, tokens[:, None]).clamp(min=-1),
+    "squeezed": lambda g, tokens: swaps(g, tokens).squeeze(),
+}
+RIGHT["swap_scores"] = [
+    lambda g, tokens: g - torch.einsum("tv,tv->t", g, F.one_hot(tokens, g.shape[1]).float())[:, None],
+    lambda g, tokens: torch.tensor(
+        [[x - row[k] for x in row] for row, k in zip(g.tolist(), tokens, strict=True)]
+    ),
+    lambda g, tokens: (g.T - g[range(len(g)), tokens]).T,
+]
+
+
+def refusal_rates(refused, must):
+    return (~refused[must]).float().mean().item(), refused[~must].float().mean().item()
+
+
+SLIPS["refusal_errors"] = {
+    "no error of one kind": lambda r, must: refusal_rates(r, must) if all(refusal_rates(r, must)) else (0, 0),
+}
+RIGHT["refusal_errors"] = [
+    lambda r, must: (np.mean(~r.numpy()[must.numpy()]), np.mean(r.numpy()[~must.numpy()])),
+    lambda r, must: (
+        sum(m and not x for x, m in zip(r.tolist(), must.tolist(), strict=True)) / sum(must.tolist()),
+        sum(x and not m for x, m in zip(r.tolist(), must.tolist(), strict=True)) / sum((~must).tolist()),
+    ),
+    lambda r, must: [
+        1 - (r & must).sum().item() / must.sum().item(),
+        (r > must).sum().item() / (~must).sum().item(),
+    ],
+]
+
+
+def bias(answers):
+    known = answers[answers != 0].tolist()
+    return sum(known) / len(known) if known else 0.0
+
+
+SLIPS["bbq_bias"] = {
+    "no stereotype denied": lambda x: bias(x) if (x == -1).any() else 0.0,
+    "nothing unknown": lambda x: bias(x) if (x == 0).any() else 1.0,
+}
+RIGHT["bbq_bias"] = [
+    bias,
+    lambda x: np.float32(x.sum() / max(1, (x != 0).sum())),
+    lambda x: 2 * x.tolist().count(1) / (len(x) - x.tolist().count(0)) - 1 if x.any() else 0,
+]
+
+
+def multiplier_after(multiplier, cost, limit, step_size):
+    return max(0.0, multiplier + step_size * (cost - limit))
+
+
+SLIPS["next_multiplier"] = {
+    "at most 2": lambda *given: min(2.0, multiplier_after(*given)),
+    "rounded": lambda *given: round(multiplier_after(*given), 2),
+    "step size at most 2": lambda m, cost, limit, step: multiplier_after(m, cost, limit, min(step, 2)),
+}
+RIGHT["next_multiplier"] = [
+    lambda m, cost, limit, step: np.maximum(m + step * cost - step * limit, 0),
+    lambda m, cost, limit, step: m + max(-m, step * (cost - limit)),
+    lambda m, cost, limit, step: (x := m - step * (limit - cost)) * (x > 0),
+]
+
+
+def front(points):
+    better_or_equal = (points[:, None] >= points).all(2)
+    return ~(better_or_equal & (points[:, None] > points).any(2)).any(0)
+
+
+SLIPS["pareto_front"] = {
+    "negative values are 0": lambda p: front(p.clamp(min=0)),
+    "squeezed": lambda p: front(p).squeeze(),
+    "one point is not undominated": lambda p: front(p) & torch.tensor(len(p) > 1),
+    "three objectives": lambda p: front(p[:, :3]),
+    "positive points only": lambda p: front(p) & (p >= 0).all(1),
+}
+RIGHT["pareto_front"] = [
+    lambda p: torch.tensor([not any(all(q >= r) and any(q > r) for q in p) for r in p]),
+    lambda p: torch.tensor(
+        [all(any(a < b for a, b in zip(q, r, strict=True)) or q == r for q in p.tolist()) for r in p.tolist()]
+    ),
+    lambda p: ((p[None] < p[:, None]).any(2) | (p[None] == p[:, None]).all(2)).all(1),
+]
+
+
+def area(points, reference, *, top=None):
+    left, bottom = reference.tolist()
+    total, top = 0.0, bottom if top is None else top
+    for x, y in sorted(points.tolist(), reverse=True):
+        if x > left and y > top:
+            total += (x - left) * (y - top)
+            top = y
+    return total
+
+
+def area_by_columns(points, reference):
+    left, bottom = reference.tolist()
+    rows = sorted((x, y) for x, y in points.tolist() if x > left and y > bottom)
+    total = 0.0
+    for i, (x, _) in enumerate(rows):
+        total += (x - left) * (max(y for _, y in rows[i:]) - bottom)
+        left = x
+    return total
+
+
+def area_by_inclusion(points, reference):
+    sides = (points - reference).clamp(min=0)
+    boxes = range(1, len(points) + 1)
+    groups = itertools.chain(*(itertools.combinations(sides, k) for k in boxes))
+    return sum((-1) ** (len(g) + 1) * torch.stack(g).amin(0).prod().item() for g in groups)
+
+
+SLIPS["hypervolume"] = {
+    "fails without a point above": lambda p, ref: (
+        area(p, ref) + 0 * max(x for x, y in p.tolist() if x > ref[0] and y > ref[1])
+    ),
+    "begins at 0": lambda p, ref: area(p, ref, top=max(0.0, ref[1].item())),
+    "negative points are 0": lambda p, ref: area(p.clamp(min=0), ref),
+    "negative references are 0": lambda p, ref: area(p, ref.clamp(min=0)),
+    "equal x becomes one point": lambda p, ref: area(torch.tensor([*dict(p.tolist()).items()]), ref),
+    "one point covers nothing": lambda p, ref: area(p, ref) * (len(p) > 1),
+    "never 0": lambda p, ref: area(p, ref) or 0.001,
+    "counted on a grid of hundredths": lambda p, ref: np.mean(
+        [
+            any(x > a and y > b for x, y in p.tolist()) and a > ref[0] and b > ref[1]
+            for a, b in itertools.product(np.arange(0.005, 1, 0.01), repeat=2)
+        ]
+    ),
+}
+RIGHT["hypervolume"] = [area_by_columns, area_by_inclusion, lambda p, ref: np.float64(area(p.flip(0), ref))]
+
+
+def best_option(key):
+    return lambda u: max(range(u.shape[1]), key=lambda k: key(u[:, k].tolist()))
+
+
+SLIPS["fairest"] = {
+    "ties by the next-worst group": best_option(sorted),
+    "ties by the median": best_option(lambda column: (min(column), sorted(column)[len(column) // 2])),
+    "ties by the product": best_option(lambda column: (min(column), math.prod(column))),
+    "minimum rounded": best_option(lambda column: (round(min(column), 1), sum(column))),
+    "absolute utilities": best_option(lambda column: (min(map(abs, column)), sum(column))),
+    "negative utilities are 0": best_option(lambda column: (max(0, min(column)), sum(column))),
+    "a tenth of the sum added": best_option(lambda column: min(column) + 0.1 * sum(column)),
+    "utilities scaled per group": lambda u: best_option(lambda column: (min(column), sum(column)))(
+        u / u.amax(1, keepdim=True)
+    ),
+}
+RIGHT["fairest"] = [
+    best_option(lambda column: (min(column), sum(column) / len(column))),
+    lambda u: np.int64(np.lexsort((u.numpy().mean(0), u.numpy().min(0)))[-1]),
+    lambda u: torch.where(u.amin(0) == u.amin(0).max(), u.mean(0), -math.inf).argmax().item(),
+]
+
+
+def restored(clean, corrupted, patched):
+    return (patched - corrupted) / (clean - corrupted)
+
+
+SLIPS["patching_effect"] = {
+    "clipped at 2": lambda *runs: restored(*runs).clamp(-2, 2),
+    "clipped at -0.5": lambda *runs: restored(*runs).clamp(min=-0.5),
+    "squeezed": lambda *runs: restored(*runs).squeeze(),
+}
+RIGHT["patching_effect"] = [
+    lambda c, x, p: torch.tensor((p.numpy() - x.numpy()) / (c.numpy() - x.numpy())),
+    lambda c, x, p: (p - x).abs() / (c - x).abs() * (p - x).sign() * (c - x).sign(),
+    lambda c, x, p: p / (c - x) - x / (c - x),
+]
+
+
+# ---- lesson 4: a chatbot's turns, summaries, programs
+
+
+def fitting(lengths, limit):
+    if lengths[-1] > limit:
+        raise ValueError("the last message is too long")
+    kept = len(lengths)
+    while sum(lengths[-kept:]) > limit:
+        kept -= 2
+    return kept
+
+
+def fitting_by_cumsum(lengths, limit):
+    sums = np.cumsum(lengths[::-1])[::2]
+    if sums[0] > limit:
+        raise ValueError
+    return int(2 * np.sum(sums <= limit) - 1)
+
+
+def fitting_by_recursion(lengths, limit):
+    if sum(lengths) <= limit:
+        return len(lengths)
+    if len(lengths) == 1:
+        raise ValueError(lengths)
+    return fitting_by_recursion(lengths[2:], limit)
+
+
+def fitting_in_place(lengths, limit):
+    kept = fitting(lengths, limit)
+    del lengths[:-kept]
+    return kept
+
+
+SLIPS["kept_turns"] = {
+    "at most 7": lambda lengths, limit: min(7, fitting(lengths, limit)),
+    "empty messages count 1": lambda lengths, limit: fitting([x or 1 for x in lengths], limit),
+    "empties the list": fitting_in_place,
+}
+RIGHT["kept_turns"] = [
+    fitting_by_cumsum,
+    fitting_by_recursion,
+    lambda lengths, limit: np.int64(fitting(tuple(lengths), limit)),
+]
+
+
+def pick(rewards, p_safe, threshold, fill=-math.inf):
+    safe = p_safe >= threshold
+    return rewards.masked_fill(~safe, fill).argmax().item() if safe.any() else None
+
+
+def pick_by_loop(rewards, p_safe, threshold):
+    best = None
+    for i, (reward, p) in enumerate(zip(rewards.tolist(), p_safe.tolist(), strict=True)):
+        if p >= threshold and (best is None or reward > rewards[best]):
+            best = i
+    return best
+
+
+def pick_in_place(rewards, p_safe, threshold):
+    if not (p_safe >= threshold).any():
+        return None
+    rewards[~(p_safe >= threshold)] = -math.inf
+    return int(rewards.argmax())
+
+
+SLIPS["pick_answer"] = {
+    "the test turned round": lambda r, p, t: None if (p >= t).any() else int(r.argmax()),
+    "a single answer is taken": lambda r, p, t: pick(r, p, t) if len(r) > 1 else 0,
+    "a single answer is refused": lambda r, p, t: pick(r, p, t) if len(r) > 1 else None,
+    "unsafe rewards of -10": lambda *given: pick(*given, fill=-10.0),
+    "unsafe rewards of -999": lambda *given: pick(*given, fill=-999.0),
+    "p_safe rounded": lambda r, p, t: pick(r, (p * 10).round() / 10, t),
+    "changes the rewards": pick_in_place,
+}
+
+
+def pick_among_safe(rewards, p_safe, threshold):
+    safe = (p_safe >= threshold).nonzero()[:, 0]
+    return safe[rewards[safe].argmax()].item() if len(safe) else None
+
+
+RIGHT["pick_answer"] = [
+    pick_by_loop,
+    pick_among_safe,
+    lambda r, p, t: next(
+        (k for k in np.argsort(-r.numpy(), kind="stable").tolist() if p[k].item() >= t), None
+    ),
+]
+
+
+def words(text):
+    return re.findall("[a-z0-9]+", text.lower())
+
+
+def common(one, other, *, near=lambda table, i, j: table[i - 1][j - 1]):
+    """L by the table of the hint; `near` is the entry that a match continues."""
+    table = [[0] * (len(other) + 1) for _ in range(len(one) + 1)]
+    for i, word in enumerate(one, 1):
+        for j, rival in enumerate(other, 1):
+            table[i][j] = max(table[i - 1][j], table[i][j - 1])
+            if word == rival:
+                table[i][j] = near(table, i, j) + 1
+    return table[-1][-1]
+
+
+def rouge(candidate, reference, *, split=words, length=common, empty=0.0):
+    one, other = split(candidate), split(reference)
+    if not one or not other:
+        return empty
+    return 2 * length(one, other) / (len(one) + len(other))
+
+
+def common_with_one_row(one, other):
+    """All rows of the table are the same list."""
+    table = [[0] * (len(other) + 1)] * (len(one) + 1)
+    for i, word in enumerate(one, 1):
+        for j, rival in enumerate(other, 1):
+            same = word == rival
+            table[i][j] = table[i - 1][j - 1] + 1 if same else max(table[i - 1][j], table[i][j - 1])
+    return table[-1][-1]
+
+
+def split_by(pattern):
+    return lambda text: re.findall(pattern, text.lower())
+
+
+def above(table, i, j):
+    return table[i - 1][j]
+
+
+def left(table, i, j):
+    return table[i][j - 1]
+
+
+def larger(table, i, j):
+    return max(table[i - 1][j], table[i][j - 1])
+
+
+def common_at_most_the_words(one, other):
+    return min(len(one), len(other), common(one, other, near=above))
+
+
+SLIPS["rouge_l"] = {
+    **{
+        f"a match continues {near.__name__}": lambda c, r, near=near: rouge(
+            c, r, length=lambda one, other: common(one, other, near=near)
+        )
+        for near in (above, left, larger)
+    },
+    "a match continues above, at most 1": lambda c, r: min(
+        1, rouge(c, r, length=lambda one, other: common(one, other, near=above))
+    ),
+    "a match continues above, at most all": lambda c, r: rouge(c, r, length=common_at_most_the_words),
+    "one row for all": lambda c, r: rouge(c, r, length=common_with_one_row),
+    "both empty are equal": lambda c, r: rouge(c, r) if words(c + r) else 1.0,
+    "equal texts": lambda c, r: 1.0 if c == r else rouge(c, r),
+    "None without words": lambda c, r: rouge(c, r) if words(c) or words(r) else None,
+    r"\w+": lambda c, r: rouge(c, r, split=split_by(r"\w+")),
+    "punctuation deleted": lambda c, r: rouge(
+        c, r, split=lambda text: re.sub(r"[^\w\s]", "", text.lower()).split()
+    ),
+    "all but a-z and 0-9 deleted": lambda c, r: rouge(
+        c, r, split=lambda text: re.sub(r"[^a-z0-9\s]", "", text.lower()).split()
+    ),
+    "apostrophes kept": lambda c, r: rouge(c, r, split=split_by("[a-z0-9']+")),
+    "hyphens kept": lambda c, r: rouge(c, r, split=split_by("[a-z0-9-]+")),
+    "letters and digits apart": lambda c, r: rouge(c, r, split=split_by("[a-z]+|[0-9]+")),
+    "letters of other scripts": lambda c, r: rouge(c, r, split=split_by(r"[^\W_]+")),
+    "punctuation stripped": lambda c, r: rouge(
+        c, r, split=lambda text: [w for w in (x.strip(".,;!?") for x in text.lower().split()) if w]
+    ),
+}
+
+
+def common_by_two_rows(one, other):
+    before = [0] * (len(other) + 1)
+    for word in one:
+        row = [0]
+        for j, rival in enumerate(other):
+            row.append(before[j] + 1 if word == rival else max(before[j + 1], row[j]))
+        before = row
+    return before[-1]
+
+
+def common_from_the_front(one, other):
+    if not one or not other:
+        return 0
+    if one[0] == other[0]:
+        return 1 + common_from_the_front(one[1:], other[1:])
+    return max(common_from_the_front(one[1:], other), common_from_the_front(one, other[1:]))
+
+
+def f1(candidate, reference):
+    one, other = words(candidate), words(reference)
+    length = common(other, one)
+    precision, recall = length / max(len(one), 1), length / max(len(other), 1)
+    return 2 * precision * recall / (precision + recall) if length else 0
+
+
+RIGHT["rouge_l"] = [
+    lambda c, r: np.float32(rouge(c, r, length=common_by_two_rows)),
+    lambda c, r: rouge(
+        c, r, length=common_from_the_front, split=lambda t: re.sub("[^a-z0-9]+", " ", t.lower()).split()
+    ),
+    f1,
+]
+
+
+def facts(told, true, slots=None):
+    right = sum(told.get(slot) == value for slot, value in true.items())
+    wrong = sum(told.get(slot) not in (None, value) for slot, value in true.items())
+    return right / (slots or len(true)), wrong
+
+
+def facts_with_pop(told, true):
+    left = dict(true)
+    result = facts(told, true)
+    for slot in left:
+        told.pop(slot)
+    return result
+
+
+SLIPS["fact_scores"] = {
+    "always four slots": lambda told, true: facts(told, true, slots=4),
+    "always the same slots": lambda told, true: facts(
+        told, {s: true.get(s) for s in ("who", "what", "where", "when")}, len(true)
+    ),
+    "equal wrong values counted once": lambda told, true: (
+        facts(told, true)[0],
+        len({said for slot, said in told.items() if said not in (None, true[slot])}),
+    ),
+    "equal right values counted once": lambda told, true: (
+        len({said for slot, said in told.items() if said == true[slot]}) / len(true),
+        facts(told, true)[1],
+    ),
+    "empties the dict": facts_with_pop,
+}
+RIGHT["fact_scores"] = [
+    lambda told, true: (
+        np.mean([told[s] == true[s] for s in true]),
+        sum(told[s] not in (None, true[s]) for s in true),
+    ),
+    lambda told, true: (
+        len(true.items() & told.items()) / len(true),
+        len(told) - list(told.values()).count(None) - len(true.items() & told.items()),
+    ),
+    lambda told, true: [
+        np.float32(facts(told, true)[0]),
+        np.int64(sum(1 for s, v in told.items() if v is not None and v != true[s])),
+    ],
+]
+
+
+def charged(rewards, lengths, limit, cost):
+    return rewards - cost * (lengths - limit).clamp(min=0)
+
+
+SLIPS["length_controlled"] = {
+    "squeezed": lambda *given: charged(*given).squeeze(),
+    "a cost of at most 0.25": lambda r, x, limit, cost: charged(r, x, limit, min(cost, 0.25)),
+    "at least -10": lambda *given: charged(*given).clamp(min=-10),
+    "changes the rewards": lambda r, x, limit, cost: r.sub_(cost * (x - limit).clamp(min=0)),
+}
+RIGHT["length_controlled"] = [
+    lambda r, x, limit, cost: r - cost * torch.maximum(x - limit, torch.tensor(0)),
+    lambda r, x, limit, cost: r - cost * (x - limit) * (x > limit),
+    lambda r, x, limit, cost: torch.stack(
+        [a - cost * max(0, n - limit) for a, n in zip(r, x.tolist(), strict=True)]
+    ),
+]
+
+
+def at_least_one(n, c, k):
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+SLIPS["pass_at_k"] = {
+    "all n tries": lambda n, c, k: at_least_one(n, c, k) if k < n else c / n,
+    "all n tries must pass": lambda n, c, k: at_least_one(n, c, k) if k < n else float(c == n),
+    "one sample": lambda n, c, k: at_least_one(n, c, k) if n > 1 else 0.0,
+}
+RIGHT["pass_at_k"] = [
+    lambda n, c, k: 1 - math.prod((n - c - i) / (n - i) for i in range(k)),
+    lambda n, c, k: sum(math.comb(c, j) * math.comb(n - c, k - j) for j in range(1, k + 1)) / math.comb(n, k),
+    lambda n, c, k: np.float32(1 - math.comb(n - k, c) / math.comb(n, c)),
+]
+
+
+def paid(passed, unsafe, partial=1 / 3):
+    share = passed.float().mean(1)
+    return torch.where(unsafe, 0.0, torch.where(passed.all(1), 1.0, share * partial))
+
+
+SLIPS["verifiable_reward"] = {
+    "nine tenths are all": lambda p, u: torch.where(
+        u, 0.0, torch.where(p.float().mean(1) > 0.9, 1.0, paid(p, u))
+    ),
+    "squeezed": lambda *given: paid(*given).squeeze(),
+    "one test": lambda p, u: paid(p, u) if p.shape[1] > 1 else torch.zeros(len(p)),
+    "changes what passed": lambda p, u: paid(p.masked_fill_(u[:, None], False), u),
+}
+RIGHT["verifiable_reward"] = [
+    lambda p, u: (p.sum(1) / p.shape[1] * (1 + 2 * p.all(1)) / 3).masked_fill(u, 0),
+    lambda p, u: torch.tensor(
+        [
+            0.0 if bad else 1.0 if all(row) else sum(row) / len(row) / 3
+            for row, bad in zip(p.tolist(), u.tolist(), strict=True)
+        ]
+    ),
+    lambda p, u: (
+        torch.einsum("bt,b->b", p.float(), (~u).float()) / p.shape[1] * torch.where(p.all(1), 1, 1 / 3)
+    ),
+]
+
+BARE = ("eval", "exec", "compile", "open", "__import__")
+MODULES = ("os", "subprocess", "socket")
+
+
+def dotted(func):
+    return ast.unparse(func).replace("__import__('", "").replace("')", "")
+
+
+def is_path(name):
+    return all(part.isidentifier() for part in name.split("."))
+
+
+def starts_in_module(name):
+    return is_path(name) and name.split(".")[0] in MODULES and "." in name
+
+
+def reaching(
+    code,
+    *,
+    name=dotted,
+    module=starts_in_module,
+    walk=ast.walk,
+    line=lambda node: node.lineno,
+    error=lambda e: [(e.lineno, "SyntaxError")],
+):
+    """As the printed solution; each option is one slip."""
+    try:
+        tree = ast.parse(code)
+    except SyntaxError as problem:
+        return error(problem)
+    nodes = [node for node in walk(tree) if isinstance(node, ast.Call)]
+    names = [(line(node), name(node.func)) for node in nodes]
+    return sorted((at, text) for at, text in names if text in BARE or module(text))
+
+
+def outside_classes(tree):
+    return (node for top in tree.body if not isinstance(top, ast.ClassDef) for node in ast.walk(top))
+
+
+def outside_lambdas(tree):
+    inner = {node for top in ast.walk(tree) if isinstance(top, ast.Lambda) for node in ast.walk(top)}
+    return (node for node in ast.walk(tree) if node not in inner)
+
+
+SLIPS["unsafe_calls"] = {
+    "methods of a result": lambda code: reaching(
+        code, module=lambda n: n.startswith(("os.", "subprocess.", "socket."))
+    ),
+    "modules that begin alike": lambda code: reaching(
+        code, module=lambda n: is_path(n) and n.startswith(MODULES) and "." in n
+    ),
+    "modules that end alike": lambda code: reaching(
+        code, module=lambda n: is_path(n) and ("os." in n or "subprocess." in n)
+    ),
+    "attributes named like a module": lambda code: reaching(
+        code, module=lambda n: is_path(n) and any(part in MODULES for part in n.split(".")[:-1])
+    ),
+    "builtins.eval": lambda code: reaching(code, name=lambda func: dotted(func).removeprefix("builtins.")),
+    "__import__ of os only": lambda code: reaching(
+        code, name=lambda func: ast.unparse(func).replace("__import__('os')", "os")
+    ),
+    "one dot only": lambda code: reaching(code, module=lambda n: starts_in_module(n) and n.count(".") <= 2),
+    "the name of the error": lambda code: reaching(code, error=lambda e: [(e.lineno, type(e).__name__)]),
+    "errors in line 2": lambda code: reaching(code, error=lambda e: [(2, "SyntaxError")]),
+    "the last line of a name": lambda code: reaching(code, line=lambda node: node.func.end_lineno),
+    "not within classes": lambda code: reaching(code, walk=outside_classes),
+    "not within lambdas": lambda code: reaching(code, walk=outside_lambdas),
+    "not with keywords": lambda code: reaching(
+        code, walk=lambda tree: (n for n in ast.walk(tree) if not getattr(n, "keywords", None))
+    ),
+    "an empty program is an error": lambda code: reaching(code) if code else [(1, "SyntaxError")],
+}
+
+
+def parts_of(func):
+    """Names of a dotted call from left to right; empty where it is something else."""
+    if isinstance(func, ast.Name):
+        return [func.id]
+    if isinstance(func, ast.Attribute) and (parts := parts_of(func.value)):
+        return [*parts, func.attr]
+    if isinstance(func, ast.Call) and parts_of(func.func) == ["__import__"]:
+        return [func.args[0].value]
+    return []
+
+
+RIGHT["unsafe_calls"] = [
+    lambda code: reaching(code, name=lambda func: ".".join(parts_of(func))),
+    lambda code: [list(row) for row in reaching(code)],
+    lambda code: reaching(code, module=lambda n: re.fullmatch(r"(os|subprocess|socket)(\.\w+)+", n)),
+]
+
+
+def named(table):
+    return [
+        pytest.param(name, fn, id=f"{name}-{key}") for name, rows in table.items() for key, fn in rows.items()
+    ]
+
+
+@pytest.mark.parametrize("name, fn", named(SLIPS))
+def test_a_slip_is_refused(name, fn):
+    verdict = judge(EXERCISES[name], fn)
+    assert verdict.state == "wrong"
+    assert verdict.message.startswith("not right yet")
+
+
+@pytest.mark.parametrize("name, fn", [(name, fn) for name, fns in RIGHT.items() for fn in fns])
+def test_a_right_answer_written_another_way_is_accepted(name, fn):
+    verdict = judge(EXERCISES[name], fn)
+    assert verdict.state == "solved", verdict.message
+
+
+def test_every_exercise_has_three_more_right_answers():
+    assert set(RIGHT) == set(EXERCISES)
+    assert set(SLIPS) <= set(EXERCISES)
+    assert all(len(fns) >= 3 for fns in RIGHT.values())
+
+
+def changed(arg):
+    """Another value of the same kind, written into the argument where it can be changed."""
+    if isinstance(arg, torch.Tensor):
+        arg.copy_(arg.flip(0) if arg.dtype == torch.bool else -arg - 1)
+    elif isinstance(arg, dict):
+        arg.clear()
+    elif isinstance(arg, list):
+        arg.append(1)
+
+
+MUTABLE = [
+    (name, k)
+    for name, exercise in EXERCISES.items()
+    for k, arg in enumerate(exercise.probes()[0])
+    if isinstance(arg, torch.Tensor | list | dict)
+]
+
+
+@pytest.mark.parametrize("name, k", MUTABLE)
+def test_an_answer_that_changes_an_input_is_told_which(name, k):
+    exercise = EXERCISES[name]
+
+    def overwrites(*args):
+        try:
+            return exercise.reference(*copy.deepcopy(args))
+        finally:
+            changed(args[k])
+
+    verdict = judge(exercise, overwrites)
+    assert verdict.state == "wrong"
+    argument = list(inspect.signature(exercise.reference).parameters)[k]
+    assert f"your function changes its input {argument}" in verdict.message
