@@ -16,7 +16,7 @@ _NAMES = {
     "show_source": "reports",
     "table": "reports",
     "wilson_interval": "reports",
-    "quiz": "widgets",
+    "quiz": "quizzes",
     "rate_pairs": "widgets",
 }
 

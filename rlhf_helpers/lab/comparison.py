@@ -1,11 +1,10 @@
-"""Answers of several models side by side: a widget for the lesson, and one HTML file that needs no other."""
+"""Answers of several models side by side: a table for the lesson, and one HTML file that needs no other."""
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import ipywidgets as widgets
+from IPython.display import HTML
 
 from rlhf_helpers.alignment_eval.evaluators import write_atomically
 
@@ -20,46 +19,28 @@ _HEAD = (
 )
 
 
-class ComparisonPage(widgets.VBox):
-    """Shows the answers to one prompt at a time, chosen in a list; all of them where there is no kernel."""
+def compare_page(prompts: Sequence[str], answers: Answers, *, scores: Scores = None) -> HTML:
+    """Show the answers of several models (base, SFT, RL, best-of-n) to the same P prompts as one table.
 
-    def __init__(self, prompts: Sequence[str], answers: Answers, scores: Scores = None) -> None:
-        """Check what is given and show the first prompt."""
-        _check(prompts, answers, scores)
-        self.given = (prompts, answers, scores)
-        choices = [(f"{i + 1}. {' '.join(prompt.split())[:80]}", i) for i, prompt in enumerate(prompts)]
-        self.chooser = widgets.Dropdown(options=choices, value=0, description="Prompt")
-        self.view = widgets.HTML(_table(*self.given, rows=[0]))
-        self.chooser.observe(lambda change: self.show(change["new"]), names="value")
-        super().__init__([self.chooser, self.view])
+    All text is escaped, and nothing in the table takes the keyboard away from the notebook. Lesson 4.
 
-    def show(self, index: int) -> None:
-        """Show the answers to prompt `index`."""
-        self.chooser.value = index
-        self.view.value = _table(*self.given, rows=[index])
+    Args:
+        answers: name -> P texts.
+        scores: name -> P numbers, for some or all of the names, shown with their means.
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any] | None:
-        bundle = super()._repr_mimebundle_(**kwargs)
-        if bundle is not None:
-            bundle["text/html"] = _table(*self.given)
-        return bundle
-
-
-def compare_page(prompts: Sequence[str], answers: Answers, *, scores: Scores = None) -> ComparisonPage:
-    """Make a widget of the answers of several models (base, SFT, RL, best-of-n) to the same P prompts.
-
-    answers: name -> P texts; scores: name -> P numbers, for some or all of the names, shown with their means.
-    All text is escaped. Lesson 4. Raises ValueError where there is no prompt or name, a column has another
-    length than P, a text is no text, or scores name somebody without answers.
+    Raises:
+        ValueError: there is no prompt or name, a column has another length than P, a text is not a text, or
+            scores name somebody without answers.
     """
-    return ComparisonPage(prompts, answers, scores)
+    _check(prompts, answers, scores)
+    return HTML(_table(prompts, answers, scores))
 
 
 def write_comparison(
     path: str | Path, prompts: Sequence[str], answers: Answers, *, scores: Scores = None,
     title: str = "Answers side by side", note: str = "", overwrite: bool = False,
 ) -> Path:  # fmt: skip
-    """Write the same as one HTML file, a row a prompt, a column a model; returns its path.
+    """Write the same table as one HTML file, with a row per prompt and a column per model; return its path.
 
     It holds its own style and no script, and its policy forbids the browser to fetch anything. note: a
     paragraph above the table: who answered, and how. Lesson 4. Raises FileExistsError where the file is there
@@ -75,17 +56,15 @@ def write_comparison(
     return path
 
 
-def _table(
-    prompts: Sequence[str], answers: Answers, scores: Scores, rows: Iterable[int] | None = None
-) -> str:
-    """The table of some rows, or of all and the means of their scores."""
+def _table(prompts: Sequence[str], answers: Answers, scores: Scores) -> str:
+    """Return a table with one row per prompt, and the means of the scores."""
     scores = scores or {}
     lines = [_row("prompt", [html.escape(name) for name in answers], "col")]
-    for i in range(len(prompts)) if rows is None else rows:
+    for i in range(len(prompts)):
         texts = {name: html.escape(column[i]) or "<em>(empty)</em>" for name, column in answers.items()}
         texts |= {name: f"{texts[name]}\n<small>[{float(scores[name][i]):.2f}]</small>" for name in scores}
         lines.append(_row(prompts[i], texts.values()))
-    if scores and rows is None:
+    if scores:
         means = {name: f"{float(sum(column)) / len(prompts):.2f}" for name, column in scores.items()}
         lines.append(_row("mean score", [means.get(name, "") for name in answers]))
     caption = f"<caption>Answers of {len(answers)} models, side by side</caption>"

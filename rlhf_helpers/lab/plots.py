@@ -1,5 +1,6 @@
-"""Pictures in the house style: colours for colour-blind readers, axes with units, alt text in the output."""
+"""Pictures in the house style: colors for color-blind readers, axes with units, alt text in the output."""
 
+import base64
 import html
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -149,21 +150,27 @@ def learning_curve(
 
 
 def show(figure: Figure, *, alt: str) -> None:
-    """Display a figure as one PNG with its alt text, in the output's metadata and as a folded line below.
+    """Display a figure as one picture whose alt text is part of the page.
 
-    JupyterLab drops the alt attribute of PNG outputs, so the description is text as well. Raises ValueError
-    for an alt text shorter than 40 characters: say what is drawn, on which axes, and what is to be seen.
+    The output is `<img alt="...">` with the PNG inside: JupyterLab and the HTML export drop the alt text of a
+    plain PNG output, so a screen reader would find nothing.
+
+    Raises:
+        ValueError: the alt text has fewer than 40 characters; say what is drawn, on which axes, and what
+            the figure shows.
     """
     alt = " ".join(alt.split())
     if len(alt) < 40:
         raise ValueError(f"alt must describe the picture in at least 40 characters, got {len(alt)}: {alt!r}")
-    drawn, buffer = io.BytesIO(), io.BytesIO()
+    drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
-    # 64 colours are enough for lines and signs, and a third of the size; no version inside: same bytes again.
+    # 64 colors are enough for lines and markers, at a third of the size. No version inside: same bytes again.
     picture = Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
     picture.save(buffer, format="png", optimize=True)
-    display(
-        {"image/png": buffer.getvalue(), "text/plain": alt}, metadata={"image/png": {"alt": alt}}, raw=True
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    image = (
+        f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}" '
+        f'width="{picture.width}" style="max-width: 100%; height: auto">'
     )
-    text = f"<details><summary>Description of the figure</summary>{html.escape(alt)}</details>"
-    display({"text/html": text, "text/plain": ""}, raw=True)
+    display({"text/html": image, "text/plain": alt}, raw=True)

@@ -1,105 +1,163 @@
-"""Small forms of the lessons: rating pairs of answers, and a quiz; both work in a page that nobody clicks."""
+"""Forms of the lessons: rate pairs of answers. A page that nobody clicks shows the stored choices."""
 
 import html
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ipywidgets as widgets
-from IPython.display import HTML
+import anywidget
+import traitlets
 
 CHOICES = ("a", "b", "tie")
-_CELL = "flex:1;border:1px solid #767676;border-radius:4px;padding:6px;white-space:pre-wrap"
+_BOX = "flex:1;border:1px solid #767676;border-radius:4px;padding:6px;white-space:pre-wrap"
+_TORN = b"  # incomplete line"  # ends what a killed kernel left of a line; no JSON ends like this
 
 
-class PairRater(widgets.VBox):
+class PairRater(anywidget.AnyWidget):
     """Shows pairs side by side and collects clicks; `.rows` always holds one choice per pair.
 
-    Stored choices stand in until a person clicks, so a lesson runs top to bottom untouched. Each click is
-    appended to `path` as one JSON line and flushed, so that a lost kernel loses nothing.
+    Stored choices stand in until a person clicks, so a lesson runs from top to bottom untouched. Each click
+    is appended to `path` as one JSON line and flushed to the disk, so a killed kernel loses no click.
+
+    The page (assets/pair_rater.js) draws `shown` and sends {"choice": "a", "index": 0}.
     """
+
+    _esm = Path(__file__).parents[1] / "assets" / "pair_rater.js"
+    _css = ".rlhf-rater button:focus-visible { outline: 2px solid currentColor; outline-offset: 1px }"
+    shown = traitlets.Dict().tag(sync=True)
 
     def __init__(
         self, pairs: Sequence[Mapping[str, str]], *, stored: Sequence[str], path: Path | None
     ) -> None:
-        """Check the pairs and stored choices, take up earlier clicks of `path`, and draw the first pair."""
+        """Check pairs and stored choices, read earlier clicks from `path`, and show the first open pair."""
         self.pairs = [dict(pair) for pair in pairs]
         for n, pair in enumerate(self.pairs):
             if missing := {"prompt", "a", "b"} - set(pair):
                 raise ValueError(f"pairs[{n}] lacks {sorted(missing)}: every pair has prompt, a and b")
         if len(stored) != len(self.pairs) or not self.pairs or not set(stored) <= set(CHOICES):
             raise ValueError(f"stored needs one of {CHOICES} for each of {len(self.pairs)} pairs: {stored!r}")
-        self.path, self.index = path, 0
+        self.path = path
+        self.index = 0
         self.choices = [(choice, "stored") for choice in stored]
-        self._take_up()
-        self.view = widgets.HTML()
-        buttons = []
-        for choice, label in zip(CHOICES, ("A is better", "B is better", "no difference"), strict=True):
-            button = widgets.Button(description=label, tooltip=f"{label} (pair shown above)")
-            button.on_click(lambda _button, choice=choice: self.click(choice))
-            buttons.append(button)
-        super().__init__([self.view, widgets.HBox(buttons)])
-        self._draw()
+        if path is not None and path.exists():
+            self._take_earlier_clicks(path)
+        super().__init__(shown=self._shown())
+        self.on_msg(self._receive)
 
     @property
     def rows(self) -> list[dict[str, str]]:
-        """One row a pair: prompt, a, b, choice ("a", "b" or "tie") and by ("person" or "stored")."""
+        """One row per pair: prompt, a, b, choice ("a", "b" or "tie") and by ("person" or "stored")."""
         both = zip(self.pairs, self.choices, strict=True)
         return [{**pair, "choice": choice, "by": by} for pair, (choice, by) in both]
 
     def click(self, choice: str) -> None:
-        """Note a person's choice for the pair shown, save it, and show the next one, if one is left."""
+        """Record a person's choice for the pair shown, save it, and show the next pair, if one is left."""
         if choice not in CHOICES:
             raise ValueError(f"choice must be one of {CHOICES}, got {choice!r}")
         if self.index >= len(self.pairs):
             return
         if self.path is not None:
-            line = json.dumps({**self.pairs[self.index], "choice": choice}, ensure_ascii=False)
-            with self.path.open("a", encoding="utf8") as file:
-                file.write(f"{line}\n")
-                file.flush()
-                os.fsync(file.fileno())
+            _append_row(self.path, {**self.pairs[self.index], "choice": choice})
         self.choices[self.index] = (choice, "person")
         self.index += 1
-        self._draw()
+        self.shown = self._shown()
 
-    def _take_up(self) -> None:
-        """Earlier clicks count for the same pair; the first pair without one is shown next."""
-        if self.path is None or not self.path.exists():
-            return
-        for number, line in enumerate(self.path.read_text(encoding="utf8").splitlines(), 1):
-            try:
-                row = json.loads(line)
-                pair, choice = {key: row[key] for key in ("prompt", "a", "b")}, row["choice"]
-            except (ValueError, KeyError, TypeError) as error:
-                place = f"{self.path}, line {number}"
-                raise ValueError(f"{place} is no rated pair ({error}): mend or move it") from error
+    def _receive(self, _widget: Any, content: Mapping[str, Any], _buffers: Any) -> None:
+        """Take a click from the page; a second click on the same pair (its answer was slow) is dropped."""
+        if content.get("index", self.index) == self.index:
+            self.click(content.get("choice", ""))
+
+    def _take_earlier_clicks(self, path: Path) -> None:
+        """Count earlier clicks for the same pair; the first pair without a click is shown next."""
+        for row in _read_rows(path):
             for n, known in enumerate(self.pairs):
-                if choice in CHOICES and pair == {key: known[key] for key in pair}:
-                    self.choices[n] = (choice, "person")
-        self.index = next((n for n, (_, by) in enumerate(self.choices) if by == "stored"), len(self.pairs))
+                if all(row[key] == known[key] for key in ("prompt", "a", "b")):
+                    self.choices[n] = (row["choice"], "person")
+        open_pairs = [n for n, (_, by) in enumerate(self.choices) if by == "stored"]
+        self.index = open_pairs[0] if open_pairs else len(self.pairs)
 
-    def _draw(self) -> None:
+    def _shown(self) -> dict[str, Any]:
+        """Return what the page draws: the open pair, or empty texts when all pairs are rated."""
         done = self.index >= len(self.pairs)
-        self.view.value = "<p>All pairs are rated. Thank you!</p>" if done else self._pair_html(self.index)
+        texts = {key: "" if done else str(self.pairs[self.index][key]) for key in ("prompt", "a", "b")}
+        return {"index": self.index, "total": len(self.pairs), **texts}
 
-    def _pair_html(self, n: int) -> str:
-        pair = {key: html.escape(str(text)) for key, text in self.pairs[n].items()}
+    def __repr__(self) -> str:
+        """Say how many pairs are rated, with no address: a lesson stores the same text in every run."""
+        rated = sum(by == "person" for _, by in self.choices)
+        return f"PairRater: {rated} of {len(self.pairs)} pairs rated by a person"
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Add what a page without a kernel shows: the first pair, and who chose."""
+        bundle = super()._repr_mimebundle_(**kwargs)
+        if bundle is not None:
+            bundle[0]["text/html"] = self._static_html()
+        return bundle
+
+    def _static_html(self) -> str:
+        pair = {key: html.escape(str(text)) for key, text in self.pairs[0].items()}
+        choice, by = self.choices[0]
         return (
-            f"<p>Pair {n + 1} of {len(self.pairs)}. <b>{pair['prompt']}</b></p>"
+            f"<p>Pair 1 of {len(self.pairs)}. <b>{pair['prompt']}</b></p>"
             "<div style='display:flex;gap:8px'>"
-            f"<div style='{_CELL}'><b>A</b>\n{pair['a']}</div>"
-            f"<div style='{_CELL}'><b>B</b>\n{pair['b']}</div></div>"
+            f"<div style='{_BOX}'><b>A</b>\n{pair['a']}</div>"
+            f"<div style='{_BOX}'><b>B</b>\n{pair['b']}</div></div>"
+            f"<p>Choice: {choice} ({by}).</p>"
         )
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any] | None:
-        bundle = super()._repr_mimebundle_(**kwargs)
-        if bundle is not None:  # what a page without a kernel shows: the first pair, and who chose
-            choice, by = self.choices[0]
-            bundle["text/html"] = f"{self._pair_html(0)}<p>Choice: {choice} ({by}).</p>"
-        return bundle
+
+def _append_row(path: Path, row: Mapping[str, str]) -> None:
+    """Append one JSON line and flush it to the disk; never continue a line that was left incomplete."""
+    with path.open("a+b") as file:  # "a": every write goes to the end, whoever else writes to the file
+        file.seek(0)
+        last = file.read().rpartition(b"\n")[2]
+        end = b"" if not last else b"\n" if _is_json(last) else _TORN + b"\n"
+        # ASCII: no program takes a character of a text (U+2028, U+0085) for the end of a line.
+        file.write(end + json.dumps(row).encode("ascii") + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    """Read the rated pairs; a last line that a killed kernel left incomplete is skipped with a warning.
+
+    Raises:
+        ValueError: another line is not a rated pair; the message names file and line.
+    """
+    *lines, last = path.read_bytes().split(b"\n")  # not splitlines(): a text may hold U+2028 or U+0085
+    if _is_json(last):
+        lines.append(last)
+    elif last.strip():
+        warnings.warn(
+            f"{path}, line {len(lines) + 1} is incomplete and does not count: rate its pair again",
+            stacklevel=5,  # the cell that calls rate_pairs
+        )
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.endswith(_TORN):
+            continue
+        try:
+            row = json.loads(line)
+            rated = {key: row[key] for key in ("prompt", "a", "b", "choice")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number} is not a rated pair ({error!r}): fix it or move the file"
+            ) from error
+        if rated["choice"] not in CHOICES:
+            raise ValueError(f"{path}, line {number}: choice must be one of {CHOICES}: {rated['choice']!r}")
+        rows.append(rated)
+    return rows
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def rate_pairs(
@@ -107,17 +165,10 @@ def rate_pairs(
 ) -> PairRater:
     """Make a side-by-side comparison of `pairs` (prompt, a, b); `stored` choices stand in for a person.
 
-    Clicks are appended to `path` (JSON lines; None: kept in memory) and read again next time. Raises
-    ValueError for a pair without prompt, a and b, for stored choices that do not fit, and for a broken line.
+    Clicks are appended to `path` (JSON lines; None: kept in memory) and read again next time.
+
+    Raises:
+        ValueError: a pair lacks prompt, a or b, the stored choices do not fit, or a line of `path` is not a
+            rated pair.
     """
     return PairRater(pairs, stored=stored, path=Path(path) if path else None)
-
-
-def quiz(question: str, options: Sequence[str], *, answer: int, explanation: str) -> HTML:
-    """Give a question with numbered options; `answer` (from 0) and its explanation are folded away."""
-    if not 0 <= answer < len(options):
-        raise ValueError(f"answer must be an index of the {len(options)} options, got {answer}")
-    items = "".join(f"<li>{html.escape(option)}</li>" for option in options)
-    solution = f"<b>{answer + 1}. {html.escape(options[answer])}</b> {html.escape(explanation)}"
-    folded = f"<details><summary>Answer</summary>{solution}</details>"
-    return HTML(f"<p><b>{html.escape(question)}</b></p><ol>{items}</ol>{folded}")

@@ -1,4 +1,4 @@
-"""Answers side by side: the widget, what a page without a kernel shows, and the file."""
+"""Answers side by side: the table and the file."""
 
 import re
 from html.parser import HTMLParser
@@ -48,22 +48,12 @@ WHOLE = [
 ]
 
 
-def test_the_widget_shows_the_prompt_that_is_chosen():
-    page = compare_page(PROMPTS, ANSWERS, scores=SCORES)
-    assert [label for label, _ in page.chooser.options] == ["1. What is 1 + 1?", "2. Is 1 < 2 & 2 > 1?"]
-    assert rows_of(page.view.value) == WHOLE[:2]
-    page.chooser.value = 1
-    assert rows_of(page.view.value) == [WHOLE[0], WHOLE[2]]
-    page.show(0)
-    assert page.chooser.value == 0
-    assert rows_of(page.view.value) == WHOLE[:2]
-
-
-def test_without_a_kernel_all_is_shown():
-    page = compare_page(PROMPTS, ANSWERS, scores=SCORES)
-    shown = page._repr_mimebundle_()["text/html"]
-    assert rows_of(shown) == WHOLE
-    assert "<script" not in shown
+def test_the_page_shows_all_answers_and_takes_no_keys():
+    page = compare_page(PROMPTS, ANSWERS, scores=SCORES).data
+    assert rows_of(page) == WHOLE
+    focusable = {"script", "a", "button", "input", "select", "textarea", "summary"}
+    assert not focusable & set(Table(page).tags)
+    assert "tabindex" not in page
 
 
 def test_the_file_is_one_whole_page_that_fetches_nothing(tmp_path):
@@ -91,7 +81,7 @@ def test_scores_are_optional_and_may_be_tensors(tmp_path):
         [PROMPTS[1], "(empty)", WHOLE[2][2][:27]],
     ]
     scores = {name: torch.tensor(column) for name, column in SCORES.items()}
-    assert rows_of(compare_page(PROMPTS, ANSWERS, scores=scores)._repr_mimebundle_()["text/html"]) == WHOLE
+    assert rows_of(compare_page(PROMPTS, ANSWERS, scores=scores).data) == WHOLE
 
 
 def test_names_and_prompts_are_escaped(tmp_path):

@@ -1,6 +1,8 @@
-"""Plots, reports, widgets and the execution of notebooks."""
+"""Plots, reports, quizzes and the execution of notebooks."""
 
-import json
+import base64
+from collections import Counter
+from xml.etree import ElementTree
 
 import nbformat
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from rlhf_helpers.lab import notebooks, plots, reports, widgets
+from rlhf_helpers.lab import notebooks, plots, quizzes, reports
 
 ALT = "Line chart of the loss over 3 steps; it falls from 3 to 1 without a bump."
 
@@ -96,15 +98,20 @@ def displayed(monkeypatch):
     return seen
 
 
-def test_show_stores_the_alt_text_and_the_same_bytes_twice(displayed):
-    plots.show(curve(), alt=ALT)
-    plots.show(curve(), alt=f"  {ALT}\n")
-    assert displayed[:2] == displayed[2:]
-    (picture, keywords), (text, _) = displayed[:2]
-    assert keywords == {"metadata": {"image/png": {"alt": ALT}}, "raw": True}
-    assert picture["image/png"].startswith(b"\x89PNG")
-    assert picture["text/plain"] == ALT
-    assert ALT in text["text/html"]
+def test_show_puts_the_alt_text_into_the_page_and_gives_the_same_bytes_twice(displayed):
+    alt = f"{ALT} Here a < b."
+    plots.show(curve(), alt=alt)
+    plots.show(curve(), alt=f"  {alt}\n")
+    assert displayed[0] == displayed[1]
+    picture, keywords = displayed[0]
+    assert keywords == {"raw": True}
+    assert picture["text/plain"] == alt
+    image = ElementTree.fromstring(picture["text/html"].replace('auto">', 'auto"/>'))
+    assert image.tag == "img"
+    assert image.get("alt") == alt
+    kind, data = image.get("src").split(",")
+    assert kind == "data:image/png;base64"
+    assert base64.b64decode(data).startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="at least 40 characters, got 6"):
         plots.show(curve(), alt="a plot")
 
@@ -140,52 +147,25 @@ def test_show_source_prints_the_function_with_or_without_docstring(displayed):
         assert text.count('"""') == (2 if docstring else 0)
 
 
-PAIRS = [{"prompt": f"<q{n}>", "a": "yes", "b": "no"} for n in range(3)]
-
-
-def test_stored_choices_stand_in_until_a_person_clicks(tmp_path):
-    path = tmp_path / "clicks.jsonl"
-    rater = widgets.rate_pairs(PAIRS, stored=["a", "b", "tie"], path=path)
-    assert [row["choice"] for row in rater.rows] == ["a", "b", "tie"]
-    assert {row["by"] for row in rater.rows} == {"stored"}
-    assert not path.exists()
-    buttons = rater.children[1].children
-    buttons[1].click()
-    assert json.loads(path.read_text(encoding="utf8")) == {**PAIRS[0], "choice": "b"}
-    assert (rater.rows[0]["choice"], rater.rows[0]["by"], rater.rows[1]["by"]) == ("b", "person", "stored")
-    again = widgets.rate_pairs(PAIRS, stored=["a", "b", "tie"], path=path)  # after a kernel restart
-    assert again.rows == rater.rows
-    for _ in range(5):  # clicks after the last pair do nothing
-        again.click("tie")
-    assert len(path.read_text(encoding="utf8").splitlines()) == 3
-    assert "All pairs are rated" in again.children[0].value
-
-
-def test_rater_page_without_kernel_shows_escaped_text():
-    rater = widgets.rate_pairs(PAIRS, stored=["a", "b", "tie"])
-    bundle = rater._repr_mimebundle_()
-    assert "&lt;q0&gt;" in bundle["text/html"]
-    assert "Choice: a (stored)" in bundle["text/html"]
-
-
-def test_rater_refuses_what_does_not_fit(tmp_path):
-    with pytest.raises(ValueError, match=r"pairs\[0\] lacks \['b'\]"):
-        widgets.rate_pairs([{"prompt": "p", "a": "x"}], stored=["a"])
-    for stored in (["a"], ["a", "b", "left"]):
-        with pytest.raises(ValueError, match="stored needs one of"):
-            widgets.rate_pairs(PAIRS, stored=stored)
-    path = tmp_path / "clicks.jsonl"
-    path.write_text('{"prompt": "p"}\n', encoding="utf8")
-    with pytest.raises(ValueError, match=r"clicks\.jsonl, line 1 is no rated pair"):
-        widgets.rate_pairs(PAIRS, stored=["a", "b", "tie"], path=path)
-
-
 def test_quiz_folds_the_answer_away():
-    form = widgets.quiz("1 < 2?", ["no", "yes"], answer=1, explanation="One is less.").data
-    assert form.index("<details>") < form.index("2. yes") < form.index("One is less.")
-    assert "1 &lt; 2?" in form
-    with pytest.raises(ValueError, match="index of the 2 options"):
-        widgets.quiz("?", ["no", "yes"], answer=2, explanation="")
+    form = quizzes.quiz("baseline_effect").data
+    item = quizzes.questions()["baseline_effect"]
+    right = f"{item['answer'] + 1}. The variance of the gradient"
+    assert form.index("What does a baseline change?") < form.index("<details") < form.index(right)
+    assert form.index(right) < form.index("The expected gradient of log pi is 0")
+    with pytest.raises(ValueError, match=r"no quiz is named 'base'.*baseline_effect"):
+        quizzes.quiz("base")
+
+
+def test_every_quiz_is_sound_and_the_answers_do_not_share_one_position():
+    items = quizzes.questions().values()
+    for item in items:
+        assert len(set(item["options"])) == len(item["options"]) >= 3
+        assert 0 <= item["answer"] < len(item["options"])
+        assert item["question"].endswith("?")
+        assert item["explanation"].endswith((".", ")"))
+    positions = Counter(item["answer"] for item in items)
+    assert max(positions.values()) < len(items) / 2
 
 
 @pytest.fixture
