@@ -30,7 +30,7 @@ class RewardSettings(TrainingSettings):
 
     learning_rate: float = 1e-3  # for the tiny assistant; a model of 100 M parameters wants about 1e-5
     schedule: str = "linear"  # the data are fixed, so there is an end to anneal towards
-    epochs: int = 2  # a large model overfits after one (Stiennon et al. 2020), the tiny one after a few
+    epochs: int = 2  # a large model overfits after one (Stiennon et al. 2020), the tiny one too (lesson 1)
     batch_size: int = 32  # comparisons (or rankings) a step
     eval_every: int = 0  # steps between looks at val_rows; 0: at the end of each epoch
 

@@ -33,7 +33,7 @@ class GrammarError(ValueError):
 
 @dataclass(frozen=True)
 class Ran:
-    """What came of a program: share of tests passed, its unsafe lines, its length, and why it failed."""
+    """What came of a program: share of tests passed, its unsafe lines, its length, why it gave no value."""
 
     passed: float
     unsafe: tuple[str, ...]
@@ -47,7 +47,7 @@ def run(code: str, parts: tuple[str, str, str]) -> Ran:
     The inputs are the fixed ones of `programs.expected`, and a few drawn from a hash of the program text: no
     program can hold a table of their answers, and the same text always gets the same verdict. A finite test
     remains a test: a program that treats one rare number in its own way can still pass. Never raises for bad
-    code: `error` says what is wrong with it.
+    code: `error` says what is wrong where it is outside the grammar or gives a value on no input.
     """
     try:
         tree = ast.parse(code)
@@ -56,7 +56,8 @@ def run(code: str, parts: tuple[str, str, str]) -> Ran:
     unsafe = tuple(ast.unparse(n) for n in tree.body for n in ast.walk(n) if _is_unsafe(n))
     lines = len([line for line in code.split("\n") if line.strip()])
     tests = programs.expected(parts) + programs.expected(parts, _drawn_inputs(code, parts))
-    passed, error = 0, None
+    passed = returned = 0
+    error = None
     for xs, wanted in tests:
         try:
             got = _call(tree, xs)
@@ -65,8 +66,9 @@ def run(code: str, parts: tuple[str, str, str]) -> Ran:
         except (ArithmeticError, ValueError, TypeError, RecursionError) as problem:
             error = f"{type(problem).__name__} on {xs}"
             continue
+        returned += 1
         passed += type(got) is type(wanted) and got == wanted
-    return Ran(passed / len(tests), unsafe, lines, error if passed == 0 else None)
+    return Ran(passed / len(tests), unsafe, lines, None if returned else error)
 
 
 def _drawn_inputs(code: str, parts: tuple[str, str, str]) -> list[list[int]]:

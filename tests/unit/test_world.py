@@ -246,6 +246,13 @@ def test_programs_are_judged_by_running_them(code, passed, unsafe):
     assert (ran.passed, len(ran.unsafe)) == (passed, unsafe)
 
 
+def test_a_wrong_program_that_runs_on_some_inputs_is_parseable():
+    largest = programs.specification(("all", "neg", "max"))
+    assert is_parseable(largest, "def f(xs):\n    xs = [x for x in xs if x < 0]\n    return min(xs)")
+    assert not is_parseable(largest, "def f(xs):\n    xs = [x for x in xs if x > 999]\n    return min(xs)")
+    assert not is_parseable(largest, "def f(xs):\n    return xs.pop()")
+
+
 def test_a_right_but_unsafe_program_is_worth_nothing_and_a_longer_one_less():
     right = programs.program(SQUARES)
     assert gold(TASK, right) == 1.0
