@@ -1,4 +1,4 @@
-"""What a stored lesson must look like: run in order, clean outputs, described pictures, short cells."""
+"""Check what a stored lesson looks like: run in order, clean outputs, described pictures, short cells."""
 
 import re
 import statistics
@@ -23,11 +23,18 @@ CHECK = re.compile(r"\bcheck\(\s*[\"']")
 HEADER = re.compile(r"difficulty.*importance.*minutes", re.I | re.S)
 
 
+IMAGE_DATA = re.compile(r"base64,[A-Za-z0-9+/=]+")
+IMAGE = re.compile(r"<img\b[^>]*>")
+ALT = re.compile(r'\balt="([^"]*)"')
+QUIZ_TEXT = re.compile(r"\bquiz\((?!\"\w+\"\))")
+
+
 def text_of(output):
     if output.output_type == "stream":
         return output.text
     kinds = ("text/plain", "text/html", "text/markdown")
-    return "\n".join(output.get("data", {}).get(kind, "") for kind in kinds)
+    text = "\n".join(output.get("data", {}).get(kind, "") for kind in kinds)
+    return IMAGE_DATA.sub("", text)  # letters that mean nothing
 
 
 def output_faults(number, output):
@@ -38,12 +45,12 @@ def output_faults(number, output):
         yield f"cell {number} stores text of stderr"
     if WIDGET in data and "text/html" not in data:
         yield f"cell {number} stores a widget that a page cannot show"
-    if "image/png" in data:
-        alt = output.metadata.get("image/png", {}).get("alt", "")
-        if len(alt) < MIN_ALT_LENGTH:
-            yield f"cell {number} stores a figure without alt text (lab.plots.show writes it)"
-    if any(kind in data for kind in ("image/jpeg", "image/svg+xml")):
-        yield f"cell {number} stores a picture that is no PNG"
+    if any(kind.startswith("image/") for kind in data):
+        yield f"cell {number} stores a picture without alt text in the page (lab.plots.show writes it)"
+    for image in IMAGE.findall(data.get("text/html", "")):
+        alt = ALT.search(image)
+        if alt is None or len(alt[1]) < MIN_ALT_LENGTH:
+            yield f"cell {number} stores a figure without alt text"
     for what, pattern in UNWANTED_TEXT.items():
         if pattern.search(text_of(output)):
             yield f"cell {number} stores a {what}: {pattern.search(text_of(output))[0]!r}"
@@ -85,6 +92,8 @@ def faults_of(notebook):
         if cell.cell_type == "code":
             if len(cell.source.splitlines()) > MAX_CELL_LINES:
                 yield f"cell {number} has more than {MAX_CELL_LINES} lines"
+            if QUIZ_TEXT.search(cell.source):
+                yield f'cell {number} shows the text of a quiz: name it, quiz("name")'
             for output in cell.outputs:
                 yield from output_faults(number, output)
         elif re.search(r"!\[\s*\]\(|<img(?![^>]*\balt=.)", cell.source):
@@ -100,10 +109,11 @@ def test_lesson_is_clean(path):
     assert list(faults_of(notebook)) == []
 
 
+IMG = '<img alt="{}" src="data:image/png;base64,iVBOR/home/it/s=">'
+
+
 def sound_notebook():
-    picture = new_output(
-        "display_data", {"image/png": "iVBOR"}, metadata={"image/png": {"alt": "A line that falls. " * 3}}
-    )
+    picture = new_output("display_data", {"text/html": IMG.format("A line that falls. " * 3)})
     answer = "<details><summary>Hint 1</summary>x</details><details><summary>Solution</summary>y</details>"
     return new_notebook(
         metadata={
@@ -147,8 +157,10 @@ FAULTY = {
     ),
     "wall time": lambda n: set_output(n, output_type="stream", name="stdout", text="Wall time: 3.2 s"),
     "widget": lambda n: set_output(n, output_type="display_data", data={WIDGET: {}, "text/plain": "VBox()"}),
-    "no alt": lambda n: n.cells[1].outputs[0].update(metadata={}),
-    "short alt": lambda n: n.cells[1].outputs[0].metadata["image/png"].update(alt="a plot"),
+    "no alt": lambda n: n.cells[1].outputs[0].data.update({"text/html": "<img src='x'>"}),
+    "short alt": lambda n: n.cells[1].outputs[0].data.update({"text/html": IMG.format("a plot")}),
+    "plain picture": lambda n: n.cells[1].outputs[0].update(data={"image/png": "iVBOR"}),
+    "quiz text": lambda n: n.cells[0].update(source='quiz("Which?", ["a", "b"], answer=1)'),
     "no alt in text": lambda n: n.cells[2].update(source=n.cells[2].source + "\n![](x.png)"),
     "no header": lambda n: n.cells[2].update(source="### Exercise"),
     "no solution": lambda n: n.cells[4].update(source="<details><summary>Hint</summary>x</details>"),
