@@ -19,61 +19,57 @@ SOLUTION = re.compile(r"<details>\s*<summary>Solution</summary>(.*?)</details>",
 CODE = re.compile(r"```python\n(.*?)```", re.S)
 SOLVED = "right. Well done!"
 
-# Runs inside the kernel: after each cell, notes the kind of every name that the cell bound.
+# Runs inside the kernel: after each cell, notes the kind of every name that the cell bound. All of it stays
+# inside one function, so that no name of a lesson can replace a name of the watch.
 WATCH = '''
-import ast, numbers, types
+def start_name_watch():
+    import ast, numbers, types
 
-import numpy
+    import numpy
 
-FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+    functions = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+    inner_scopes = (ast.FunctionDef, ast.ClassDef, ast.Lambda)
+    inner_scopes += (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+    shell, kinds = get_ipython(), {}
 
+    def bound_names(source):
+        """Names that a cell binds at its top level: assignments, loops, with, def, class, import."""
+        names, todo = set(), [ast.parse(source)]
+        while todo:
+            node = todo.pop()
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+            elif isinstance(node, ast.alias):
+                names.add((node.asname or node.name).split(".")[0])
+            if not isinstance(node, inner_scopes):
+                todo += ast.iter_child_nodes(node)
+        return names - {"_"}
 
-def bound_names(source):
-    """Names that the cell binds at its top level: assignments, loops, with, def, class, import."""
-    names, todo = set(), [ast.parse(source)]
-    while todo:
-        node = todo.pop()
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names.add(node.name)
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
-        elif isinstance(node, ast.alias):
-            names.add((node.asname or node.name).split(".")[0])
-        inner_scope = (ast.FunctionDef, ast.ClassDef, ast.Lambda)
-        inner_scope += (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-        if not isinstance(node, inner_scope):
-            todo += ast.iter_child_nodes(node)
-    return names - {"_"}
+    def kind_of(value):
+        """One word for what a value is; all numbers are of one kind, and so are all functions."""
+        if isinstance(value, bool | numpy.bool_):
+            return "bool"
+        if isinstance(value, numbers.Number | numpy.number):
+            return "number"
+        return "function" if isinstance(value, functions) else type(value).__name__
 
+    def after_cell(result):
+        source = shell.input_transformer_manager.transform_cell(result.info.raw_cell)
+        for name in bound_names(source) & set(shell.user_ns):
+            kinds.setdefault(name, set()).add(kind_of(shell.user_ns[name]))
 
-def kind_of(value):
-    """One word for what a value is; all numbers are of one kind, and so are all functions."""
-    if isinstance(value, bool | numpy.bool_):
-        return "bool"
-    if isinstance(value, numbers.Number | numpy.number):
-        return "number"
-    return "function" if isinstance(value, FUNCTIONS) else type(value).__name__
-
-
-class NameWatch:
-    def __init__(self):
-        self.kinds = {}
-
-    def after_cell(self, result):
-        namespace = get_ipython().user_ns
-        source = get_ipython().input_transformer_manager.transform_cell(result.info.raw_cell)
-        for name in bound_names(source) & set(namespace):
-            self.kinds.setdefault(name, set()).add(kind_of(namespace[name]))
+    shell.events.register("post_run_cell", after_cell)
+    return kinds
 
 
-name_watch = NameWatch()
-get_ipython().events.register("post_run_cell", name_watch.after_cell)
+kinds_of_names = start_name_watch()
 '''
 REPORT = """
 import json
 
-reused = {name: sorted(kinds) for name, kinds in name_watch.kinds.items() if len(kinds) > 1}
-print(json.dumps(reused))
+print(json.dumps({name: sorted(kinds) for name, kinds in kinds_of_names.items() if len(kinds) > 1}))
 """
 
 
@@ -132,10 +128,9 @@ def small_lesson(solution, *after):
 
 
 def test_a_solution_is_pasted_and_a_reused_name_is_found(tmp_path):
-    reused_name = "[q for q in 'ab']\nfor q in (1, 2.5):\n    pass"
-    notebook = small_lesson(
-        "def double(x):\n    return x + x", "q = [1]", reused_name, "q = numpy.ones(2)[0]"
-    )
+    loop = "[q for q in 'ab']\nfor q in (1, 2.5):\n    pass"
+    shadows = "import numpy\nq = numpy.ones(2)[0]\nnumbers = ast = 1"  # names that the watch uses, too
+    notebook = small_lesson("def double(x):\n    return x + x", "q = [1]", loop, shadows)
     assert with_solutions(notebook) == 1
     assert run(notebook, tmp_path) == {"q": ["list", "number"]}
     assert printed_by(notebook.cells[2]).strip() == SOLVED
