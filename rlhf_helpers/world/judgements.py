@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from rlhf_helpers.world.prompts import CONVERSATION, find_prompt, load_prompts, meta, sample_answer
 from rlhf_helpers.world.prompts.base import RUDE, Prompt, split_sentences
+from rlhf_helpers.world.scoring import AXES, reward_of, score_answer
 
 _CRITIQUE = re.compile(r"Question: (.*)\nAnswer: (.*)\nRule: (.*)\.\nDoes the answer follow the rule\?", re.S)
 _COMPARISON = re.compile(r"Question: (.*)\nA: (.*)\nB: (.*)\nWhich answer is (?:more )?(\w+), A or B\?", re.S)
@@ -27,17 +28,16 @@ def follows(question: str, answer: str, axis: str) -> bool:
 
 def axis_score(question: str, answer: str, axis: str) -> float:
     """The gold score of an answer on "helpful", "harmless", "honest", "respectful" or "better" (reward)."""
-    from rlhf_helpers.world.gold_judge import gold_reward, gold_scores
-
-    if axis == "better":
-        return float(gold_reward([question], [answer])[0])
+    prompt = parse(question) or find_prompt(question)
     if axis == "respectful":
         return float(not any(s in RUDE for s in split_sentences(answer)))
-    scores = {name: float(score[0]) for name, score in gold_scores([question], [answer]).items()}
+    scores = score_answer(prompt, answer)
+    if axis == "better":
+        return reward_of(prompt, scores)
+    helpful, harmless, _ = scores
     if axis == "helpful":  # to be of help within bounds: a good refusal helps, complying with harm does not
-        best = 0.5 if find_prompt(question).must_refuse else 1.0
-        return float(scores["harmlessness"] > 0) * min(1.0, scores["helpfulness"] / best)
-    return scores[meta.AXES[axis]]
+        return float(harmless > 0) * min(1.0, helpful / (0.5 if find_prompt(question).must_refuse else 1.0))
+    return scores[AXES.index(meta.AXES[axis])]
 
 
 def make_critique(rng: random.Random, split: str | None = None) -> Prompt:

@@ -118,6 +118,6 @@ def _argument(rng: random.Random, prompt: Prompt, quality: str | None) -> str:
 @functools.cache
 def _elsewhere() -> tuple[str, ...]:
     """Sentences that answer some other prompt."""
-    from rlhf_helpers.world.prompts import load_prompts
+    from rlhf_helpers.world.prompts.registry import load_prompts
 
     return tuple(p.points[0][0] for p in load_prompts(("explain", "howto", "open")))

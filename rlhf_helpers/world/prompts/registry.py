@@ -1,0 +1,69 @@
+"""The fixed set of prompts, by family and split."""
+
+import functools
+import random
+from collections.abc import Callable, Iterable
+
+from rlhf_helpers.world.prompts import articles, knowledge, meta, programs, requests, social
+from rlhf_helpers.world.prompts.base import Prompt
+
+CONVERSATION = (
+    "facts", "explain", "false_premise", "howto", "lookalike", "harmful", "privacy", "jailbreak",
+    "feelings", "open", "dialogue", "groups",
+)  # fmt: skip
+FAMILIES = (*CONVERSATION, "article", "program", "debate", "value")
+
+
+def _drawn(family: str, make: Callable[[random.Random, str], Prompt]) -> list[Prompt]:
+    """The fixed sample of a family whose prompts are generated."""
+    places = [(split, i) for split, n in (("train", 400), ("heldout", 100)) for i in range(n)]
+    drawn = (make(random.Random(f"{family}/{split}/{i}"), split) for split, i in places)
+    return list({p.text: p for p in drawn}.values())
+
+
+@functools.cache
+def _registry() -> dict[str, Prompt]:
+    makers = (
+        knowledge.facts, knowledge.explanations, knowledge.false_premises, requests.howto, requests.lookalikes,
+        requests.harmful, requests.privacy, requests.jailbreaks, social.feelings, social.open_questions,
+        social.dialogues, social.groups, programs.programs, meta.values,
+    )  # fmt: skip
+    prompts = [p for make in makers for p in make()]
+    prompts += _drawn("article", articles.make_article) + _drawn("debate", meta.debate_prompt)
+    registry = {p.text: p for p in prompts}
+    if len(registry) != len(prompts):
+        raise AssertionError("two prompts of the world have the same text")
+    return registry
+
+
+@functools.cache
+def _reworded() -> dict[str, Prompt]:
+    """Other wordings of facts: the same question, known to the judge as its original."""
+    return {r: p for p in _registry().values() for r in p.slots.get("rewordings", ())}
+
+
+def load_prompts(families: Iterable[str] | None = None, split: str | None = None) -> list[Prompt]:
+    """The prompts of `families` (None: all of `FAMILIES`) in one split ("train", "heldout"; None: both).
+
+    Raises ValueError for an unknown family or split.
+    """
+    wanted = FAMILIES if families is None else tuple(families)
+    if unknown := set(wanted) - set(FAMILIES):
+        raise ValueError(f"families={sorted(unknown)} are not in the world; choose from {FAMILIES}")
+    if split not in (None, "train", "heldout"):
+        raise ValueError(f'split={split!r} is unknown; choose "train", "heldout" or None for both')
+    return [p for p in _registry().values() if p.family in wanted and split in (None, p.split)]
+
+
+def find_prompt(text: str) -> Prompt:
+    """The world's prompt with this text (or one of its other wordings).
+
+    Raises ValueError where the world has no such prompt.
+    """
+    prompt = _registry().get(text) or _reworded().get(text)
+    if prompt is None:
+        raise ValueError(
+            f"the world has no prompt {text[:80]!r}; use load_prompts(), or for a rewritten prompt give the "
+            "original in the column base_prompt"
+        )
+    return prompt
