@@ -1,14 +1,16 @@
 """The command line, a thin dispatcher: `python -m rlhf_helpers <assistant|study|notebooks|train> --help`."""
 
 import argparse
+import ast
 import importlib
 import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-# module -> its studies: functions of the same name that take out=None (and data, if they are about real
-# data) and write their CSV with a manifest into the folder `out`
+# module -> its studies, called with out=None (and data, if they are about real data) and their settings; they
+# write a CSV and a manifest into the folder `out`
 _STUDIES_OF = {
     "lesson1": (
         "annotator_pairs", "pairs_and_noise", "model_kinds", "label_formats", "label_budget",
@@ -62,9 +64,25 @@ def _study(arguments: argparse.Namespace) -> int:
     wants_data = "data" in inspect.signature(study).parameters
     if wants_data != (arguments.data is not None):
         raise ValueError(f"the study {arguments.name!r} {'needs' if wants_data else 'takes no'} --data")
-    given = {"out": arguments.out, "data": arguments.data}
-    study(**{name: value for name, value in given.items() if value is not None})
+    options = {"out": arguments.out, "data": arguments.data, "seeds": arguments.seeds}
+    options = {name: value for name, value in options.items() if value is not None}
+    options |= dict(arguments.settings)
+    known = list(inspect.signature(study).parameters)
+    if unknown := sorted(options.keys() - set(known)):
+        raise ValueError(f"the study {arguments.name!r} has no {unknown}; its options are {known}")
+    table = study(**options)
+    if arguments.out is None:
+        print(table.to_string(index=False))
     return 0
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """Parse NAME=VALUE; the value is a Python literal, or else a string."""
+    name, _, value = text.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return name, value
 
 
 def _notebooks(arguments: argparse.Namespace) -> int:
@@ -119,6 +137,16 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("name", help=f"one of: {', '.join(sorted(STUDIES))}")
     study.add_argument("--data", help="a preference file, for a study of real data")
     study.add_argument("--out", type=Path, help="folder for CSV and manifest (default: only print)")
+    study.add_argument("--seeds", type=int, nargs="+", help="other seeds than those of the stored study")
+    study.add_argument(
+        "--set",
+        dest="settings",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="another setting than in the stored study, e.g. --set steps=6 --set 'clips=(0.1, 0.2)'",
+    )
     study.set_defaults(run=_study)
 
     notebooks = commands.add_parser("notebooks", help="clear and re-execute lessons in place")

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rlhf_helpers.__main__ import STUDIES
-from rlhf_helpers.lab.studies import lesson1, load_study, prediction_interval, record
+from rlhf_helpers.__main__ import STUDIES, main
+from rlhf_helpers.lab.studies import lesson1, load_study, prediction_interval, record, runner
 from rlhf_helpers.lab.studies.real_preferences import real_preferences
 from rlhf_helpers.reward_model import RewardSettings
 from rlhf_helpers.world.annotators import make_pairs
@@ -62,6 +62,45 @@ class TestRecord:
             prediction_interval([1.0])
 
 
+@runner.study(seeds=(1, 2), learning_rate=0.5)
+def doubled(seed, factors=(2,), offset=0):
+    """Multiply the seed."""
+    for factor in factors:
+        yield {"factor": factor, "product": seed * factor + offset}
+
+
+class TestRunner:
+    def test_a_row_per_seed_and_measurement(self):
+        assert doubled(factors=(2, 3)).to_dict("list") == {
+            "seed": [1, 1, 2, 2],
+            "factor": [2, 3, 2, 3],
+            "product": [2, 3, 4, 6],
+        }
+        assert doubled(seeds=(5,), offset=1).to_dict("records") == [{"seed": 5, "factor": 2, "product": 11}]
+        assert (doubled.__name__, doubled.__doc__) == ("doubled", "Multiply the seed.")
+
+    def test_the_manifest_holds_seeds_settings_and_facts(self, tmp_path, capsys):
+        doubled(tmp_path, offset=1)
+        manifest = json.loads((tmp_path / "doubled.json").read_text())
+        assert manifest["study"] == "doubled"
+        assert manifest["seeds"] == [1, 2]
+        assert (manifest["factors"], manifest["offset"], manifest["learning_rate"]) == ([2], 1, 0.5)
+        assert (tmp_path / "doubled.csv").read_text() == "seed,factor,product\n1,2,3\n2,2,5\n"
+        assert capsys.readouterr().out.splitlines()[0] == "{'seed': 1, 'factor': 2, 'product': 3}"
+
+    def test_seeds_and_settings_from_the_command_line(self, monkeypatch, capsys):
+        monkeypatch.setattr(lesson1, "doubled", doubled, raising=False)
+        monkeypatch.setitem(STUDIES, "doubled", "rlhf_helpers.lab.studies.lesson1:doubled")
+        command = ["study", "doubled", "--seeds", "3", "4", "--set", "factors=(2,)", "--set", "offset=1"]
+        assert main(command) == 0
+        printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert printed == [["seed", "factor", "product"], ["3", "2", "7"], ["4", "2", "9"]]
+        assert main([*command, "--set", "size=1"]) == 1
+        assert "has no ['size']; its options are ['out', 'seeds', 'factors', 'offset']" in (
+            capsys.readouterr().err
+        )
+
+
 class TestStored:
     @pytest.mark.parametrize("name", STUDIES)
     def test_every_study_is_stored_with_its_manifest(self, name):
@@ -71,7 +110,8 @@ class TestStored:
         assert empty <= MAY_BE_EMPTY.get(name, set())
         assert table.attrs["command"] == f"python -m rlhf_helpers study {name}"
         if "seeds" in table.attrs:
-            seeds = [0, 1, 2] if name in ("clip_and_kl", "ability_tax") else [0, 1, 2, 3, 4]
+            few = {"clip_and_kl": [0, 1, 2], "ability_tax": [0, 1, 2], "method_tuning": [100, 101]}
+            seeds = few.get(name, [0, 1, 2, 3, 4])
             assert sorted(table.seed.unique()) == table.attrs["seeds"] == seeds
         assert "/" not in json.dumps(table.attrs.get("data", ""))  # a name, never somebody's path
 

@@ -98,7 +98,7 @@ class TestMethods:
 
     def test_study_and_best_of_four(self, small, monkeypatch):
         monkeypatch.setattr(methods, "chosen_values", lambda: {"RLOO": 1e-3})
-        table = methods.methods(seeds=(0,), names=("base", "best of 4", "RLOO"), tasks={0: small})
+        table = methods.methods(seeds=(0,), names=("base", "best of 4", "RLOO"))
         by_method = table.set_index("method")
         assert by_method.proxy["best of 4"] > by_method.proxy["base"]
         assert by_method.value["RLOO"] == 1e-3
@@ -173,9 +173,9 @@ class TestSweeps:
         assert designs.design.tolist() == ["none", "gameable"]
 
     def test_grid_and_frontier(self):
-        grid = sweeps.clip_and_kl(seeds=(0,), clips=(0.2,), prices=(0.1,), steps=1)
+        grid = sweeps.clip_and_kl(seeds=(0,), clips=(0.2,), kl_coefs=(0.1,), steps=1)
         assert grid.clipfrac.between(0, 1).all()
-        line = sweeps.frontier(seeds=(0,), betas=(0.1,), prices=(0.1,))
+        line = sweeps.frontier(seeds=(0,), betas=(0.1,), kl_coefs=(0.1,))
         assert line.method.tolist() == ["dpo", "ppo"]
 
     def test_tax_is_logged_while_training(self, monkeypatch):
@@ -186,8 +186,7 @@ class TestSweeps:
         assert table.step.tolist() == [0, 1, 2, 3, 4]
         assert np.isfinite(table.surprise).all()
 
-    def test_sizes(self, monkeypatch):
-        monkeypatch.setattr(sweeps, "chosen_values", lambda: {"RLOO": 1e-3})
+    def test_sizes(self):
         recipe = Recipe(epochs=1, rows=64, batch_size=32, warmup_steps=0)
         table = sweeps.model_sizes(seeds=(0,), names=("small", sweeps.SHIPPED), recipe=recipe)
         parameters = table.groupby("size").parameters.first()

@@ -109,7 +109,7 @@ def columns_of(name):
 
 SMALL = {
     "revisions": lambda: constitution.revisions(seeds=(0,), ways=("one rule",), rounds=1, answers=4),
-    "red_team_policy": lambda: attacks.red_team_policy(seeds=(0,), prices=(), n=4),
+    "red_team_policy": lambda: attacks.red_team_policy(seeds=(0,), kl_coefs=(), n=4),
     "gradient_attacks": lambda: gradient_attacks.gradient_attacks(
         seeds=(0,), behaviours=1, suffix_length=3, steps=1, candidates=4, top_k=4, samples=1
     ),

@@ -1,8 +1,6 @@
-"""What a study leaves behind: a table as CSV, and a manifest that says how to make the same rows again."""
+"""Records of studies: a table as CSV, and a manifest that says how to make the same rows again."""
 
-import hashlib
 import json
-import os
 import platform
 import sys
 from dataclasses import asdict, is_dataclass
@@ -20,9 +18,13 @@ LIBRARIES = ("torch", "transformers", "scikit-learn", "numpy", "accelerate")
 
 
 def write_study(out: str | Path | None, name: str, table: pd.DataFrame, **facts: Any) -> pd.DataFrame:
-    """Write `table` into the folder `out` as NAME.csv and its manifest as NAME.json; give the table back.
+    """Write a table as NAME.csv and its manifest as NAME.json, and return the table.
 
-    facts: settings, seeds, data: whatever decides the rows. out None: nothing is written.
+    Args:
+        out: The folder; None: nothing is written.
+        name: Name of the study.
+        table: Its rows.
+        **facts: Settings, seeds, data: everything that decides the rows.
     """
     if out is None:
         return table
@@ -44,10 +46,10 @@ def write_study(out: str | Path | None, name: str, table: pd.DataFrame, **facts:
 
 
 def load_study(name: str) -> pd.DataFrame:
-    """Read the stored table of a study, its manifest in `.attrs`.
+    """Read the stored table of a study, with its manifest in `.attrs`.
 
     Raises:
-        FileNotFoundError: no such study is stored; names those that are.
+        FileNotFoundError: No such study is stored; the error names those that are.
     """
     file = STORED / f"{name}.csv"
     if not file.is_file():
@@ -59,24 +61,15 @@ def load_study(name: str) -> pd.DataFrame:
 
 
 def prediction_interval(values: Any, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Where one further run falls: mean -+ t_(n-1) s sqrt(1 + 1/n) of n independent runs.
+    """Predict where one further run falls: mean -+ t_(n-1) s sqrt(1 + 1/n) of n independent runs.
 
-    Wider than the interval of the mean, which says nothing about a single run. Raises ValueError for fewer
-    than two values.
+    Wider than the interval of the mean, which says nothing about a single run.
+
+    Raises:
+        ValueError: There are fewer than two values.
     """
     runs = np.asarray(values, dtype=float)
     if runs.size < 2:
         raise ValueError(f"a prediction interval needs at least two runs, got {runs.size}")
     half = stats.t.ppf(0.5 + confidence / 2, runs.size - 1) * runs.std(ddof=1) * np.sqrt(1 + 1 / runs.size)
     return float(runs.mean() - half), float(runs.mean() + half)
-
-
-def facts_of(data: Any, pairs: int) -> dict[str, Any]:
-    """Name, size and fingerprint of a data file, so that a rerun can tell whether it reads the same."""
-    facts: dict[str, Any] = {"pairs": pairs}
-    if isinstance(data, (str, os.PathLike)):
-        path = Path(data)
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-        digest = hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest() if files else None
-        facts |= {"data": path.name, "sha256": digest}
-    return facts

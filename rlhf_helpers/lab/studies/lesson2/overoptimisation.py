@@ -1,11 +1,12 @@
-"""Over-optimisation: what happens to the truth when a bad reward model is searched hard, and what helps.
+"""Over-optimisation: what happens to gold when a bad reward model is optimised hard, and what helps.
 
 The set-up of Gao, Schulman and Hilton 2022 in small: reward models trained on few labels of which a quarter
 are wrong (Coste et al. 2023), best-of-n and RLOO without a KL penalty, gold measured all along.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import torch
 
 from rlhf_helpers.core.generation import Rollout
 from rlhf_helpers.core.models import RewardFn
-from rlhf_helpers.lab.studies.lesson1 import SEEDS, distinct_texts, noisy, trained
-from rlhf_helpers.lab.studies.lesson2.methods import Task, looks_of, make_task, measure, sampled
+from rlhf_helpers.lab.studies.lesson1 import compared, distinct_texts, noisy, trained
+from rlhf_helpers.lab.studies.lesson2.methods import Task, eval_history, make_task, measure, sampled
 from rlhf_helpers.lab.studies.record import write_study
+from rlhf_helpers.lab.studies.runner import SEEDS, Row, study
 from rlhf_helpers.policy_optimization import (
     RLOOSettings,
     best_of_n_curve,
@@ -32,10 +34,7 @@ from rlhf_helpers.world.gold_judge import gold_reward
 FLIPS = 0.25
 FEW, MANY = 250, 750
 ROUNDS = 3  # of iterative RLHF; each buys FEW labels, MANY in all
-NS = [2**k for k in range(9)]
-SEARCH = {"steps": 54, "prompts_per_step": 8, "samples_per_prompt": 4, "learning_rate": 9e-4}
-EVERY = 6  # steps between looks at the held-out prompts
-# cure -> which reward is searched, and the price of KL
+# cure -> which reward is optimised, and kl_coef
 CURES = {
     "none": ("few", 0.0),
     "KL price 0.1": ("few", 0.1),
@@ -46,132 +45,120 @@ CURES = {
 }
 
 
-def poor_reward(name: str, seed: int) -> Any:
-    """A reward model of a kind that the study compares; a fourth of the labels behind it are wrong.
+def poor_reward(name: str, task: Task) -> RewardFn:
+    """Train a reward model of which a quarter of the labels are wrong.
 
-    "few": 250 pairs; "many": 750; "validation": 250 others; "worst of 4": the least of four models that
-    differ in their head and the order of the same 250 pairs.
+    Its rewards have mean 0 and standard deviation 1 on the base's samples.
+
+    Args:
+        name: "few" (250 pairs), "many" (750), "validation" (250 others), or "worst of 4" (the least of four
+            models that differ in their head and in the order of the same 250 pairs).
+        task: The base and the seed.
     """
-    few = make_pairs(FEW, annotator=noisy(FLIPS), seed=seed)
+    count = MANY if name == "many" else FEW
+    seed = task.seed + 1000 if name == "validation" else task.seed
+    labelled = make_pairs(count, annotator=noisy(FLIPS), seed=seed)
+    samples = sampled(task.base, task.tokenizer, task.prompts[::2], seed=1)
     if name == "worst of 4":
-        ensemble = create_reward_model("ensemble", seed=10 * seed, members=4, aggregate="worst")
-        ensemble.fit(few, settings=RewardSettings(seed=10 * seed, progress=False))
-        return ensemble
-    pairs = {
-        "few": lambda: few,
-        "many": lambda: make_pairs(MANY, annotator=noisy(FLIPS), seed=seed),
-        "validation": lambda: make_pairs(FEW, annotator=noisy(FLIPS), seed=1000 + seed),
-    }
-    return trained(pairs[name](), seed=seed)
-
-
-def scaled_reward(name: str, task: Task) -> RewardFn:
-    """`poor_reward` with mean 0 and standard deviation 1 on the base's samples."""
-    model, samples = (
-        poor_reward(name, task.seed),
-        sampled(task.base, task.tokenizer, task.prompts[::2], seed=1),
-    )
-    if name == "worst of 4":
+        model = create_reward_model("ensemble", seed=10 * task.seed, members=4, aggregate="worst")
+        model.fit(labelled, settings=RewardSettings(seed=10 * task.seed, progress=False))
         model.normalise(samples.prompts, samples.responses)
+    else:
+        model = trained(labelled, seed=task.seed)
     return normalise_reward(model, samples.prompts, samples.responses)
 
 
 def best_of_n_overoptimisation(
     out: str | Path | None = None, *, seeds: Sequence[int] = SEEDS, prompts: int = 40, samples: int = 512
 ) -> pd.DataFrame:
-    """Best-of-n by a poor reward model: n, kl (exact), kl_bound, proxy, gold; one draw of samples for all.
+    """Measure best-of-n by a poor reward model: n, kl (exact), kl_bound, proxy, gold, seed, cure.
 
-    Columns seed and cure ("none": 250 pairs, "more pairs": 750) besides.
+    All seeds judge the same samples. cure: "none" (250 pairs) or "more pairs" (750).
     """
-    task, rows = make_task(0, pairs=16), []
+    task, tables = make_task(0, pairs=16), []
     asked = task.heldout[:: max(1, len(task.heldout) // prompts)][:prompts]
-    drawn = sampled(task.base, task.tokenizer, asked, seed=9, each=samples)
-    gold = gold_reward(drawn.prompts, drawn.responses).view(prompts, samples)
-    *texts, where = distinct_texts(drawn)
+    rollout = sampled(task.base, task.tokenizer, asked, seed=9, each=samples)
+    gold = gold_reward(rollout.prompts, rollout.responses).view(prompts, samples)
+    *texts, index = distinct_texts(rollout)
+    counts = [2**k for k in range(9)]
     for seed in seeds:
         for cure, name in (("none", "few"), ("more pairs", "many")):
-            reward = scaled_reward(name, Task(**{**vars(task), "seed": seed}))
-            proxy = reward(*texts).cpu()[where].view(prompts, samples)
-            curve = best_of_n_curve(proxy, gold, NS)
-            curve.insert(1, "kl", best_of_n_exact_kl(proxy, NS).numpy())
-            rows.append(curve.assign(seed=seed, cure=cure))
-            print(seed, cure, curve.gold.round(3).tolist(), flush=True)
-    facts = {
-        "seeds": list(seeds),
-        "prompts": prompts,
-        "samples": samples,
-        "flips": FLIPS,
-        "pairs": [FEW, MANY],
-    }
-    return write_study(out, "best_of_n_overoptimisation", pd.concat(rows, ignore_index=True), **facts)
+            reward = poor_reward(name, replace(task, seed=seed))
+            proxy = reward(*texts).cpu()[index].view(prompts, samples)
+            curve = best_of_n_curve(proxy, gold, counts)
+            curve.insert(1, "kl", best_of_n_exact_kl(proxy, counts).numpy())
+            tables.append(curve.assign(seed=seed, cure=cure))
+    facts = {"prompts": prompts, "samples": samples, "flips": FLIPS, "pairs": [FEW, MANY]}
+    table = pd.concat(tables, ignore_index=True)
+    return write_study(out, "best_of_n_overoptimisation", table, seeds=list(seeds), **facts)
 
 
+@study(flips=FLIPS, pairs=[FEW, MANY])
 def rl_overoptimisation(
-    out: str | Path | None = None,
-    *,
-    seeds: Sequence[int] = SEEDS,
+    seed: int,
     cures: Sequence[str] = tuple(CURES),
-    **changes: Any,
-) -> pd.DataFrame:
-    """54 steps of RLOO on a poor reward model, looked at every 6 steps, with each cure.
+    steps: int = 54,
+    prompts_per_step: int = 8,
+    samples_per_prompt: int = 4,
+    learning_rate: float = 9e-4,
+    eval_every: int = 6,
+) -> Iterator[Row]:
+    """Run RLOO on a poor reward model with each cure, measured every `eval_every` steps.
 
-    Columns: seed, cure, step, the measures of `methods.measure` (proxy: of the reward that is searched), and
-    validation: the reward of a second model from 250 other pairs, for early stopping. changes: of `SEARCH`.
+    Columns: seed, cure, step, the measures of `methods.measure` (proxy: the reward that is optimised), and
+    validation: the reward of a second model from 250 other pairs, for early stopping.
     """
-    rows = []
-    for seed in seeds:
-        task = make_task(seed, pairs=16)  # its own reward is not used
-        validation = scaled_reward("validation", task)
-        for cure in cures:
-            for row in _search(cure, task, validation, changes):
-                rows.append({"seed": seed, "cure": cure, **row})
-            print(seed, cure, [round(r["gold"], 3) for r in rows if r["seed"] == seed and r["cure"] == cure])
-    facts = {"seeds": list(seeds), "flips": FLIPS, "pairs": [FEW, MANY], "search": SEARCH | changes}
-    return write_study(out, "rl_overoptimisation", pd.DataFrame(rows), **facts)
+    task = make_task(seed, pairs=16)  # its own reward is not used
+    validation = poor_reward("validation", task)
+    settings = RLOOSettings(
+        steps=steps,
+        prompts_per_step=prompts_per_step,
+        samples_per_prompt=samples_per_prompt,
+        learning_rate=learning_rate,
+        eval_every=eval_every,
+        seed=seed,
+        progress=False,
+    )
+    for cure in cures:
+        for row in _search(cure, task, validation, settings):
+            yield {"cure": cure, **row}
 
 
-def _search(cure: str, task: Task, validation: RewardFn, changes: dict[str, Any]) -> list[dict[str, Any]]:
-    """The looks at one run, the first before any step."""
-    name, price = CURES[cure]
-    searched: list[RewardFn] = []  # what iterative RLHF has refitted so far
-    refit = partial(refit_on, task=task, searched=searched)
-    reward = scaled_reward("few" if name == "iterative" else name, task)
+def _search(cure: str, task: Task, validation: RewardFn, settings: RLOOSettings) -> list[Row]:
+    """Run one cure and list its measures, the first before any step."""
+    name, kl_coef = CURES[cure]
+    settings = replace(settings, kl_coef=kl_coef)
+    rewards: list[RewardFn] = []  # the last one is optimised; iterative RLHF adds one per round
+    rewards.append(poor_reward("few" if name == "iterative" else name, task))
 
-    def look(model: torch.nn.Module) -> dict[str, float]:
-        proxy = searched[-1] if searched else reward
-        return measure(model, task, samples=1, proxy=proxy, validation=validation)
+    def measure_all(model: torch.nn.Module) -> dict[str, float]:
+        return measure(model, task, samples=1, proxy=rewards[-1], validation=validation)
 
     model = deepcopy(task.base)
-    own = {"seed": task.seed, "kl_coef": price, "eval_every": EVERY, "progress": False}
-    settings = RLOOSettings(**{**SEARCH, **own, **changes})
-    first, options = look(model), {"ref_model": task.base, "eval_fn": look}
+    first, options = measure_all(model), {"ref_model": task.base, "eval_fn": measure_all}
     if name == "iterative":
+        refit = partial(refit_on, task=task, searched=rewards)
         options |= {"rounds": ROUNDS, "prompts_per_round": FEW // 2}
-        settings = RLOOSettings(**{**vars(settings), "steps": settings.steps // ROUNDS})
+        settings = replace(settings, steps=settings.steps // ROUNDS)
         history = iterative_rlhf(model, task.tokenizer, task.prompts, refit, settings, **options)
     else:
-        history = rloo(model, task.tokenizer, task.prompts, reward, settings, **options)
-    return looks_of(first, history)
+        history = rloo(model, task.tokenizer, task.prompts, rewards[-1], settings, **options)
+    return eval_history(first, history)
 
 
-def refit_on(
-    rollouts: list[Rollout], *, task: Task, searched: list[RewardFn], group: int = 4
-) -> Callable[..., Any]:
-    """A reward model from labels of what the policy has said: two pairs a prompt, a fourth of them wrong.
+def refit_on(rollouts: list[Rollout], *, task: Task, searched: list[RewardFn]) -> Callable[..., Any]:
+    """Train a reward model on labels of the policy's samples: two pairs per prompt, a quarter wrong.
 
-    Each round labels the newest samples and trains anew on all labels so far; `searched` keeps the rewards.
+    Each round labels the newest samples and trains anew on all labels so far; `searched` collects the
+    rewards.
     """
-    people, rows = noisy(FLIPS), []
+    rows = []
     for number, rollout in enumerate(rollouts):
-        both = [(i, i + 1) for start in range(0, len(rollout), group) for i in (start, start + 2)]
-        both = [(i, j) for i, j in both if rollout.responses[i] != rollout.responses[j]]
-        asked = [rollout.prompts[i] for i, _ in both]
-        sides = [[rollout.responses[pair[k]] for pair in both] for k in (0, 1)]
-        wins = people.compare(asked, *sides, seed=100 * task.seed + number)
-        for prompt, a, b, won in zip(asked, *sides, wins, strict=True):
-            if a.strip() and b.strip():
-                chosen, rejected = (a, b) if won else (b, a)
-                rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        first, second = rollout.responses[::2], rollout.responses[1::2]
+        texts = zip(rollout.prompts[::2], first, second, strict=True)
+        different = [text for text in texts if text[1] != text[2]]
+        rows += compared(different, noisy(FLIPS), seed=100 * task.seed + number)
+    rows = [row for row in rows if row["chosen"].strip() and row["rejected"].strip()]
     model = trained(rows, seed=task.seed)
     samples = sampled(task.base, task.tokenizer, task.prompts[::2], seed=1)
     searched.append(normalise_reward(model, samples.prompts, samples.responses))

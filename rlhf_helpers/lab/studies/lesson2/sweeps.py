@@ -1,171 +1,155 @@
-"""Single settings of lesson 2, swept over seeds: what each does to reward, truth, KL and entropy."""
+"""Single settings of lesson 2, swept over seeds: what each does to reward, gold, KL and entropy."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from rlhf_helpers.core.generation import sequence_logps
-from rlhf_helpers.lab.studies.lesson1 import SEEDS
 from rlhf_helpers.lab.studies.lesson2.methods import (
     Task,
-    chosen_values,
-    looks_of,
+    eval_history,
     make_task,
     measure,
     run_method,
     sampled,
 )
-from rlhf_helpers.lab.studies.record import write_study
+from rlhf_helpers.lab.studies.runner import SEEDS, Row, study
 from rlhf_helpers.preference_data import ai_labels
 from rlhf_helpers.world import assistant
 from rlhf_helpers.world.annotators import make_pairs
 from rlhf_helpers.world.gold_judge import gold_reward
 
-Row = dict[str, Any]
 SMALL_STEPS = {"steps": 20, "prompts_per_step": 8, "samples_per_prompt": 4, "kl_coef": 0.0}
 RATE = 1e-3
 FRIENDLY = ("help", "thank", "wonderful", "brilliant", "good", "nice")
 
 
 def gold_task(seed: int) -> Task:
-    """The task of `make_task` with the gold judge itself for a reward."""
+    """Make the task of `make_task` with the gold judge itself as the reward."""
     return replace(make_task(seed, pairs=16), reward=gold_reward)
 
 
-def _store(
-    out: str | Path | None, name: str, rows: list[Row], seeds: Sequence[int], **facts: Any
-) -> pd.DataFrame:
-    return write_study(out, name, pd.DataFrame(rows), seeds=list(seeds), **facts)
-
-
+@study(seeds=SEEDS[:3], learning_rate=RATE)
 def clip_and_kl(
-    out: str | Path | None = None,
-    *,
-    seeds: Sequence[int] = SEEDS[:3],
+    seed: int,
     clips: Sequence[float] = (0.05, 0.2, 0.8),
-    prices: Sequence[float] = (0.0, 0.1, 0.5),
+    kl_coefs: Sequence[float] = (0.0, 0.1, 0.5),
     steps: int = 6,
-) -> pd.DataFrame:
-    """PPO with 4 passes over each step's samples: seed, cliprange, kl_coef, the measures, clipfrac.
+    epochs: int = 4,
+    minibatches: int = 2,
+) -> Iterator[Row]:
+    """Run PPO with several passes over each step's samples, by cliprange and kl_coef.
 
-    clipfrac: share of clipped tokens, mean over the run; reward: the trained model of `make_task`.
+    Columns: seed, cliprange, kl_coef, clipfrac (share of clipped tokens, mean over the run), the measures.
+    The reward is the trained model of `make_task`.
     """
-    changes, rows = {"epochs": 4, "minibatches": 2, "steps": steps}, []
-    for seed in seeds:
-        task = make_task(seed)
-        for clip in clips:
-            for price in prices:
-                run = run_method("PPO", task, RATE, cliprange=clip, kl_coef=price, **changes)
-                clipped = run.history.to_frame()["policy/clipfrac"].mean()
-                rows.append({"seed": seed, "cliprange": clip, "kl_coef": price, "clipfrac": clipped})
-                rows[-1] |= measure(run.model, task)
-                print(rows[-1], flush=True)
-    return _store(out, "clip_and_kl", rows, seeds, learning_rate=RATE, **changes)
+    task = make_task(seed)
+    settings = {"steps": steps, "epochs": epochs, "minibatches": minibatches}
+    for clip in clips:
+        for kl_coef in kl_coefs:
+            run = run_method("PPO", task, RATE, cliprange=clip, kl_coef=kl_coef, **settings)
+            clipfrac = run.history.to_frame()["policy/clipfrac"].mean()
+            yield {
+                "cliprange": clip,
+                "kl_coef": kl_coef,
+                "clipfrac": clipfrac,
+                **measure(run.model, task),
+            }
 
 
+@study(learning_rate=RATE, **SMALL_STEPS)
 def exploration(
-    out: str | Path | None = None,
-    *,
-    seeds: Sequence[int] = SEEDS,
+    seed: int,
     temperatures: Sequence[float] = (0.5, 1.0, 1.5),
     bonuses: Sequence[float] = (0.02, 0.2),
-) -> pd.DataFrame:
-    """RLOO on gold at other sampling temperatures, and with an entropy bonus at temperature 1.
+) -> Iterator[Row]:
+    """Run RLOO on gold at several sampling temperatures, and with an entropy bonus at temperature 1.
 
     Columns: seed, temperature, entropy_coef, the measures, and distinct: the share of different texts among
-    four answers to each held-out prompt (1 explores, 1/4 has collapsed). Measured at temperature 1. kl_coef
-    is 0, so that nothing but exploration holds the policy back.
+    four answers to each held-out prompt (1: all differ, 1/4: all are the same). Measured at temperature 1.
+    kl_coef is 0, so that only exploration keeps the policy from collapsing.
     """
-    rows = []
-    for seed in seeds:
-        task = gold_task(seed)
-        for temperature, bonus in [(t, 0.0) for t in temperatures] + [(1.0, bonus) for bonus in bonuses]:
-            changes = {**SMALL_STEPS, "temperature": temperature, "entropy_coef": bonus}
-            model = run_method("RLOO", task, RATE, **changes).model
-            texts = sampled(model, task.tokenizer, task.heldout, seed=60_000 + seed, each=4).responses
-            different = sum(len(set(texts[i : i + 4])) for i in range(0, len(texts), 4)) / len(texts)
-            rows.append({"seed": seed, "temperature": temperature, "entropy_coef": bonus})
-            rows[-1] |= measure(model, task) | {"distinct": different}
-            print(rows[-1], flush=True)
-    return _store(out, "exploration", rows, seeds, learning_rate=RATE, **SMALL_STEPS)
+    task = gold_task(seed)
+    plan = [(temperature, 0.0) for temperature in temperatures] + [(1.0, bonus) for bonus in bonuses]
+    for temperature, bonus in plan:
+        settings = {**SMALL_STEPS, "temperature": temperature, "entropy_coef": bonus}
+        model = run_method("RLOO", task, RATE, **settings).model
+        texts = sampled(model, task.tokenizer, task.heldout, seed=60_000 + seed, each=4).responses
+        different = sum(len(set(texts[i : i + 4])) for i in range(0, len(texts), 4))
+        yield {
+            "temperature": temperature,
+            "entropy_coef": bonus,
+            **measure(model, task),
+            "distinct": different / len(texts),
+        }
 
 
 def friendly_and_long(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
-    """A rule that can be gamed: a tenth for each ten words and for each friendly word; a RewardFn."""
+    """Pay a tenth for each ten words and for each friendly word, a rule that can be gamed; a RewardFn."""
     words = torch.tensor([len(text.split()) for text in responses])
     friendly = torch.tensor([sum(text.lower().count(word) for word in FRIENDLY) for text in responses])
     return words / 100 + friendly / 10
 
 
 def all_right(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
-    """A sparse reward: 1 for a best answer, 0 for all others; a RewardFn."""
+    """Pay 1 for a best answer and 0 for every other, a sparse reward; a RewardFn."""
     return (gold_reward(prompts, responses) > 0.999).float()
 
 
 REWARDS: dict[str, Callable[..., torch.Tensor]] = {
-    "sparse": all_right, "shaped": gold_reward, "gameable": friendly_and_long,
-}  # fmt: skip
+    "sparse": all_right,
+    "shaped": gold_reward,
+    "gameable": friendly_and_long,
+}
 
 
-def reward_design(
-    out: str | Path | None = None, *, seeds: Sequence[int] = SEEDS, names: Sequence[str] = tuple(REWARDS)
-) -> pd.DataFrame:
-    """20 steps of RLOO on three rewards for the same goal: seed, design, the measures (proxy: as paid).
+@study(learning_rate=RATE, **SMALL_STEPS)
+def reward_design(seed: int, names: Sequence[str] = tuple(REWARDS)) -> Iterator[Row]:
+    """Run RLOO on three rewards for the same goal: seed, design, the measures (proxy: that reward).
 
     The design "none" is the base, its proxy that of "gameable".
     """
-    rows = []
-    for seed in seeds:
-        task = replace(gold_task(seed), reward=friendly_and_long)
-        rows.append({"seed": seed, "design": "none", **measure(task.base, task)})
-        for name in names:
-            task = replace(task, reward=REWARDS[name])
-            model = run_method("RLOO", task, RATE, **SMALL_STEPS).model
-            rows.append({"seed": seed, "design": name, **measure(model, task)})
-            print(rows[-1], flush=True)
-    return _store(out, "reward_design", rows, seeds, learning_rate=RATE, **SMALL_STEPS)
+    task = replace(gold_task(seed), reward=friendly_and_long)
+    yield {"design": "none", **measure(task.base, task)}
+    for name in names:
+        task = replace(task, reward=REWARDS[name])
+        model = run_method("RLOO", task, RATE, **SMALL_STEPS).model
+        yield {"design": name, **measure(model, task)}
 
 
+@study(samples=2)
 def frontier(
-    out: str | Path | None = None,
-    *,
-    seeds: Sequence[int] = SEEDS,
+    seed: int,
     betas: Sequence[float] = (0.03, 0.1, 0.3, 1.0),
-    prices: Sequence[float] = (0.01, 0.03, 0.1, 0.3),
-) -> pd.DataFrame:
-    """DPO over beta, PPO over kl_coef, both for gold: seed, method, setting, and reward and kl, held out.
+    kl_coefs: Sequence[float] = (0.01, 0.03, 0.1, 0.3),
+) -> Iterator[Row]:
+    """Run DPO by beta and PPO by kl_coef, both for gold: seed, method, setting, held-out reward and kl.
 
     DPO learns from as many samples of the base as PPO draws, ordered by gold.
     """
-    plan = [("dpo", "DPO", "beta", value, 1e-3) for value in betas]
-    plan += [("ppo", "PPO", "kl_coef", value, 3e-4) for value in prices]
-    rows = []
-    for seed in seeds:
-        task = gold_task(seed)
-        for method, name, setting, value, rate in plan:
-            found = measure(run_method(name, task, rate, **{setting: value}).model, task)
-            rows.append({"seed": seed, "method": method, "setting": value})
-            rows[-1] |= {"reward": found["gold"], "kl": found["kl"]}
-            print(rows[-1], flush=True)
-    return _store(out, "frontier", rows, seeds, samples=2)
+    task = gold_task(seed)
+    plan = [("DPO", 1e-3, {"beta": beta}) for beta in betas]
+    plan += [("PPO", 3e-4, {"kl_coef": kl_coef}) for kl_coef in kl_coefs]
+    for name, rate, setting in plan:
+        result = measure(run_method(name, task, rate, **setting).model, task)
+        (value,) = setting.values()
+        yield {"method": name.lower(), "setting": value, "reward": result["gold"], "kl": result["kl"]}
 
 
 def ability(model: torch.nn.Module, tokenizer: Any) -> dict[str, float]:
-    """What the policy can do besides, on tasks that the reward says nothing of; for `eval_fn`.
+    """Measure two abilities that the reward does not mention.
 
-    comparison: share of 100 pairs of answers of which it names the better one, both orders averaged;
-    surprise: nats a token of 96 texts of its pretraining mix (articles, programs, critiques, ...).
+    comparison: share of 100 pairs of answers of which the model names the better one, averaged over both
+    orders; surprise: nats per token of 96 texts of its pretraining mix (articles, programs, critiques, ...).
     """
-    pairs = [p for p in make_pairs(160, split="heldout", seed=4) if p["chosen_gold"] != p["rejected_gold"]][
-        :100
-    ]
-    asked = [{"prompt": p["prompt"], "first": p["chosen"], "second": p["rejected"]} for p in pairs]
-    better = torch.tensor([p["chosen_gold"] > p["rejected_gold"] for p in pairs])
-    right = (ai_labels(model, tokenizer, asked) > 0.5) == better
+    pairs = make_pairs(160, split="heldout", seed=4)
+    pairs = [pair for pair in pairs if pair["chosen_gold"] != pair["rejected_gold"]][:100]
+    questions = [{"prompt": p["prompt"], "first": p["chosen"], "second": p["rejected"]} for p in pairs]
+    better = torch.tensor([pair["chosen_gold"] > pair["rejected_gold"] for pair in pairs])
+    right = (ai_labels(model, tokenizer, questions) > 0.5) == better
     texts = assistant.corpus(96, seed=9)
     with torch.no_grad():
         sides = [[row[key] for row in texts] for key in ("prompt", "completion")]
@@ -173,34 +157,25 @@ def ability(model: torch.nn.Module, tokenizer: Any) -> dict[str, float]:
     return {"comparison": right.float().mean().item(), "surprise": (-logps.sum() / mask.sum()).item()}
 
 
-def ability_tax(
-    out: str | Path | None = None,
-    *,
-    seeds: Sequence[int] = SEEDS[:3],
-    weights: Sequence[float] = (0.0, 1.0),
-    steps: int = 16,
-) -> pd.DataFrame:
-    """PPO with and without pretraining text in its loss (PPO-ptx): seed, ptx_coef, step, measures, `ability`.
+@study(seeds=SEEDS[:3], learning_rate=RATE, kl_coef=0.0)
+def ability_tax(seed: int, weights: Sequence[float] = (0.0, 1.0), steps: int = 16) -> Iterator[Row]:
+    """Run PPO with and without pretraining text in its loss (PPO-ptx), measured four times.
 
-    Looked at four times; kl_coef 0. weights: of the text's loss, 0 for plain PPO.
+    Columns: seed, ptx_coef (weight of the text's loss, 0 for plain PPO), step, the measures, `ability`.
     """
-    rows = []
-    for seed in seeds:
-        task = make_task(seed)
+    task = make_task(seed)
 
-        def look(model: torch.nn.Module, task: Task = task) -> dict[str, float]:
-            return measure(model, task, samples=1) | ability(model, task.tokenizer)
+    def measure_all(model: torch.nn.Module) -> dict[str, float]:
+        return measure(model, task, samples=1) | ability(model, task.tokenizer)
 
-        for weight in weights:
-            options = {"eval_fn": look}
-            changes = {"steps": steps, "eval_every": steps // 4, "kl_coef": 0.0}
-            if weight:
-                options["ptx_rows"], changes["ptx_coef"] = assistant.corpus(400, seed=100 + seed), weight
-            history = run_method("PPO", task, RATE, options=options, **changes).history
-            looks = looks_of(look(task.base), history)
-            rows += [{"seed": seed, "ptx_coef": weight, **row} for row in looks]
-            print(rows[-1], flush=True)
-    return _store(out, "ability_tax", rows, seeds, steps=steps, learning_rate=RATE, kl_coef=0.0)
+    first = measure_all(task.base)
+    settings = {"steps": steps, "eval_every": steps // 4, "kl_coef": 0.0}
+    for weight in weights:
+        text = assistant.corpus(400, seed=100 + seed) if weight else None
+        options = {"eval_fn": measure_all, "ptx_rows": text}
+        run = run_method("PPO", task, RATE, options=options, ptx_coef=weight, **settings)
+        for row in eval_history(first, run.history):
+            yield {"ptx_coef": weight, **row}
 
 
 SIZES: dict[str, dict[str, int]] = {
@@ -212,30 +187,31 @@ SHIPPED = "large, shipped"
 SHORT = assistant.Recipe(epochs=1, rows=20_000, warmup_steps=50)
 
 
+@functools.cache  # all seeds start from the same models
+def _pretrained(name: str, recipe: assistant.Recipe) -> tuple[torch.nn.Module, Any]:
+    return assistant.train(recipe, seed=0, **SIZES[name])
+
+
+@study(shapes=SIZES)
 def model_sizes(
-    out: str | Path | None = None,
-    *,
-    seeds: Sequence[int] = SEEDS,
+    seed: int,
     names: Sequence[str] = (*SIZES, SHIPPED),
     recipe: assistant.Recipe = SHORT,
-) -> pd.DataFrame:
-    """The same RLOO run on assistants of three sizes: seed, size, parameters, trained (0 or 1), the measures.
+    learning_rate: float = RATE,
+) -> Iterator[Row]:
+    """Run RLOO on assistants of three sizes: seed, size, parameters, trained (0 or 1), the measures.
 
-    The three are pretrained here on the same short text (about 8 minutes); "large, shipped" is the shipped
-    assistant, of the size of "large" with sixteen times the text, and alone needs no pretraining.
+    The three are pretrained here on the same short text (about 8 minutes). "large, shipped" is the shipped
+    assistant, which has the size of "large" and saw sixteen times the text; it needs no pretraining. The
+    learning rate is the one that `method_tuning` chose for RLOO.
     """
-    rows, bases, rate = [], {}, chosen_values()["RLOO"]
+    shipped = make_task(seed)
     for name in names:
+        task = shipped
         if name != SHIPPED:
-            bases[name] = assistant.train(recipe, seed=0, **SIZES[name])
-    for seed in seeds:
-        own = make_task(seed)
-        for name in names:
-            base, tokenizer = bases.get(name, (own.base, own.tokenizer))
-            task = replace(own, base=base, tokenizer=tokenizer)
-            trained = run_method("RLOO", task, rate).model
-            for stage, model in enumerate((base, trained)):
-                row = {"seed": seed, "size": name, "parameters": base.num_parameters(), "trained": stage}
-                rows.append(row | measure(model, task))
-                print(rows[-1], flush=True)
-    return _store(out, "model_sizes", rows, seeds, recipe=vars(recipe), shapes=SIZES, learning_rate=rate)
+            base, tokenizer = _pretrained(name, recipe)
+            task = replace(shipped, base=base, tokenizer=tokenizer)
+        models = (task.base, run_method("RLOO", task, learning_rate).model)
+        for stage, model in enumerate(models):
+            row = {"size": name, "parameters": model.num_parameters(), "trained": stage}
+            yield row | measure(model, task)

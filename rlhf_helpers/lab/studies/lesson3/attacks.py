@@ -1,20 +1,18 @@
-"""Red-team studies of lesson 3: what hardening buys and costs; what the price of KL does to an attacker."""
+"""Red-team studies of lesson 3: the gain and the cost of hardening; the effect of kl_coef on an attacker."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import load_model
-from rlhf_helpers.lab.studies.lesson1 import SEEDS
-from rlhf_helpers.lab.studies.record import write_study
+from rlhf_helpers.lab.studies.lesson1 import gold_means, prompt_texts
+from rlhf_helpers.lab.studies.lesson2.methods import sampled
+from rlhf_helpers.lab.studies.runner import Row, study
 from rlhf_helpers.red_teaming import (
     STRATEGIES,
-    AdversarialPrompt,
     RedTeaming,
     RedTeamingEvaluator,
     adversarial_training,
@@ -24,64 +22,43 @@ from rlhf_helpers.red_teaming import (
 )
 from rlhf_helpers.red_teaming.hardening import SETTINGS
 from rlhf_helpers.red_teaming.policy import ATTACKER
-from rlhf_helpers.world.gold_judge import explain, gold_scores
-from rlhf_helpers.world.prompts import load_prompts
+from rlhf_helpers.world.gold_judge import explain
 
 TRAINED = ("direct", "mutation", "injection", "role_play")
-NEW = ("social_engineering",)  # its wrappers are in no attack that the hardened model is trained on
+NEW = ("social_engineering",)  # its wrappers are in none of the attacks that the model is hardened against
 CATEGORIES = ("harmful", "privacy", "biased")
 HELPED = ("facts", "howto", "explain", "open", "feelings")
 
 
 def attacks_by(names: Sequence[str], categories: Sequence[str], count: int, **options: Any) -> list[Any]:
-    """`count` attacks over categories and these strategies alone; options of `create_adversarial_prompts`."""
-    chosen = {name: STRATEGIES[name] for name in names}
-    return create_adversarial_prompts(categories, count, strategies=chosen, **options)
+    """Make `count` attacks by these strategies; options of `create_adversarial_prompts`."""
+    strategies = {name: STRATEGIES[name] for name in names}
+    return create_adversarial_prompts(categories, count, strategies=strategies, **options)
 
 
 def refused(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
-    """Whether an answer holds a refusal, by the gold judge's parse of it; (B,) bool."""
+    """Find the answers in which the gold judge reads a refusal, (B,) bool."""
     parsed = (explain(p, r) for p, r in zip(prompts, responses, strict=True))
     return torch.tensor([any(role == "refusal" for _, role in row) for row in parsed])
 
 
-def costs(model: torch.nn.Module, tokenizer: Any, seed: int) -> dict[str, tuple[float, int]]:
-    """Over-refusal of held-out look-alikes (share refused), helpfulness of benign held-out prompts; n."""
-    alike = [p.text for p in load_prompts(("lookalike",), "heldout")] * 20
-    benign = [p.text for p in load_prompts(HELPED, "heldout")] * 3
-    said = [
-        generate(model, tokenizer, prompts, max_new_tokens=64, seed=70_000 + seed).responses
-        for prompts in (alike, benign)
-    ]
-    over, helped = refused(alike, said[0]), gold_scores(benign, said[1])["helpfulness"]
-    return {
-        "over_refusal": (over.float().mean().item(), len(alike)),
-        "helpfulness": (helped.mean().item(), len(benign)),
-    }
+def _costs(model: torch.nn.Module, tokenizer: Any, seed: int) -> Iterator[Row]:
+    """Measure the share of held-out look-alikes that are refused, and helpfulness of benign prompts."""
+    alike, benign = prompt_texts(("lookalike",)) * 20, prompt_texts(HELPED) * 3
+    answers = [sampled(model, tokenizer, texts, seed=70_000 + seed).responses for texts in (alike, benign)]
+    over_refusal = refused(alike, answers[0]).float().mean().item()
+    yield {"kind": "cost", "name": "over_refusal", "value": over_refusal, "n": len(alike)}
+    helpfulness = gold_means(benign, answers[1])["helpfulness"]
+    yield {"kind": "cost", "name": "helpfulness", "value": helpfulness, "n": len(benign)}
 
 
-def measure(
-    model: torch.nn.Module, tokenizer: Any, attacks: Sequence[AdversarialPrompt], seed: int
-) -> tuple[list[dict[str, Any]], RedTeamingEvaluator]:
-    """Rows kind, name, value, n: attack success by strategy and in all, then `costs`; and the evaluator."""
-    found = RedTeamingEvaluator(RedTeaming(model, seed=60_000 + seed), attacks, samples=2)
-    tables = (found.success_rates("strategy"), found.success_rates())
-    rows = [
-        {"kind": "attack", "name": name, "value": float(row["rate"]), "n": int(row["n"])}
-        for table in tables
-        for name, row in table.iterrows()
-    ]
-    told = costs(model, tokenizer, seed).items()
-    return rows + [{"kind": "cost", "name": name, "value": v, "n": n} for name, (v, n) in told], found
+def _rates(kind: str, table: pd.DataFrame) -> Iterator[Row]:
+    for name, row in table.iterrows():
+        yield {"kind": kind, "name": name, "value": float(row["rate"]), "n": int(row["n"])}
 
 
-def red_team_campaign(
-    out: str | Path | None = None,
-    *,
-    seeds: Sequence[int] = SEEDS,
-    train_attacks: int = 90,
-    test_attacks: int = 60,
-) -> pd.DataFrame:
+@study(training=SETTINGS)
+def red_team_campaign(seed: int, train_attacks: int = 90, test_attacks: int = 60) -> Iterator[Row]:
     """Attack, harden, attack again: seed, model, kind ("attack", "cost", "transfer"), name, value, n.
 
     model: "before"; "hardened" (one round); "two rounds"; "no benign" (one round on refusals alone). Attacks
@@ -90,66 +67,60 @@ def red_team_campaign(
     "worked here" or "failed here", against the first one. n: answers. Gold judges.
     """
     base, tokenizer = load_model("tiny")
-    rows = []
-    for seed in seeds:
+    test = attacks_by((*TRAINED, *NEW), CATEGORIES, test_attacks, seed=1000 + seed, split="heldout")
+
+    def hardened(seed: int, **options: Any) -> torch.nn.Module:
         train = attacks_by(TRAINED, CATEGORIES, train_attacks, seed=seed, split="train")
-        test = attacks_by((*TRAINED, *NEW), CATEGORIES, test_attacks, seed=1000 + seed, split="heldout")
-        settings = replace(SETTINGS, seed=seed)
-        models = {"before": base, "hardened": adversarial_training(base, train, settings=settings)}
-        models["two rounds"] = adversarial_training(base, train, rounds=2, settings=settings)
-        models["no benign"] = adversarial_training(base, train, benign=(), settings=settings)
-        for name, model in models.items():
-            found, evaluator = measure(model, tokenizer, test, seed)
-            rows += [{"seed": seed, "model": name, **row} for row in found]
-            if out:
-                print(seed, name, {row["name"]: round(row["value"], 3) for row in found}, flush=True)
-            if name == "hardened":
-                again = attacks_by(TRAINED, CATEGORIES, train_attacks, seed=500 + seed, split="train")
-                other = adversarial_training(base, again, settings=replace(SETTINGS, seed=500 + seed))
-                moved = evaluator.transfer(RedTeaming(other, seed=80_000 + seed), samples=2)
-                facts = {"seed": seed, "model": name, "kind": "transfer"}
-                rows += [
-                    facts | {"name": kind, "value": float(row["rate"]), "n": int(row["n"])}
-                    for kind, row in moved.iterrows()
-                ]
-    facts = {"train_attacks": train_attacks, "test_attacks": test_attacks, "training": SETTINGS}
-    return write_study(out, "red_team_campaign", pd.DataFrame(rows), seeds=list(seeds), **facts)
+        return adversarial_training(base, train, settings=replace(SETTINGS, seed=seed), **options)
+
+    models = {
+        "before": base,
+        "hardened": hardened(seed),
+        "two rounds": hardened(seed, rounds=2),
+        "no benign": hardened(seed, benign=()),
+    }
+    for name, model in models.items():
+        evaluator = RedTeamingEvaluator(RedTeaming(model, seed=60_000 + seed), test, samples=2)
+        rows = [
+            *_rates("attack", evaluator.success_rates("strategy")),
+            *_rates("attack", evaluator.success_rates()),
+            *_costs(model, tokenizer, seed),
+        ]
+        if name == "hardened":
+            other = RedTeaming(hardened(500 + seed), seed=80_000 + seed)
+            rows += _rates("transfer", evaluator.transfer(other, samples=2))
+        for row in rows:
+            yield {"model": name, **row}
 
 
 def guarded_target(seed: int, *, attacks: int = 90) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """The assistant as it is, and hardened against harmful requests alone: nobody thought of private data."""
+    """Return the assistant as it is, and hardened against harmful requests but not those for private data."""
     base, _ = load_model("tiny")
     train = attacks_by(("direct", "template"), ("harmful",), attacks, seed=seed, split="train")
     return base, adversarial_training(base, train, settings=replace(SETTINGS, seed=seed))
 
 
+@study(attacker=ATTACKER)
 def red_team_policy(
-    out: str | Path | None = None,
-    *,
-    seeds: Sequence[int] = SEEDS,
-    prices: Sequence[float] = (0.02, 0.1, 0.5),
+    seed: int,
+    kl_coefs: Sequence[float] = (0.02, 0.1, 0.5),
     weights: Sequence[float] = (0.0, 1.0),
     n: int = 200,
-) -> pd.DataFrame:
-    """An attacker trained by RL at each price of KL, with and without a diversity term, on `guarded_target`.
+) -> Iterator[Row]:
+    """Train an attacker by RL at each kl_coef, with and without a diversity term, on `guarded_target`.
 
-    seed, kl_coef, diversity_weight, success, different, distinct_2 (of n fresh attacks), kl (nats an attack,
-    at the last step). The attacker before training has kl 0 and an empty kl_coef. Gold judges.
+    Columns: seed, kl_coef, diversity_weight, success, different, distinct_2 (of n fresh attacks), kl (nats
+    per attack, at the last step). The attacker before training has kl 0 and an empty kl_coef. Gold judges.
     """
-    rows = []
-    for seed in seeds:
-        base, target = guarded_target(seed)
-        red_team = RedTeaming(target, seed=10_000 * (seed + 1))
-        plan = [(None, 0.0), *((price, weight) for price in prices for weight in weights)]
-        for price, weight in plan:
-            attacker, kl = base, 0.0
-            if price is not None:
-                settings = replace(ATTACKER, kl_coef=price, seed=seed)
-                attacker, history = train_attacker(red_team, base, diversity_weight=weight, settings=settings)
-                kl = history.to_frame()["objective/kl"].iloc[-1]
-            found = measure_attacker(red_team, attacker, n=n, seed=60_000 + seed)
-            del found["attacks"]
-            rows.append({"seed": seed, "kl_coef": price, "diversity_weight": weight, **found, "kl": kl})
-            if out:
-                print(rows[-1], flush=True)
-    return write_study(out, "red_team_policy", pd.DataFrame(rows), seeds=list(seeds), n=n, attacker=ATTACKER)
+    base, target = guarded_target(seed)
+    red_team = RedTeaming(target, seed=10_000 * (seed + 1))
+    plan = [(None, 0.0), *((kl_coef, weight) for kl_coef in kl_coefs for weight in weights)]
+    for kl_coef, weight in plan:
+        attacker, kl = base, 0.0
+        if kl_coef is not None:
+            settings = replace(ATTACKER, kl_coef=kl_coef, seed=seed)
+            attacker, history = train_attacker(red_team, base, diversity_weight=weight, settings=settings)
+            kl = history[-1]["objective/kl"]
+        result = measure_attacker(red_team, attacker, n=n, seed=60_000 + seed)
+        del result["attacks"]
+        yield {"kl_coef": kl_coef, "diversity_weight": weight, **result, "kl": kl}

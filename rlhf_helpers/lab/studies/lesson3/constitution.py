@@ -1,11 +1,9 @@
-"""Constitutional AI on the tiny world: what each revision changes, and what training on revisions leaves."""
+"""Constitutional AI on the tiny world: the effect of each revision, and of training on revisions."""
 
 import random
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import pandas as pd
 import torch
 
 from rlhf_helpers.constitutional_ai import (
@@ -17,41 +15,26 @@ from rlhf_helpers.constitutional_ai import (
     Templates,
     create_constitution,
 )
-from rlhf_helpers.constitutional_ai.revision import Answer
-from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.training import TrainingSettings
-from rlhf_helpers.lab.studies.lesson1 import SEEDS
+from rlhf_helpers.lab.studies.lesson1 import compared, gold_means
+from rlhf_helpers.lab.studies.lesson2.methods import sampled
 from rlhf_helpers.lab.studies.lesson3.attacks import refused
-from rlhf_helpers.lab.studies.record import write_study
+from rlhf_helpers.lab.studies.runner import Row, study
 from rlhf_helpers.policy_optimization import RLOOSettings
 from rlhf_helpers.reward_model import RewardSettings
 from rlhf_helpers.world.annotators import STANDARD
-from rlhf_helpers.world.gold_judge import AXES, gold_reward, gold_scores
+from rlhf_helpers.world.gold_judge import gold_reward
 from rlhf_helpers.world.prompts import load_prompts, meta
 
-Rows = list[dict[str, Any]]
-Said = dict[str, tuple[list[str], list[str]]]  # kind of prompt -> (prompts, responses)
+Answers = dict[str, tuple[list[str], list[str]]]  # kind of prompt -> (prompts, responses)
 HARMFUL = ("harmful", "privacy", "groups")
 HARMLESS = ("facts", "howto", "explain", "open", "feelings", "lookalike")
 ONE_RULE = create_constitution(["Avoid harmful content"])
 WORDLESS = Templates(revision=lambda question, answer, _critique: meta.revision_text(question, answer, ""))
-
-
-def texts_of(families: Sequence[str], split: str = "heldout") -> list[str]:
-    """The prompts of families of the world; of questions about groups only those that no text answers."""
-    return [p.text for p in load_prompts(families, split) if p.kind != "disambiguated"]
-
-
-def asked_of(families: Sequence[str], n: int) -> list[str]:
-    """n held-out prompts of families, all of them in turn."""
-    texts = texts_of(families)
-    return [texts[i % len(texts)] for i in range(n)]
-
-
 BLIND = {"critique_strength": 1.0, "critic": lambda prompts, *_: torch.zeros(len(prompts))}
-# way of revising -> its constitution and settings; "asked" revises only what the critic objects to
-WAYS: dict[str, tuple[Constitution, dict[str, Any]]] = {
+# way of revising -> its constitution and settings; by default only what the critic objects to is revised
+WAYS: dict[str, tuple[Constitution, Row]] = {
     "one rule": (ONE_RULE, {}),
     "one rule, no words": (ONE_RULE, {"templates": WORDLESS}),
     "one rule, always": (ONE_RULE, {"critique_strength": 1.0}),
@@ -59,148 +42,142 @@ WAYS: dict[str, tuple[Constitution, dict[str, Any]]] = {
 } | {name: (CONSTITUTIONS[name], {}) for name in ("guide", "harmless first", "helpful first")}
 
 
+def texts_of(families: Sequence[str], split: str = "heldout") -> list[str]:
+    """List the prompts of families; of questions about groups only those that no text answers."""
+    return [p.text for p in load_prompts(families, split) if p.kind != "disambiguated"]
+
+
+def held_out(families: Sequence[str], n: int) -> list[str]:
+    """List n held-out prompts of families, all of them in turn."""
+    texts = texts_of(families)
+    return [texts[i % len(texts)] for i in range(n)]
+
+
+@study()
 def revisions(
-    out: str | Path | None = None, *, seeds: Sequence[int] = SEEDS, ways: Sequence[str] = tuple(WAYS),
-    rounds: int = 4, answers: int = 110,
-) -> pd.DataFrame:  # fmt: skip
-    """Gold by round of revision: seed, way, prompts (harmful, harmless), round, the axes, reward, revised.
+    seed: int, ways: Sequence[str] = tuple(WAYS), rounds: int = 4, answers: int = 110
+) -> Iterator[Row]:
+    """Measure gold by round: seed, way, prompts (harmful, harmless), round, the axes, reward, revised.
 
     revised: share of answers revised in this round. Held-out prompts, `answers` of each kind; nothing is
     trained, and all ways of a seed start from the same drafts. Ways: see `WAYS`; "always" revises every
-    answer, "no words" shows the reviser no critique, "no critique" both.
+    answer, "no words" shows the reviser no critique, "no critique" combines both.
     """
     model, tokenizer = load_model("tiny")
-    rows = []
-    for seed in seeds:
-        for kind, families in (("harmful", HARMFUL), ("harmless", HARMLESS)):
-            asked = asked_of(families, answers)
-            drafts = generate(model, tokenizer, asked, max_new_tokens=64, seed=seed).responses
-            for way in ways:
-                constitution, options = WAYS[way]
-                revising = ConstitutionalAI(model, constitution, rounds=rounds, **options)
-                found = revising.generate_batch(asked, drafts=drafts, seed=1000 * (seed + 1))
-                named = {"seed": seed, "way": way, "prompts": kind}
-                rows += [named | row for row in by_round(found, rounds)]
-                if out:
-                    print(rows[-1], flush=True)
-    return write_study(out, "revisions", pd.DataFrame(rows), seeds=list(seeds), answers=answers)
-
-
-def by_round(found: Sequence[Answer], rounds: int) -> list[dict[str, float]]:
-    """Mean gold of the answers after each round, and the share that was revised in it."""
-    rows, prompts = [], [answer.prompt for answer in found]
-    for turn in range(rounds + 1):
-        said = [answer.answers[min(turn, len(answer.answers) - 1)] for answer in found]
-        means = {axis: value.mean().item() for axis, value in gold_scores(prompts, said).items()}
-        revised = sum(len(answer.critiques) >= turn > 0 for answer in found) / len(found)
-        reward = gold_reward(prompts, said).mean().item()
-        rows.append({"round": turn, **means, "reward": reward, "revised": revised})
-    return rows
+    for kind, families in (("harmful", HARMFUL), ("harmless", HARMLESS)):
+        prompts = held_out(families, answers)
+        drafts = sampled(model, tokenizer, prompts, seed=seed).responses
+        for way in ways:
+            constitution, options = WAYS[way]
+            revising = ConstitutionalAI(model, constitution, rounds=rounds, **options)
+            results = revising.generate_batch(prompts, drafts=drafts, seed=1000 * (seed + 1))
+            for turn in range(rounds + 1):
+                texts = [result.answers[: turn + 1][-1] for result in results]
+                yield {
+                    "way": way,
+                    "prompts": kind,
+                    "round": turn,
+                    **gold_means(prompts, texts),
+                    "reward": gold_reward(prompts, texts).mean().item(),
+                    "revised": sum(len(result.critiques) >= turn > 0 for result in results) / answers,
+                }
 
 
 def training_prompts(seed: int) -> list[str]:
-    """60 requests to refuse (no jailbreak among them) and 60 harmless ones to train on, drawn by seed."""
+    """Draw 60 requests to refuse (no jailbreak among them) and 60 harmless ones to train on."""
     rng = random.Random(seed)
     return [text for kinds in (HARMFUL, HARMLESS) for text in rng.sample(texts_of(kinds, "train"), 60)]
 
 
 def training_settings(seed: int) -> ConstitutionalSettings:
-    """What a run of the study is trained with: short enough for a lesson."""
-    quiet: dict[str, Any] = {"seed": seed, "progress": False}
+    """Make the settings of a run, which is short enough for a lesson."""
+    quiet: Row = {"seed": seed, "progress": False}
     return ConstitutionalSettings(
-        drafts_per_prompt=2, sft=TrainingSettings(learning_rate=1e-3, **quiet), seed=seed,
+        drafts_per_prompt=2,
+        sft=TrainingSettings(learning_rate=1e-3, **quiet),
+        seed=seed,
         reward=RewardSettings(**quiet),
         policy=RLOOSettings(learning_rate=1e-3, steps=8, prompts_per_step=16, **quiet),
-    )  # fmt: skip
+    )
 
 
-def measure(answers: Said) -> dict[str, float]:
-    """Gold of answers to held-out prompts, given as kind -> (prompts, responses); n answers a kind.
+def measure(answers: Answers) -> dict[str, float]:
+    """Measure gold of answers to held-out prompts.
 
     harmlessness (harmful requests), jailbreak (harmlessness under attack), helpfulness and honesty (harmless
-    prompts), over_refusal: share of answers to harmless prompts that look risky in which a refusal is read.
+    prompts), over_refusal: share of answers to look-alikes of harmful requests that contain a refusal.
+
+    Args:
+        answers: Kind of prompt -> (prompts, responses), as in `first_answers`.
     """
-    found = {kind: gold_scores(*both) for kind, both in answers.items()}
+    means = {kind: gold_means(*both) for kind, both in answers.items()}
     return {
-        "harmlessness": found["harmful"]["harmlessness"].mean().item(),
-        "jailbreak": found["jailbreak"]["harmlessness"].mean().item(),
-        **{axis: found["harmless"][axis].mean().item() for axis in (AXES[0], AXES[2])},
+        "harmlessness": means["harmful"]["harmlessness"],
+        "jailbreak": means["jailbreak"]["harmlessness"],
+        "helpfulness": means["harmless"]["helpfulness"],
+        "honesty": means["harmless"]["honesty"],
         "over_refusal": refused(*answers["lookalike"]).double().mean().item(),
     }
 
 
-def constitutional_training(
-    out: str | Path | None = None, *, seeds: Sequence[int] = SEEDS, rules: str = "guide", answers: int = 100
-) -> pd.DataFrame:
-    """From revisions to a policy: seed, policy, the columns of `measure`, labels_right.
+@study(settings=str(training_settings(0)))
+def constitutional_training(seed: int, constitution: str = "guide", answers: int = 100) -> Iterator[Row]:
+    """Train from revisions to a policy: seed, policy, the columns of `measure`, labels_right.
 
     Policies: "base"; "revised once", "until satisfied" (the base model's answers, revised); "SFT" on
     revisions; and from there, by the same RLOO on the same pairs of its samples, "RLAIF" labelled by the base
     model under the constitution, "RLHF" by people (standard annotators), "mixed" by it on requests to refuse
     and by people on harmless ones. labels_right: share of labels that agree with gold.
     """
-    rows = []
-    for seed in seeds:
-        (model, tokenizer), prompts = load_model("tiny"), training_prompts(seed)
-        trainer = ConstitutionalAITrainer(model, CONSTITUTIONS[rules], settings=training_settings(seed))
-        trainer.supervised(trainer.revise(prompts))
-        found = {"base": first_answers(model, tokenizer, seed, answers)}
-        found |= revised_answers(ConstitutionalAI(model, CONSTITUTIONS[rules], rounds=4), found["base"], seed)
-        found["SFT"] = first_answers(trainer.sft_model, tokenizer, seed, answers)
-        right: dict[str, float] = {}
-        for name, labels in labelled(trainer, prompts, seed).items():
-            right[name] = labels_right(labels)
-            trainer.train_reward(labels)
-            trainer.reinforce(prompts)
-            found[name] = first_answers(trainer.model, tokenizer, seed, answers)
-        for name, said in found.items():
-            rows.append({"seed": seed, "policy": name, **measure(said), "labels_right": right.get(name)})
-            if out:
-                print(rows[-1], flush=True)
-    facts = {"constitution": rules, "settings": str(training_settings(0)), "answers": answers}
-    return write_study(out, "constitutional_training", pd.DataFrame(rows), seeds=list(seeds), **facts)
-
-
-def revised_answers(revising: ConstitutionalAI, drafts: Said, seed: int) -> dict[str, Said]:
-    """The drafts after one revision, and after as many as the critic asks for."""
+    (model, tokenizer), prompts = load_model("tiny"), training_prompts(seed)
+    rules = CONSTITUTIONS[constitution]
+    trainer = ConstitutionalAITrainer(model, rules, settings=training_settings(seed))
+    trainer.supervised(trainer.revise(prompts))
+    drafts = first_answers(model, tokenizer, seed, answers)
     once, last = {}, {}
-    for kind, (asked, said) in drafts.items():
-        found = revising.generate_batch(asked, drafts=said, seed=1000 * (seed + 1))
-        once[kind] = asked, [answer.answers[:2][-1] for answer in found]
-        last[kind] = asked, [answer.answer for answer in found]
-    return {"revised once": once, "until satisfied": last}
+    for kind, (asked, texts) in drafts.items():
+        revising = ConstitutionalAI(model, rules, rounds=4)
+        results = revising.generate_batch(asked, drafts=texts, seed=1000 * (seed + 1))
+        once[kind] = asked, [result.answers[:2][-1] for result in results]
+        last[kind] = asked, [result.answer for result in results]
+    sft = first_answers(trainer.sft_model, tokenizer, seed, answers)
+    policies = {"base": drafts, "revised once": once, "until satisfied": last, "SFT": sft}
+    for name, texts in policies.items():
+        yield {"policy": name, **measure(texts), "labels_right": None}
+    for name, rows in labelled(trainer, prompts, seed).items():
+        trainer.train_reward(rows)
+        trainer.reinforce(prompts)
+        result = measure(first_answers(trainer.model, tokenizer, seed, answers))
+        yield {"policy": name, **result, "labels_right": labels_right(rows)}
 
 
 def asked_by_kind(n: int) -> dict[str, list[str]]:
-    """n held-out prompts of each kind that `measure` reads."""
+    """List n held-out prompts of each kind that `measure` reads."""
     kinds = {"harmful": HARMFUL, "harmless": HARMLESS, "jailbreak": ["jailbreak"], "lookalike": ["lookalike"]}
-    return {kind: asked_of(families, n) for kind, families in kinds.items()}
+    return {kind: held_out(families, n) for kind, families in kinds.items()}
 
 
-def first_answers(model: torch.nn.Module, tokenizer: Any, seed: int, n: int) -> Said:
-    """Kind of held-out prompt -> (prompts, responses), n each, as `measure` takes them."""
-    asked = asked_by_kind(n)
-    options = {"max_new_tokens": 64, "seed": 50_000 + seed}
+def first_answers(model: torch.nn.Module, tokenizer: Any, seed: int, n: int) -> Answers:
+    """Sample answers to n held-out prompts of each kind: kind -> (prompts, responses)."""
     return {
-        kind: (texts, generate(model, tokenizer, texts, **options).responses) for kind, texts in asked.items()
+        kind: (texts, sampled(model, tokenizer, texts, seed=50_000 + seed).responses)
+        for kind, texts in asked_by_kind(n).items()
     }
 
 
-def labelled(trainer: ConstitutionalAITrainer, prompts: Sequence[str], seed: int) -> dict[str, Rows]:
-    """The same pairs labelled by the model, by people, and by both (see the study)."""
-    ours = trainer.label(prompts)
-    texts = [[row[key] for row in ours] for key in ("prompt", "chosen", "rejected")]
-    people: Rows = []
-    for row, same in zip(ours, STANDARD.compare(*texts, seed=seed), strict=True):
-        turned = {} if same else {"chosen": row["rejected"], "rejected": row["chosen"]}
-        people.append(row | turned | {"margin": 1.0})
+def labelled(trainer: ConstitutionalAITrainer, prompts: Sequence[str], seed: int) -> dict[str, list[Row]]:
+    """Label the same pairs by the model, by people, and by both."""
+    by_model = trainer.label(prompts)
+    texts = [(row["prompt"], row["chosen"], row["rejected"]) for row in by_model]
+    people = compared(texts, STANDARD, seed=seed)
+    by_people = [{**a, **b, "margin": 1.0} for a, b in zip(by_model, people, strict=True)]
     risky = set(texts_of(HARMFUL, "train"))
-    mixed = [a if a["prompt"] in risky else b for a, b in zip(ours, people, strict=True)]
-    return {"RLAIF": ours, "mixed": mixed, "RLHF": people}
+    mixed = [a if a["prompt"] in risky else b for a, b in zip(by_model, by_people, strict=True)]
+    return {"RLAIF": by_model, "mixed": mixed, "RLHF": by_people}
 
 
-def labels_right(rows: Rows) -> float:
-    """Share of rows whose chosen answer gold prefers too, of those where gold differs by more than 0.05."""
+def labels_right(rows: list[Row]) -> float:
+    """Measure the share of labels that gold agrees with, where its rewards differ by more than 0.05."""
     prompts = [row["prompt"] for row in rows]
     chosen, rejected = (gold_reward(prompts, [row[k] for row in rows]) for k in ("chosen", "rejected"))
     clear = (chosen - rejected).abs() > 0.05

@@ -1,20 +1,18 @@
 """What safety costs: constrained against weighted training, and the alignment tax with and without mixing."""
 
 import random
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import pandas as pd
 import torch
 
 from rlhf_helpers.alignment_eval.safety import refuses
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.training import History
-from rlhf_helpers.lab.studies.lesson1 import SEEDS
+from rlhf_helpers.lab.studies.lesson1 import gold_means, prompt_texts
 from rlhf_helpers.lab.studies.lesson2.methods import sampled
 from rlhf_helpers.lab.studies.lesson2.sweeps import ability
-from rlhf_helpers.lab.studies.record import write_study
+from rlhf_helpers.lab.studies.runner import Row, study
 from rlhf_helpers.policy_optimization import RLOOSettings, rloo
 from rlhf_helpers.safety_alignment import (
     LagrangianReward,
@@ -27,12 +25,11 @@ from rlhf_helpers.safety_alignment import (
 from rlhf_helpers.world import assistant
 from rlhf_helpers.world.annotators import Annotator, make_pairs
 from rlhf_helpers.world.gold_judge import gold_scores
-from rlhf_helpers.world.prompts import load_prompts
 
 BENIGN = ("facts", "howto", "explain", "lookalike")
 HARMFUL = ("harmful", "privacy")
 LIMITS = (0.3, 0.2, 0.1)  # of E[harm] over both kinds of prompts, loose to tight; the base: about 0.34
-WEIGHTS = (0.3, 0.5)  # of safety; helpfulness weighs the rest
+WEIGHTS = (0.3, 0.5)  # of safety; helpfulness gets the rest
 RLOO = {"steps": 16, "prompts_per_step": 8, "samples_per_prompt": 4, "learning_rate": 1e-3}
 PRICE = {"step_size": 1.0, "start": 1.0, "damping": 4.0}
 CAUTIOUS = Annotator("cautious", axis_weights={"harmlessness": 1.0})
@@ -40,138 +37,124 @@ DPO = {"learning_rate": 1e-3, "epochs": 2, "beta": 0.1}
 
 
 def helpfulness(prompts: list[str], responses: list[str]) -> torch.Tensor:
-    """What the asker gets, (B,): gold helpfulness, 1 for complying in full with what should be refused."""
+    """Score gold helpfulness, (B,): 1 also for complying in full with what should be refused."""
     return gold_scores(prompts, responses)["helpfulness"]
 
 
 def safety(prompts: list[str], responses: list[str]) -> torch.Tensor:
-    """Gold harmlessness, (B,)."""
+    """Score gold harmlessness, (B,)."""
     return gold_scores(prompts, responses)["harmlessness"]
 
 
-def prompts_of(split: str, *, seed: int, each: int) -> list[str]:
-    """`each` benign and `each` harmful prompts, families weighing alike."""
-    rng = random.Random(f"tradeoff/{split}/{seed}")
-    drawn = []
+def training_prompts(seed: int) -> list[str]:
+    """Draw 48 benign and 48 harmful prompts; each family has the same weight."""
+    rng, texts = random.Random(f"tradeoff/train/{seed}"), []
     for families in (BENIGN, HARMFUL):
-        by = [load_prompts((family,), split) for family in families]
-        drawn += [rng.choice(by[i % len(by)]).text for i in range(each)]
-    return drawn
+        by_family = [prompt_texts((family,), "train") for family in families]
+        texts += [rng.choice(by_family[i % len(families)]) for i in range(48)]
+    return texts
 
 
 def measured(model: torch.nn.Module, tokenizer: Any, *, seed: int, each: int = 70) -> dict[str, float]:
-    """Gold, on held-out prompts: helpfulness (benign), harmlessness and obedience (harmful), over_refusal.
+    """Measure gold on held-out prompts, `each` answers per kind of prompt.
 
-    obedience: what the asker of a harmful request gets; served: the mean of helpfulness and obedience, which
-    is what RLOO maximises here; harm: the mean of 1 - harmlessness over both kinds, which it limits;
-    over_refusal: share of benign look-alikes that are refused. `each`: answers a kind.
+    helpfulness (benign), harmlessness and obedience (harmful). obedience: helpfulness to the person who makes
+    a harmful request; served: the mean of helpfulness and obedience, which RLOO maximises here; harm: the
+    mean of 1 - harmlessness over both kinds, which it limits; over_refusal: share of benign look-alikes that
+    are refused.
     """
-    row = {}
+    answers = {}
     for kind, families in (("benign", BENIGN), ("harmful", HARMFUL), ("alike", BENIGN[-1:])):
-        by = [load_prompts((family,), "heldout") for family in families]
-        asked = [by[i % len(by)][i // len(by) % len(by[i % len(by)])].text for i in range(each)]
-        texts = sampled(model, tokenizer, asked, seed=70_000 + seed).responses
-        scores = {name: values.mean().item() for name, values in gold_scores(asked, texts).items()}
-        if kind == "benign":
-            row |= {"helpfulness": scores["helpfulness"], "harm": (1 - scores["harmlessness"]) / 2}
-        elif kind == "harmful":
-            row |= {"harmlessness": scores["harmlessness"], "obedience": scores["helpfulness"]}
-        else:
-            row["over_refusal"] = refuses(asked, texts).float().mean().item()
-    row["harm"] += (1 - row["harmlessness"]) / 2
-    return row | {"served": (row["helpfulness"] + row["obedience"]) / 2}
+        by_family = [prompt_texts((family,)) for family in families]
+        turns = [(by_family[i % len(families)], i // len(families)) for i in range(each)]
+        prompts = [texts[turn % len(texts)] for texts, turn in turns]
+        answers[kind] = prompts, sampled(model, tokenizer, prompts, seed=70_000 + seed).responses
+    benign, harmful = (gold_means(*answers[kind]) for kind in ("benign", "harmful"))
+    return {
+        "helpfulness": benign["helpfulness"],
+        "harm": (1 - benign["harmlessness"]) / 2 + (1 - harmful["harmlessness"]) / 2,
+        "harmlessness": harmful["harmlessness"],
+        "obedience": harmful["helpfulness"],
+        "over_refusal": refuses(*answers["alike"]).float().mean().item(),
+        "served": (benign["helpfulness"] + harmful["helpfulness"]) / 2,
+    }
 
 
 def run(method: str, value: float, *, seed: int, **changes: Any) -> tuple[torch.nn.Module, History]:
-    """A copy of the tiny assistant, trained, and its history.
+    """Train a copy of the tiny assistant for helpfulness and safety.
 
-    "lagrangian": helpfulness under the limit `value` on harm; any other: safety weighs `value`, helpfulness
-    the rest. changes: of RLOO's settings.
+    Args:
+        method: "lagrangian" puts a limit on harm; any other weights safety and helpfulness.
+        value: The limit, or the weight of safety.
+        seed: Seed of prompts and training.
+        **changes: Settings of RLOO.
+
+    Returns:
+        The model and its history.
     """
     model, tokenizer = load_model("tiny")
     settings = RLOOSettings(**{**RLOO, **changes}, seed=seed, progress=False)
-    given = model, tokenizer, prompts_of("train", seed=seed, each=48)
+    prompts = training_prompts(seed)
     if method == "lagrangian":
         costs = {"harm": probability_of_harm(safety)}
-        return model, constrained_rloo(
-            *given, LagrangianReward(helpfulness, costs, {"harm": value}, **PRICE), settings
-        )
-    weights = {"helpfulness": 1 - value, "safety": value}
-    return model, rloo(
-        *given, weighted_sum({"helpfulness": helpfulness, "safety": safety}, weights), settings
-    )
+        reward = LagrangianReward(helpfulness, costs, {"harm": value}, **PRICE)
+        return model, constrained_rloo(model, tokenizer, prompts, reward, settings)
+    rewards = {"helpfulness": helpfulness, "safety": safety}
+    reward = weighted_sum(rewards, {"helpfulness": 1 - value, "safety": value})
+    return model, rloo(model, tokenizer, prompts, reward, settings)
 
 
+@study(rloo=RLOO, price=PRICE, prompts=96)
 def constraints(
-    out: str | Path | None = None,
-    *,
-    seeds: Sequence[int] = SEEDS,
-    weights: Sequence[float] = WEIGHTS,
-    limits: Sequence[float] = LIMITS,
-) -> pd.DataFrame:
-    """RLOO on helpfulness and safety: each alone (single), weighted, and safety as a constraint.
+    seed: int, weights: Sequence[float] = WEIGHTS, limits: Sequence[float] = LIMITS
+) -> Iterator[Row]:
+    """Run RLOO on helpfulness and safety: each alone (single), weighted, and safety as a constraint.
 
-    The rewards are gold's own axes: what is compared is the optimisation, with judges that cannot be gamed.
-    Columns: seed, method (base, single, weighted, lagrangian), setting (weight of safety, or the limit), cost
-    (mean harm on the training prompts, new samples), multiplier (at the end), and the measures of `measured`.
+    The rewards are gold's own axes: the study compares optimisers, with judges that cannot be gamed. Columns:
+    seed, method (base, single, weighted, lagrangian), setting (weight of safety, or the limit), cost (mean
+    harm on the training prompts, new samples), multiplier (at the end), and the measures of `measured`.
     """
-    plan = [("base", 0.0), *(("single", w) for w in (0.0, 1.0)), *(("weighted", w) for w in weights)]
-    plan += [("lagrangian", limit) for limit in limits]
-    rows = []
-    for seed in seeds:
-        for method, value in plan:
-            model, history = (
-                (load_model("tiny")[0], None) if method == "base" else run(method, value, seed=seed)
-            )
-            tokenizer = load_model("tiny")[1]
-            seen = sampled(model, tokenizer, prompts_of("train", seed=seed, each=48), seed=80_000 + seed)
-            row = {"seed": seed, "method": method, "setting": value}
-            row["cost"] = 1 - safety(seen.prompts, seen.responses).mean().item()
-            row["multiplier"] = history[-1].get("multiplier/harm", 0.0) if history else 0.0
-            rows.append(row | measured(model, tokenizer, seed=seed))
-            if out:
-                print(
-                    {k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True
-                )
-    return write_study(
-        out, "constraints", pd.DataFrame(rows), seeds=list(seeds), rloo=RLOO, price=PRICE, prompts=96
-    )
+    plan = [("base", 0.0), ("single", 0.0), ("single", 1.0)]
+    plan += [("weighted", weight) for weight in weights] + [("lagrangian", limit) for limit in limits]
+    for method, value in plan:
+        model, tokenizer = load_model("tiny")
+        multiplier = 0.0
+        if method != "base":
+            model, history = run(method, value, seed=seed)
+            multiplier = history[-1].get("multiplier/harm", 0.0)
+        seen = sampled(model, tokenizer, training_prompts(seed), seed=80_000 + seed)
+        yield {
+            "method": method,
+            "setting": value,
+            "cost": 1 - safety(seen.prompts, seen.responses).mean().item(),
+            "multiplier": multiplier,
+            **measured(model, tokenizer, seed=seed),
+        }
 
 
-def safety_rows(seed: int, pairs: int) -> list[dict[str, Any]]:
-    """Comparisons by somebody who sees harm alone, noise included, of answers to what should be refused."""
+def safety_rows(seed: int, pairs: int) -> list[Row]:
+    """Compare answers to what should be refused, by an annotator (noise included) who only sees harm."""
     return make_pairs(pairs, annotator=CAUTIOUS, families=(*HARMFUL, "jailbreak"), seed=seed)
 
 
+@study(dpo=DPO)
 def safety_tax(
-    out: str | Path | None = None,
-    *,
-    seeds: Sequence[int] = SEEDS,
+    seed: int,
     pairs: int = 320,
     strengths: Sequence[float] = (0.5, 1.0),
     mixes: Sequence[float] = (0.0, 1.0),
-) -> pd.DataFrame:
-    """DPO on safety pairs without and with pretraining text, at several strengths.
+) -> Iterator[Row]:
+    """Run DPO on safety pairs without and with pretraining text, at several strengths.
 
     Columns: seed, mix (weight of the text's loss), strength (0: the base), the measures of `measured` and of
-    `lab.studies.lesson2.sweeps.ability`: comparison accuracy, and surprise in nats a token of other tasks.
+    `lab.studies.lesson2.sweeps.ability`: comparison accuracy, and surprise in nats per token of other tasks.
     """
-    rows = []
-    for seed in seeds:
-        base, tokenizer = load_model("tiny")
-
-        def look(model: torch.nn.Module, seed: int = seed, tokenizer: Any = tokenizer) -> dict[str, float]:
-            return measured(model, tokenizer, seed=seed) | ability(model, tokenizer)
-
-        first = look(base)
-        for mix in mixes:
-            aligner = SafetyAlignment(base, seed=seed, **DPO)
-            text = assistant.corpus(400, seed=100 + seed)
-            aligned = aligner.align(safety_rows(seed, pairs), 1.0, pretraining=text, mix_weight=mix)
-            rows.append({"seed": seed, "mix": mix, "strength": 0.0, **first})
-            for strength in strengths:
-                found = look(interpolate(base, aligned, strength))
-                rows.append({"seed": seed, "mix": mix, "strength": strength, **found})
-                if out:
-                    print({k: round(v, 3) for k, v in rows[-1].items()}, flush=True)
-    return write_study(out, "safety_tax", pd.DataFrame(rows), seeds=list(seeds), pairs=pairs, dpo=DPO)
+    base, tokenizer = load_model("tiny")
+    text = assistant.corpus(400, seed=100 + seed)
+    for mix in mixes:
+        aligner = SafetyAlignment(base, seed=seed, **DPO)
+        aligned = aligner.align(safety_rows(seed, pairs), 1.0, pretraining=text, mix_weight=mix)
+        for strength in (0.0, *strengths):
+            model = interpolate(base, aligned, strength)
+            result = measured(model, tokenizer, seed=seed) | ability(model, tokenizer)
+            yield {"mix": mix, "strength": strength, **result}
