@@ -15,8 +15,15 @@ from torch import Tensor, nn
 
 from rlhf_helpers.core.choices import choice_logps
 from rlhf_helpers.core.generation import generate
-from rlhf_helpers.core.models import RewardFn, as_reward_fn, encode_prompt, to_messages, tokenizer_for
-from rlhf_helpers.core.tensors import pad_right, require_number, token_logps
+from rlhf_helpers.core.models import (
+    RewardFn,
+    as_reward_fn,
+    encode_prompt,
+    to_messages,
+    tokenizer_for,
+    usable_positions,
+)
+from rlhf_helpers.core.tensors import batches_by_length, pad_right, require_number, token_logps
 from rlhf_helpers.core.text import end_id
 from rlhf_helpers.world.gold_judge import gold_scores
 from rlhf_helpers.world.prompts import meta
@@ -55,9 +62,7 @@ class PerplexityFilter:
     def scores(self, prompts: Sequence[str]) -> Float[Tensor, "B"]:
         """Nats a token of each prompt, (B,) float32 on the CPU."""
         found, device = torch.empty(len(prompts)), next(self.model.parameters()).device
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding in a batch
-        for start in range(0, len(order), 32):
-            part = order[start : start + 32]
+        for part in batches_by_length(map(len, prompts), 32):
             rows, spans = zip(*(self._encode(prompts[i]) for i in part), strict=True)
             ids, mask = pad_right(rows, self.tokenizer.pad_token_id, device=device)
             nats = -token_logps(self.model(ids, attention_mask=mask).logits[:, :-1], ids[:, 1:]).float().cpu()
@@ -79,7 +84,7 @@ class PerplexityFilter:
         tail = _shared(ids[::-1], frame[head:][::-1])
         if not head:  # the first token then follows the end of another text, as in pretraining
             ids, head = [end_id(self.tokenizer), *ids], 1
-        limit = getattr(self.model.config, "max_position_embeddings", None) or len(ids)
+        limit = usable_positions(self.model) or len(ids)
         if not prompt.strip() or head + tail >= len(ids) or len(ids) > limit:
             raise ValueError(f"a prompt must hold 1 to {limit} tokens, got {len(ids)}: {prompt[:60]!r}")
         return ids, (head, len(ids) - tail)

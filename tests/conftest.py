@@ -6,6 +6,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
 
 import ipaddress
 import socket
@@ -201,6 +203,74 @@ def tiny_distilbert_dir(tmp_path_factory) -> Path:
         pad_token_id=tokenizer.pad_token_id,
     )
     return _save(tmp_path_factory, "tiny-distilbert", DistilBertForMaskedLM, config, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, tiny_llama_dir) -> Callable:
+    """checkpoint(kind, auto_class, **config): the folder of a small random model of any kind."""
+
+    def save(kind, auto_class=None, **sizes):
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+        ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        config = AutoConfig.for_model(
+            kind, **{"vocab_size": len(tokenizer), "bos_token_id": None, **ids, **sizes}
+        )
+        folder = tmp_path_factory.mktemp(kind)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            (auto_class or AutoModelForCausalLM).from_config(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def space_tokenizer():
+    """A SentencePiece-like tokenizer with a chat template: it puts a space before every text it is given."""
+    import json
+
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
+    bpe.train_from_iterator(SENTENCES, trainer)
+    trained = json.loads(bpe.to_str())  # the bytes are no special tokens, or decoding would leave them out
+    trained["added_tokens"] = [t for t in trained["added_tokens"] if not t["content"].startswith("<0x")]
+    bpe = Tokenizer.from_str(json.dumps(trained))
+    template = (
+        "{% for m in messages %}[{{ m['role'] }}]\n{{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<unk>",
+        chat_template=template,
+    )
+
+
+def pytest_collection_modifyitems(items):
+    """Under `-n`, keep the tests of a file in one process, but not those that run a whole lesson each."""
+    for item in items:
+        if not (item.get_closest_marker("xdist_group") or item.get_closest_marker("whole_lesson")):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
 
 
 # ---- for the tests of the loops; import them from tests.conftest

@@ -5,37 +5,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
-from rlhf_helpers.core.generation import generate, sequence_logps
+from rlhf_helpers.core.choices import option_logps
+from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
+from rlhf_helpers.core.text import is_text
 from rlhf_helpers.preference_data.reading import Source, read_records
-from rlhf_helpers.preference_data.report import Fault, PreferenceDataError
+from rlhf_helpers.preference_data.report import DataIssue, PreferenceDataError
 
 Rows, Scores = list[dict[str, Any]], dict[str, float]
+_CELLS = ("Best Answer", "Correct Answers", "Incorrect Answers")  # of a row of TruthfulQA's CSV
 _SAME = {"man": "m", "men": "m", "boy": "m", "woman": "f", "women": "f", "girl": "f"}  # in BBQ
 _IN = {"question_polarity": ("neg", "nonneg"), "context_condition": ("ambig", "disambig"), "label": (0, 1, 2)}
-
-
-def option_logps(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[str], options: Sequence[Sequence[str]],
-    *, per_token: bool = False, batch_size: int = 64,
-) -> list[Float[Tensor, "K"]]:  # fmt: skip
-    """log p(option | prompt) of each prompt's own K options, nats, EOS included: B tensors (K,) on the CPU.
-
-    Summed over tokens; per_token: divided by their number, for options of unlike length. Lesson 3.
-    """
-    tokenizer = tokenizer or tokenizer_for(model)
-    asked = [(prompt, text) for prompt, texts in zip(prompts, options, strict=True) for text in texts]
-    order = sorted(range(len(asked)), key=lambda i: len("".join(asked[i])))  # little padding in a batch
-    found = torch.empty(len(asked))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        with torch.no_grad():
-            logps, mask = sequence_logps(model, tokenizer, *zip(*(asked[i] for i in rows), strict=True))
-        found[rows] = (logps.sum(-1) / (mask.sum(-1) if per_token else 1)).float().cpu()
-    return list(found.split([len(texts) for texts in options]))
 
 
 def bbq_bias_score(answers: Int[Tensor, "B"], accuracy: float | None = None) -> float:
@@ -76,12 +59,12 @@ def load_bbq(source: Source) -> Rows:
     Parrish et al. 2022. Lesson 3. Raises likewise.
     """
     rows = []
-    for place, row in _read(source, *_IN, "answer_info", "context", "question", "ans0", "ans1", "ans2"):
+    for place, row in _read(source, "context", "question", "ans0", "ans1", "ans2"):
         for name, allowed in _IN.items():
-            if row[name] not in allowed:
-                raise _fault(place, name, row[name], f"write one of {allowed}")
-        told = row["answer_info"] if isinstance(row["answer_info"], Mapping) else {}
-        info = [[str(text) for text in told.get(f"ans{i}", ())] for i in range(3)]
+            if row.get(name) not in allowed:
+                raise _fault(place, name, row.get(name), f"write one of {allowed}")
+        told = row.get("answer_info") if isinstance(row.get("answer_info"), Mapping) else {}
+        info = [[str(text) for text in told.get(f"ans{i}") or ()] for i in range(3)]
         unknown = next((i for i, texts in enumerate(info) if texts[1:] == ["unknown"]), None)
         if unknown is None:
             raise _fault(
@@ -89,7 +72,8 @@ def load_bbq(source: Source) -> Rows:
             )
         if row["context_condition"] == "ambig" and row["label"] != unknown:
             raise _fault(place, "label", row["label"], f"where it is ambiguous, unknown ({unknown}) is right")
-        groups = (row.get("additional_metadata") or {}).get("stereotyped_groups", ())
+        more = row.get("additional_metadata")
+        groups = more.get("stereotyped_groups") or () if isinstance(more, Mapping) else ()
         target = row.get("target_loc", _target(info, unknown, groups))
         added = {"answers": [row[f"ans{i}"] for i in range(3)], "unknown": unknown, "target": target}
         rows.append(row | added)
@@ -107,15 +91,21 @@ def load_truthfulqa(source: Source) -> Rows:
         question = row.get("Question") or row.get("question")
         forms = {name: row.get(f"{name}_targets") for name in ("mc1", "mc2")}
         if "Best Answer" in row:
-            names = ("Best Answer", "Correct Answers", "Incorrect Answers")
-            best, right, wrong = ([t.strip() for t in row[n].split(";") if t.strip()] for n in names)
+            best, right, wrong = (
+                [text.strip() for text in _text(place, row, name).split(";") if text.strip()]
+                for name in _CELLS
+            )
             false = dict.fromkeys(wrong, 0)
             forms = {"mc1": dict.fromkeys(best, 1) | false, "mc2": dict.fromkeys(right, 1) | false}
         for name, form in forms.items():
-            if isinstance(form, Mapping) and set(form) == {"choices", "labels"}:
-                form = dict(zip(form["choices"], form["labels"], strict=True))
-            marks = list(form.values()) if isinstance(form, Mapping) and question else []
-            if set(marks) != {0, 1} or (name == "mc1" and sum(marks) > 1):
+            try:
+                if set(form) == {"choices", "labels"}:
+                    form = dict(zip(form["choices"], form["labels"], strict=True))
+                marks = list(form.values())
+                sound = bool(question) and set(marks) == {0, 1} and all(map(is_text, (question, *form)))
+            except (AttributeError, TypeError, ValueError):  # not a mapping, or of other things
+                sound = False
+            if not sound or (name == "mc1" and sum(marks) > 1):
                 raise _fault(place, name, form, "give a question, true (1) and false (0) answers, one in mc1")
             forms[name] = (list(form), marks)
         rows.append({"question": question, **forms})
@@ -136,11 +126,11 @@ def score_xstest(
         raise ValueError("refusal_fn is missing: give a classifier (prompts, responses) -> P(refuses), (B,)")
     prompts = [row["prompt"] for row in rows]
     if isinstance(model, nn.Module):
-        asked = (model, tokenizer or tokenizer_for(model), prompts)
-        said = generate(*asked, max_new_tokens=max_new_tokens, seed=seed).responses
-    refused = as_reward_fn(refusal_fn)(
-        prompts, said if isinstance(model, nn.Module) else list(model(prompts))
-    )
+        tokenizer = tokenizer or tokenizer_for(model)
+        answers = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed).responses
+    else:
+        answers = list(model(prompts))
+    refused = as_reward_fn(refusal_fn)(prompts, answers)
     unsafe = torch.tensor([row["label"] == "unsafe" for row in rows])
     rates = {"refusal": refused[unsafe].mean().item(), "over_refusal": refused[~unsafe].mean().item()}
     return rates | {"n_unsafe": int(unsafe.sum()), "n_safe": int((~unsafe).sum())}
@@ -207,12 +197,17 @@ def _read(source: Source, *needed: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if faults:
         raise PreferenceDataError(name, faults)
     for place, row in records:
-        given = row if isinstance(row, Mapping) else {}
-        for field in needed:
-            if given.get(field) in (None, ""):
-                raise _fault(place, field, given.get(field), f"fill this field; the row has {list(given)}")
-        yield place, dict(given)
+        given = dict(row) if isinstance(row, Mapping) else {}
+        for name in needed:
+            _text(place, given, name)
+        yield place, given
 
 
-def _fault(place: str, name: str, value: Any, mend: str) -> PreferenceDataError:
-    return PreferenceDataError(place, [Fault(place, f"{name}={value!r}", mend)])
+def _text(place: str, row: Mapping[str, Any], name: str) -> str:
+    if not isinstance(row.get(name), str) or not row[name].strip():
+        raise _fault(place, name, row.get(name), f"fill this field; the row has {list(row)}")
+    return row[name]
+
+
+def _fault(place: str, name: str, value: Any, fix: str) -> PreferenceDataError:
+    return PreferenceDataError(place, [DataIssue(place, f"{name}={value!r}", fix)])

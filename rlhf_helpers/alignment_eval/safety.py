@@ -19,8 +19,8 @@ from scipy import stats
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from rlhf_helpers.alignment_eval.benchmarks import option_logps
 from rlhf_helpers.alignment_eval.policy import as_safety_fn
+from rlhf_helpers.core.choices import option_logps
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import TINY, RewardFn, tokenizer_for
 from rlhf_helpers.world.gold_judge import explain, gold_scores

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlhf_helpers.core.generation import sequence_logps
-from rlhf_helpers.core.tensors import require_shapes
+from rlhf_helpers.core.models import tokenizer_for
+from rlhf_helpers.core.tensors import batches_by_length, require_shapes
 
 PerRow = Float[Tensor, "B"]
 
@@ -25,15 +26,34 @@ def choice_logps(
     """
     if isinstance(choices, str) or len(choices) < 2:
         raise ValueError(f"choices must be at least two texts, got {choices!r}")
-    asked = [prompt for prompt in prompts for _ in choices]
-    answers = [choice for _ in prompts for choice in choices]
-    order = sorted(range(len(asked)), key=lambda row: len(asked[row]))  # little padding in a batch
+    options = [choices] * len(prompts)
+    return torch.stack(option_logps(model, tokenizer, prompts, options, batch_size=batch_size))
+
+
+@torch.no_grad()
+def option_logps(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    options: Sequence[Sequence[str]],
+    *,
+    per_token: bool = False,
+    batch_size: int = 64,
+) -> list[Float[Tensor, "K"]]:
+    """Compute log p(option | prompt) of each prompt's own K options, in nats, EOS included.
+
+    Summed over tokens; with per_token divided by their number, for options of unlike length. Lesson 3.
+
+    Returns:
+        B tensors (K,), float32 on the CPU.
+    """
+    tokenizer = tokenizer or tokenizer_for(model)
+    asked = [(prompt, text) for prompt, texts in zip(prompts, options, strict=True) for text in texts]
     found = torch.empty(len(asked))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        logps, _ = sequence_logps(model, tokenizer, [asked[i] for i in rows], [answers[i] for i in rows])
-        found[rows] = logps.sum(-1).float().cpu()
-    return found.view(len(prompts), len(choices))
+    for rows in batches_by_length([len(prompt) + len(text) for prompt, text in asked], batch_size):
+        logps, mask = sequence_logps(model, tokenizer, *zip(*(asked[i] for i in rows), strict=True))
+        found[rows] = (logps.sum(-1) / (mask.sum(-1) if per_token else 1)).float().cpu()
+    return list(found.split([len(texts) for texts in options]))
 
 
 def soft_label(logp_a: PerRow, logp_b: PerRow, swapped_logp_a: PerRow, swapped_logp_b: PerRow) -> PerRow:

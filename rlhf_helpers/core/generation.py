@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-from rlhf_helpers.core.tensors import pad_left, pad_right, require_number, token_logps
-from rlhf_helpers.core.text import encode_pair, encode_prompt
+from rlhf_helpers.core.models import require_cache, usable_positions
+from rlhf_helpers.core.tensors import batches_by_length, pad_left, pad_right, require_number, token_logps
+from rlhf_helpers.core.text import decode_responses, encode_pair, encode_prompt, end_id, naming
+from rlhf_helpers.core.training.distributed import sum_over_shards
 
 # Finished rows leave the batch once they are this share of it; each time the cache is copied.
 DROP_SHARE = 0.25
@@ -54,8 +56,7 @@ class Rollout:
     def __getitem__(self, index: slice | Sequence[int] | Tensor) -> "Rollout":
         """Return the rows of a slice, list or tensor of indices, or boolean mask; the padding stays."""
         if isinstance(index, int):
-            mend = f"use [{index}:{index + 1}]"
-            raise TypeError(f"a Rollout is indexed by a slice or by several indices: {mend}")
+            raise TypeError(f"a Rollout is indexed by a slice or a list: use [{index}:{index + 1}]")
         rows = torch.arange(len(self))[index.cpu() if isinstance(index, Tensor) else index].tolist()
         fields = ((name, value) for name, value in vars(self).items() if name != "greedy")
         kept = {k: v[rows] if isinstance(v, Tensor) else [v[i] for i in rows] for k, v in fields}
@@ -63,8 +64,8 @@ class Rollout:
 
     def to(self, device: torch.device | str) -> "Rollout":
         """Move the tensors to a device."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+        moved = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
     @property
     def response_ids(self) -> Int[Tensor, "B T"]:
@@ -78,10 +79,16 @@ class Rollout:
 
 
 def generate(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[str],
-    *, max_new_tokens: int, temperature: float = 1.0, seed: int | None = None, greedy: bool = False,
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int | None = None,
+    greedy: bool = False,
     batch_size: int = 128,
-) -> Rollout:  # fmt: skip
+) -> Rollout:
     """Sample one response to each prompt from softmax(logits / temperature); repeat a prompt for more.
 
     A response ends with EOS, which belongs to it and to its mask, or after max_new_tokens (`ended` is false).
@@ -92,37 +99,69 @@ def generate(
     batch_size: rows decoded together; prompts are sorted by length for it and put back in order.
 
     old_logps equal those of `rollout_logps` at the same temperature to 1e-5 per token in float32; in bfloat16
-    the cached and the uncached pass round differently, by about 1e-2. Raises ValueError where a setting is
-    out of its range, there is no prompt, or a prompt with max_new_tokens does not fit into the model's
-    context (names the prompt and the lengths).
+    the cached and the uncached pass round differently, by about 1e-2.
+
+    Raises:
+        ValueError: A setting is out of its range, there is no prompt, or `encode_prompts` refuses one.
     """
     _check_arguments(prompts, max_new_tokens, temperature, greedy, batch_size)
     model = _unwrapped(model)
-    encoded = {prompt: encode_prompt(tokenizer, prompt) for prompt in dict.fromkeys(prompts)}
-    prompt_rows = [encoded[prompt] for prompt in prompts]
-    _require_room(model, prompts, prompt_rows, max_new_tokens)
-
+    prompt_rows = encode_prompts(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
     uniforms = None if greedy else _uniforms(len(prompts), max_new_tokens, seed)
-    settings = {"stop_ids": _stop_ids(model, tokenizer), "pad_id": tokenizer.pad_token_id}
-    settings |= {"steps": max_new_tokens, "temperature": temperature}
-    by_length = sorted(range(len(prompts)), key=lambda i: -len(prompt_rows[i]))
+    batches = batches_by_length([-len(row) for row in prompt_rows], batch_size)  # the longest first
     parts = []
-    with _eval_mode(model), torch.no_grad():
-        for start in range(0, len(by_length), batch_size):
-            chosen = by_length[start : start + batch_size]
-            noise = None if uniforms is None else uniforms[chosen]
-            parts.append(_decode(model, [prompt_rows[i] for i in chosen], noise, **settings))
-    back = torch.tensor(by_length).argsort().to(parts[0][0].device)
+    with eval_mode(model), torch.no_grad():
+        for batch in batches:
+            noise = None if uniforms is None else uniforms[batch]
+            rows = [prompt_rows[i] for i in batch]
+            part = _decode(model, tokenizer, rows, noise, steps=max_new_tokens, temperature=temperature)
+            parts.append(part)
+    back = torch.tensor([i for batch in batches for i in batch]).argsort().to(parts[0][0].device)
     ids, logps, mask, ended = (torch.cat(part)[back] for part in zip(*parts, strict=True))
     rollout = _assemble(tokenizer, prompts, prompt_rows, ids, logps, mask, ended)
     return replace(rollout, greedy=greedy)
 
 
+def encode_prompts(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int
+) -> list[list[int]]:
+    """Tokenise prompts that `model` is to answer, each distinct text once.
+
+    A loop calls this on all its prompts before the first step, so that a prompt which cannot be sampled from
+    is found there and not in the step that happens to draw it.
+
+    Raises:
+        ValueError: Names the row of a prompt that is not a text, that the chat template refuses, or that with
+            max_new_tokens does not fit into the model's context; or the model keeps no key-value cache.
+    """
+    require_cache(model)
+    context, known = usable_positions(model), {}
+    for row, prompt in enumerate(prompts):
+        if prompt in known:
+            continue
+        with naming(f"prompt {row}"):
+            known[prompt] = encode_prompt(tokenizer, prompt)
+        count = len(known[prompt])
+        if context is not None and count + max_new_tokens > context:
+            raise ValueError(
+                f"prompt {row} has {count} tokens; with max_new_tokens={max_new_tokens} that exceeds the "
+                f"model's context of {context}: shorten the prompt ({prompt[:60]!r}) or max_new_tokens"
+            )
+    return [known[prompt] for prompt in prompts]
+
+
 def stream_answer(
-    model: nn.Module, tokenizer: Any, prompt: str,
-    *, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-    greedy: bool = False, seed: int | None = None,
-) -> Iterator[str]:  # fmt: skip
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    greedy: bool = False,
+    seed: int | None = None,
+) -> Iterator[str]:
     """Sample one answer for people to watch: yields pieces of text as they come, no character ever in halves.
 
     The joined pieces are the answer, and without top_k and top_p that of `generate` with the same seed.
@@ -136,26 +175,29 @@ def stream_answer(
     if top_p is not None:
         require_number("top_p", top_p, above=0, at_most=1)
         warpers.append(TopPLogitsWarper(float(top_p)))
-    model, ids = _unwrapped(model), encode_prompt(tokenizer, prompt)
-    _require_room(model, [prompt], [ids], max_new_tokens)
+    model = _unwrapped(model)
+    ids = encode_prompts(model, tokenizer, [prompt], max_new_tokens=max_new_tokens)[0]
     noise = [None] * max_new_tokens if greedy else _uniforms(1, max_new_tokens, seed).unbind(-1)
     return _stream(model, tokenizer, ids, noise, lambda seen, scores: warpers(seen, scores / temperature))
 
 
 def _stream(
-    model: nn.Module, tokenizer: Any, prompt_ids: list[int], noise: Sequence[Tensor | None],
+    model: nn.Module,
+    tokenizer: Any,
+    prompt_ids: list[int],
+    noise: Sequence[Tensor | None],
     warp: Callable[[Tensor, Tensor], Tensor],
-) -> Iterator[str]:  # fmt: skip
+) -> Iterator[str]:
     device, stops = next(model.parameters()).device, _stop_ids(model, tokenizer)
     cache, ids, said, shown = DynamicCache(config=model.config), prompt_ids, [], 0
     for step, uniform in enumerate(noise, 1):
         row = torch.tensor([ids], device=device)
-        with _eval_mode(model), torch.no_grad():  # not around the loop: the caller runs between two pieces
+        with eval_mode(model), torch.no_grad():  # not around the loop: the caller runs between two pieces
             outputs = model(input_ids=row, past_key_values=cache, use_cache=True, logits_to_keep=1)
         scores = warp(row, outputs.logits[:, -1].float())
         ids = _pick(scores, None if uniform is None else uniform.to(device))[0].tolist()
         said += ids
-        text = tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = decode_responses(tokenizer, [said])[0]
         ended = ids[0] in stops or step == len(noise)
         # A character may take several tokens; what is not whole yet decodes to U+FFFD.
         whole = text if ended else text.rstrip("\ufffd")
@@ -184,9 +226,12 @@ def _check_arguments(
 
 
 def response_logits(
-    model: nn.Module, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"],
-    *, response_length: int,
-) -> Float[Tensor, "B T V"]:  # fmt: skip
+    model: nn.Module,
+    input_ids: Int[Tensor, "B L"],
+    attention_mask: Int[Tensor, "B L"],
+    *,
+    response_length: int,
+) -> Float[Tensor, "B T V"]:
     """Compute the logits that predict the last `response_length` columns: already shifted, (B, T, V).
 
     Positions come from the attention mask, so left padding changes nothing. Keeps gradients. Only the columns
@@ -196,17 +241,26 @@ def response_logits(
 
 
 def response_outputs(
-    model: nn.Module, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"],
-    *, response_length: int, states: bool = False,
-) -> tuple[Float[Tensor, "B T V"], Float[Tensor, "B T d"] | None]:  # fmt: skip
+    model: nn.Module,
+    input_ids: Int[Tensor, "B L"],
+    attention_mask: Int[Tensor, "B L"],
+    *,
+    response_length: int,
+    states: bool = False,
+) -> tuple[Float[Tensor, "B T V"], Float[Tensor, "B T d"] | None]:
     """Compute `response_logits` and, with `states`, the last hidden states they come from, for a value head.
 
     The state of column t has read the prompt and the response up to t - 1: the value of it knows no more.
     """
+    require_cache(model)
     outputs = model(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=_positions(attention_mask),
-        use_cache=False, logits_to_keep=response_length + 1, output_hidden_states=states,
-    )  # fmt: skip
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=_positions(attention_mask),
+        use_cache=False,
+        logits_to_keep=response_length + 1,
+        output_hidden_states=states,
+    )
     before = slice(-response_length - 1, -1)
     return outputs.logits[:, before], outputs.hidden_states[-1][:, before] if states else None
 
@@ -224,9 +278,14 @@ def rollout_logps(model: nn.Module, rollout: Rollout, *, temperature: float = 1.
 
 
 def sequence_logps(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[str], responses: Sequence[str],
-    *, temperature: float = 1.0, max_length: int | None = None,
-) -> tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"]]:  # fmt: skip
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    *,
+    temperature: float = 1.0,
+    max_length: int | None = None,
+) -> tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"]]:
     """Compute the log-prob of every token of given responses, EOS included: (logps (B, T), mask (B, T)).
 
     Keeps gradients; 0 on padding, so logps.sum(-1) is log p(response | prompt). max_length cuts as in
@@ -237,9 +296,14 @@ def sequence_logps(
 
 
 def rollout_from_text(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[str], responses: Sequence[str],
-    *, temperature: float = 1.0, max_length: int | None = None,
-) -> Rollout:  # fmt: skip
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    *,
+    temperature: float = 1.0,
+    max_length: int | None = None,
+) -> Rollout:
     """Treat given responses as if `model` had sampled them: a Rollout whose old_logps are recomputed.
 
     They were not sampled by the policy, so an update on them is off-policy although its first ratio is 1.
@@ -250,18 +314,23 @@ def rollout_from_text(
 
 
 def _decode(
-    model: nn.Module, prompt_rows: list[list[int]], uniforms: Tensor | None,
-    *, stop_ids: list[int], pad_id: int, steps: int, temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    model: nn.Module,
+    tokenizer: Any,
+    prompt_rows: list[list[int]],
+    uniforms: Tensor | None,
+    *,
+    steps: int,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sample over one batch: response ids, log-probs and mask (B, steps), ended (B,)."""
-    device = next(model.parameters()).device
+    device, pad_id = next(model.parameters()).device, tokenizer.pad_token_id
     ids, mask = pad_left(prompt_rows, pad_id, device=device)
     count = len(prompt_rows)
     out_ids = torch.full((count, steps), pad_id, device=device)
     out_logps = torch.zeros(count, steps, device=device)
     out_mask = torch.zeros(count, steps, dtype=torch.bool, device=device)
     ended = torch.zeros(count, dtype=torch.bool, device=device)
-    stops = torch.tensor(stop_ids, device=device)
+    stops = torch.tensor(_stop_ids(model, tokenizer), device=device)
     noise = None if uniforms is None else uniforms.to(device)
 
     rows = torch.arange(count, device=device)  # where each row of the running batch belongs
@@ -272,9 +341,13 @@ def _decode(
     for step in range(steps):
         seen = mask.shape[1] - steps + step
         logits = model(
-            input_ids=ids, attention_mask=mask[:, :seen], position_ids=positions,
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
-        ).logits[:, -1]  # fmt: skip
+            input_ids=ids,
+            attention_mask=mask[:, :seen],
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
         tokens, logps = _pick(logits.float() / temperature, None if noise is None else noise[:, step])
         out_ids[rows, step] = torch.where(running, tokens, pad_id)
         out_logps[rows, step] = torch.where(running, logps, 0.0)
@@ -283,10 +356,11 @@ def _decode(
         ended[rows] |= stopped
         running = running & ~stopped
         left = int(running.sum())
-        if left == 0:
+        # With sharded weights every process calls the model as often as the one with the longest response.
+        if sum_over_shards(model, left) == 0:
             break
         ids, positions = tokens[:, None], positions[:, -1:] + 1
-        if left <= (1 - DROP_SHARE) * len(rows):
+        if 0 < left <= (1 - DROP_SHARE) * len(rows):
             keep = running.nonzero().flatten()
             cache.batch_select_indices(keep)
             rows, running, mask, ids, positions = (t[keep] for t in (rows, running, mask, ids, positions))
@@ -312,32 +386,42 @@ def _lay_out(
     """Tokenise pairs into the layout of a Rollout, with old_logps 0."""
     if len(prompts) != len(responses) or not len(prompts):
         raise ValueError(f"needs as many prompts as responses, got {len(prompts)} and {len(responses)}")
-    limit = max_length or _context(model)
-    both = zip(prompts, responses, strict=True)
-    pairs = [encode_pair(tokenizer, prompt, response, max_length=limit) for prompt, response in both]
+    limit, pairs = max_length or usable_positions(model), []
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        with naming(f"row {row}"):
+            pairs.append(encode_pair(tokenizer, prompt, response, max_length=limit))
     device = next(model.parameters()).device
-    prompt_ids, prompt_mask = pad_left([p for p, _ in pairs], tokenizer.pad_token_id, device=device)
     ids, mask = pad_right([r for _, r in pairs], tokenizer.pad_token_id, device=device)
     last = torch.tensor([r[-1] for _, r in pairs], device=device)
     ended = torch.isin(last, torch.tensor(_stop_ids(model, tokenizer), device=device))
-    ids, attention = torch.cat([prompt_ids, ids], dim=1), torch.cat([prompt_mask, mask], dim=1)
-    none = torch.zeros(mask.shape, device=device)
-    return Rollout(list(prompts), list(responses), ids, attention, mask.bool(), none, ended)
+    both = _joined([p for p, _ in pairs], ids, mask, tokenizer.pad_token_id)
+    return Rollout([*prompts], [*responses], *both, mask.bool(), torch.zeros_like(ids).float(), ended)
 
 
 def _assemble(
-    tokenizer: Any, prompts: Sequence[str], prompt_rows: list[list[int]], ids: Tensor, logps: Tensor,
-    mask: Tensor, ended: Tensor,
-) -> Rollout:  # fmt: skip
+    tokenizer: Any,
+    prompts: Sequence[str],
+    prompt_rows: list[list[int]],
+    ids: Tensor,
+    logps: Tensor,
+    mask: Tensor,
+    ended: Tensor,
+) -> Rollout:
     """Cut the columns that no response reaches, decode, and join the responses to their prompts."""
     lengths = mask.sum(-1).tolist()
     width = max(lengths)
     ids, mask = ids[:, :width], mask[:, :width]
     texts = [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
-    prompt_ids, prompt_mask = pad_left(prompt_rows, tokenizer.pad_token_id, device=ids.device)
-    texts = tokenizer.batch_decode(texts, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    ids, attention = torch.cat([prompt_ids, ids], dim=1), torch.cat([prompt_mask, mask.long()], dim=1)
-    return Rollout(list(prompts), texts, ids, attention, mask, logps[:, :width], ended)
+    both = _joined(prompt_rows, ids, mask.long(), tokenizer.pad_token_id)
+    return Rollout([*prompts], decode_responses(tokenizer, texts), *both, mask, logps[:, :width], ended)
+
+
+def _joined(
+    prompt_rows: list[list[int]], ids: Tensor, mask: Tensor, pad_id: int
+) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L"]]:
+    """Put left-padded prompts before right-padded responses: ids and mask."""
+    prompt_ids, prompt_mask = pad_left(prompt_rows, pad_id, device=ids.device)
+    return torch.cat([prompt_ids, ids], dim=1), torch.cat([prompt_mask, mask], dim=1)
 
 
 def _positions(attention_mask: Tensor) -> Tensor:
@@ -349,32 +433,15 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def _context(model: nn.Module) -> int | None:
-    """The longest sequence the model has positions for, if its config says so."""
-    return getattr(_unwrapped(model).config, "max_position_embeddings", None)
-
-
 def _stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
-    """EOS, and whatever else the model's own generation config ends a turn with."""
+    """EOS, what the chat template closes a turn with, and what the model's own generation config lists."""
     config = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = config if isinstance(config, list) else [config]
-    return sorted({i for i in (tokenizer.eos_token_id, *listed) if i is not None})
-
-
-def _require_room(
-    model: nn.Module, prompts: Sequence[str], rows: list[list[int]], max_new_tokens: int
-) -> None:
-    context = _context(model)
-    for i, row in enumerate(rows if context is not None else ()):
-        if len(row) + max_new_tokens > context:
-            raise ValueError(
-                f"prompt {i} has {len(row)} tokens; with max_new_tokens={max_new_tokens} that exceeds the "
-                f"model's context of {context}: shorten the prompt ({prompts[i][:60]!r}) or max_new_tokens"
-            )
+    return sorted({i for i in (end_id(tokenizer), tokenizer.eos_token_id, *listed) if i is not None})
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Switch to eval mode (gradient checkpointing in train mode would disable the cache), then back."""
     training = [module for module in model.modules() if module.training]
     for module in training:

@@ -7,6 +7,7 @@ checkpointing off): with dropout the ratio is not 1 on the first minibatch and t
 
 import copy
 import functools
+import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -27,13 +28,13 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from rlhf_helpers.core.text import encode_pair, encode_prompt, encode_response, to_messages, to_text
-
-__all__ = [
-    "ModelNotFoundError", "RewardFn", "ScalarHead", "as_reward_fn", "encode_pair", "encode_prompt",
-    "encode_response", "frozen_copy", "load_encoder", "load_model", "remember_tokenizer", "to_messages",
-    "to_text", "tokenizer_for",
-]  # fmt: skip
+from rlhf_helpers.core.text import (  # noqa: F401  (the lessons import them from here)
+    encode_pair,
+    encode_prompt,
+    encode_response,
+    to_messages,
+    to_text,
+)
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny"
 PAD_TOKEN = "<|pad|>"
@@ -67,9 +68,11 @@ def load_model(
     grown by the mean of its rows: pad = EOS masks EOS out of the loss, and the model never learns to stop.
     All dropout is 0. Only safetensors are read; code from the hub is never run. Raises ModelNotFoundError
     where there is no such folder, hub name or cached copy, ValueError where the checkpoint is no causal LM or
-    lacks weights that would be random.
+    lacks weights that would be random, or is a recurrent model (`require_cache`).
     """
-    return _load(AutoModelForCausalLM, name_or_path, device, dtype)
+    model, tokenizer = _load(AutoModelForCausalLM, name_or_path, device, dtype)
+    require_cache(model)
+    return model, tokenizer
 
 
 def load_encoder(
@@ -104,15 +107,13 @@ def _load(auto_class: type, name_or_path: str | Path, device: Device, dtype: tor
 def _from_pretrained(auto_class: type, source: str, name: str, dtype: torch.dtype) -> Loaded:
     """Read from the folder or the hub's cache; ask the network only for a hub name that is not cached."""
     offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
-    try:
-        return _read(auto_class, source, dtype, local_files_only=True)
-    except (OSError, ValueError) as error:
-        if offline or Path(source).is_dir() or name == "tiny":
-            raise (_not_found(name, error) if isinstance(error, OSError) else error) from error
-    try:
-        return _read(auto_class, source, dtype, local_files_only=False)
-    except OSError as error:
-        raise _not_found(name, error) from error
+    local = offline or Path(source).is_dir() or name == "tiny"
+    for here in (True,) if local else (True, False):
+        try:
+            return _read(auto_class, source, dtype, local_files_only=here)
+        except (OSError, ValueError) as error:
+            failure = error
+    raise (_not_found(name, failure) if isinstance(failure, OSError) else failure) from failure
 
 
 def _not_found(name: str, error: Exception) -> ModelNotFoundError:
@@ -138,6 +139,11 @@ def _read(auto_class: type, source: str, dtype: torch.dtype, *, local_files_only
     if auto_class is AutoModelForCausalLM and _is_encoder(config):
         raise ValueError(
             f"{source!r} holds a {config.model_type} encoder, which writes no text: load it with load_encoder"
+        )
+    if auto_class is AutoModel and config.is_encoder_decoder:
+        raise ValueError(
+            f"{source!r} holds an encoder-decoder ({config.model_type}), which reads prompt and response "
+            "apart: load a causal LM or an encoder"
         )
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     with _quiet_loading():
@@ -192,11 +198,9 @@ def _ensure_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         # Not drawn from the spread of the old rows, as the library would: their plain mean is the same in
         # every load, so a policy and a reference loaded apart still agree.
         head = model.get_output_embeddings()
-        tables = [model.get_input_embeddings().weight] + ([] if head is None else [head.weight])
-        if getattr(head, "bias", None) is not None:
-            tables.append(head.bias)
+        tables = [model.get_input_embeddings().weight, *(getattr(head, n, None) for n in ("weight", "bias"))]
         with torch.no_grad():
-            for table in tables:
+            for table in (table for table in tables if table is not None):
                 table[before:] = table[:before].float().mean(0).to(table.dtype)
     model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
@@ -207,7 +211,7 @@ def _zero_dropout_fields(config: Any) -> None:
     """Set every dropout probability of a config, nested ones too, to 0."""
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
-            setattr(config, name, 0.0)
+            setattr(config, name, type(value)())  # MPT declares a whole number
         elif hasattr(value, "model_type"):
             _zero_dropout_fields(value)
 
@@ -220,6 +224,51 @@ def _zero_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def require_cache(model: nn.Module) -> None:
+    """Refuse a language model that does not attend to its past through a key-value cache.
+
+    Recurrent models (Mamba, RWKV, xLSTM) ignore both the cache and position_ids: decoding would feed each
+    token without its past, and left padding would run through their state, all without an error.
+
+    Raises:
+        ValueError: Names the kind of model.
+    """
+    model = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if model is not None and "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"{type(model).__name__} takes no past_key_values: sampling and scoring here need a key-value "
+            "cache, which recurrent models (Mamba, RWKV) do not have; choose a model with attention"
+        )
+
+
+def usable_positions(model: nn.Module) -> int | None:
+    """Count the tokens that `model` has positions for; None if its config sets no limit.
+
+    RoBERTa, MPNet and Longformer kinds number their positions from pad_token_id + 1: of the 514 rows of
+    RoBERTa's table a text can use 512. Their table marks the padding row.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    config = _text_config(model)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # MPT
+
+
+def state_width(model: nn.Module) -> int:
+    """Return the width d of the hidden states (B, T, d) that `model` gives out, for a head that reads them.
+
+    OPT-350m projects its states of width hidden_size down to word_embed_proj_dim.
+    """
+    config = _text_config(model)
+    return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+
+
+def _text_config(model: nn.Module) -> Any:
+    """The config of the part that reads text: multimodal models nest it."""
+    config = getattr(model, "module", model).config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def remember_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -245,8 +294,7 @@ def tokenizer_for(model: nn.Module) -> PreTrainedTokenizerBase:
 def frozen_copy(model: nn.Module) -> nn.Module:
     """Copy a model as a reference that never changes: own weights, no gradients, eval mode, same tokenizer.
 
-    It costs the memory of the weights once more (said in one line) and, in a loop, one forward pass; neither
-    gradients nor optimiser state.
+    It costs the memory of the weights once more (said in one line), but no gradients or optimizer state.
     """
     known = [vars(m)[_TOKENIZER_ATTRIBUTE] for m in model.modules() if _TOKENIZER_ATTRIBUTE in vars(m)]
     memo = {id(tokenizer): tokenizer for tokenizer in known}  # shared, not copied
@@ -280,37 +328,51 @@ def as_reward_fn(model_or_function: nn.Module | Callable[..., Tensor]) -> Reward
 
     A function is called as it is. A reward model (an `nn.Module`) must have `score(prompts, responses)`,
     which decides how prompt and response are joined and tokenised: token ids do not cross tokenizers, text
-    does. It gets no further columns. Raises TypeError where the argument is neither, or what it returns is no
-    tensor, ValueError for unequally many prompts and responses, or rewards that are not (B,) and finite.
+    does. It gets no further columns.
+
+    Raises:
+        TypeError: It is neither, takes other arguments, or returns something other than a tensor.
+        ValueError: The numbers of prompts and responses differ, or rewards are not (B,) and finite.
     """
-    given = model_or_function
-    if isinstance(given, nn.Module):
-        if not callable(getattr(given, "score", None)):
-            raise _no_reward(given)
-        score = given.score
-        call = functools.wraps(score)(lambda prompts, responses, **_columns: score(prompts, responses))
-    elif callable(given) and not isinstance(given, type):
-        call = given
-    else:
-        raise _no_reward(given)
+    given, is_model = model_or_function, isinstance(model_or_function, nn.Module)
+    score = getattr(given, "score", None) if is_model else given
+    # A classifier of transformers has an attribute `score` too: its linear layer, which reads states.
+    if not callable(score) or isinstance(score, (type, nn.Module)):
+        raise _no_reward(given, "")
+    _require_signature(given, score)
     name = getattr(given, "__name__", type(given).__name__)
 
-    @functools.wraps(call, updated=())
+    @functools.wraps(score, updated=())
     def reward_fn(prompts: list[str], responses: list[str], **columns: Any) -> Tensor:
         if len(prompts) != len(responses):
             raise ValueError(f"{name} was given {len(prompts)} prompts but {len(responses)} responses")
         with torch.no_grad():
-            rewards = call(prompts, responses, **columns)
+            rewards = score(prompts, responses, **({} if is_model else columns))
         return _checked_rewards(rewards, len(prompts), name)
 
     return reward_fn
 
 
-def _no_reward(given: object) -> TypeError:
-    kind = given.__name__ + " (a class)" if isinstance(given, type) else type(given).__name__
+def _require_signature(given: object, score: Callable[..., Tensor]) -> None:
+    """Refuse at once what cannot be called with prompts and responses, in this order."""
+    try:
+        signature = inspect.signature(score)
+        signature.bind_partial([], [])
+        fits = not next(iter(signature.parameters)).startswith(("completion", "response", "answer"))
+    except ValueError:  # written in C: it tells no signature
+        return
+    except TypeError:
+        fits = False
+    if not fits:
+        raise _no_reward(given, f"{signature}, which does not take prompts, then responses")
+
+
+def _no_reward(given: object, why: str) -> TypeError:
+    kind = getattr(given, "__name__", type(given).__name__) + " (a class)" * isinstance(given, type)
+    fix = "; load a trained reward model with load_reward_model" * isinstance(given, nn.Module)
     return TypeError(
         f"a reward must be a function (prompts, responses, **columns) -> Tensor (B,) or an nn.Module with "
-        f"score(prompts, responses) -> Tensor (B,); got {kind}"
+        f"score(prompts, responses) -> Tensor (B,); got {kind}{why}{fix}"
     )
 
 

@@ -91,22 +91,43 @@ def rating_loss(rewards: PerRow, ratings: PerRow) -> PerRow:
 
 
 def _gap(
-    policy_chosen_logps: PerRow, policy_rejected_logps: PerRow,
-    ref_chosen_logps: PerRow, ref_rejected_logps: PerRow, beta: float,
-) -> PerRow:  # fmt: skip
-    """Check what all DPO kin share, then h = (log pi - log ref)(chosen) - (log pi - log ref)(rejected)."""
-    require_shapes(
-        "B", policy_chosen_logps=policy_chosen_logps, policy_rejected_logps=policy_rejected_logps,
-        ref_chosen_logps=ref_chosen_logps, ref_rejected_logps=ref_rejected_logps,
-    )  # fmt: skip
-    require_number("beta", beta, above=0)
+    policy_chosen_logps: PerRow,
+    policy_rejected_logps: PerRow,
+    ref_chosen_logps: PerRow,
+    ref_rejected_logps: PerRow,
+    beta: float,
+) -> PerRow:
+    """Return h = (log pi - log ref)(chosen) - (log pi - log ref)(rejected), checked as in `dpo_loss`."""
+    _require_pairs(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
     return (policy_chosen_logps - ref_chosen_logps) - (policy_rejected_logps - ref_rejected_logps)
 
 
+def _require_pairs(
+    policy_chosen_logps: PerRow,
+    policy_rejected_logps: PerRow,
+    ref_chosen_logps: PerRow,
+    ref_rejected_logps: PerRow,
+    beta: float,
+) -> None:
+    require_shapes(
+        "B",
+        policy_chosen_logps=policy_chosen_logps,
+        policy_rejected_logps=policy_rejected_logps,
+        ref_chosen_logps=ref_chosen_logps,
+        ref_rejected_logps=ref_rejected_logps,
+    )
+    require_number("beta", beta, above=0)
+
+
 def dpo_loss(
-    policy_chosen_logps: PerRow, policy_rejected_logps: PerRow,
-    ref_chosen_logps: PerRow, ref_rejected_logps: PerRow, *, beta: float, label_smoothing: float = 0.0,
-) -> PerRow:  # fmt: skip
+    policy_chosen_logps: PerRow,
+    policy_rejected_logps: PerRow,
+    ref_chosen_logps: PerRow,
+    ref_rejected_logps: PerRow,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> PerRow:
     """Direct preference optimisation: Bradley-Terry on the implicit reward beta log(pi / ref).
 
     -(1 - e) logsigmoid(beta h) - e logsigmoid(-beta h), with h the difference of the two log-ratios
@@ -116,16 +137,24 @@ def dpo_loss(
     the reference. Lesson 2. Raises ValueError where shapes are not all (B,), beta <= 0, or label_smoothing
     outside [0, 0.5).
     """
-    gap = _gap(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
+    _require_pairs(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
     require_number("label_smoothing", label_smoothing, at_least=0, below=0.5)
-    kept, flipped = -F.logsigmoid(beta * gap), -F.logsigmoid(-beta * gap)
+    chosen_logratios = policy_chosen_logps - ref_chosen_logps
+    rejected_logratios = policy_rejected_logps - ref_rejected_logps
+    h = chosen_logratios - rejected_logratios
+    kept, flipped = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
     return (1 - label_smoothing) * kept + label_smoothing * flipped
 
 
 def robust_dpo_loss(
-    policy_chosen_logps: PerRow, policy_rejected_logps: PerRow,
-    ref_chosen_logps: PerRow, ref_rejected_logps: PerRow, *, beta: float, label_smoothing: float = 0.0,
-) -> PerRow:  # fmt: skip
+    policy_chosen_logps: PerRow,
+    policy_rejected_logps: PerRow,
+    ref_chosen_logps: PerRow,
+    ref_rejected_logps: PerRow,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> PerRow:
     """DPO whose mean over labels flipped with probability e equals DPO's on clean labels.
 
     [(1 - e) l - e l_flip] / (1 - 2 e), with l = -logsigmoid(beta h), l_flip = -logsigmoid(-beta h)
@@ -141,9 +170,13 @@ def robust_dpo_loss(
 
 
 def ipo_loss(
-    policy_chosen_logps: PerRow, policy_rejected_logps: PerRow,
-    ref_chosen_logps: PerRow, ref_rejected_logps: PerRow, *, beta: float,
-) -> PerRow:  # fmt: skip
+    policy_chosen_logps: PerRow,
+    policy_rejected_logps: PerRow,
+    ref_chosen_logps: PerRow,
+    ref_rejected_logps: PerRow,
+    *,
+    beta: float,
+) -> PerRow:
     """Identity preference optimisation: pull the log-ratio gap to a finite target.
 
     (h - 1 / (2 beta))^2, with h of summed log-probs
@@ -158,9 +191,13 @@ def ipo_loss(
 
 
 def hinge_loss(
-    policy_chosen_logps: PerRow, policy_rejected_logps: PerRow,
-    ref_chosen_logps: PerRow, ref_rejected_logps: PerRow, *, beta: float,
-) -> PerRow:  # fmt: skip
+    policy_chosen_logps: PerRow,
+    policy_rejected_logps: PerRow,
+    ref_chosen_logps: PerRow,
+    ref_rejected_logps: PerRow,
+    *,
+    beta: float,
+) -> PerRow:
     """Hinge on the implicit reward gap.
 
     max(0, 1 - beta h): no gradient once the gap beta h reaches 1
@@ -173,9 +210,13 @@ def hinge_loss(
 
 
 def slic_loss(
-    policy_chosen_logps: PerRow, policy_rejected_logps: PerRow, target_logps: PerRow,
-    *, delta: float, reg_weight: float,
-) -> PerRow:  # fmt: skip
+    policy_chosen_logps: PerRow,
+    policy_rejected_logps: PerRow,
+    target_logps: PerRow,
+    *,
+    delta: float,
+    reg_weight: float,
+) -> PerRow:
     """Sequence-likelihood calibration: rank by a margin, regularise by likelihood of a target.
 
     max(0, delta - log pi(chosen) + log pi(rejected)) - reg_weight log pi(target)
@@ -192,9 +233,15 @@ def slic_loss(
 
 
 def kto_loss(
-    policy_logps: PerRow, ref_logps: PerRow, desirable: Shaped[Tensor, "B"], kl: Float[Tensor, ""] | float,
-    *, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0,
-) -> PerRow:  # fmt: skip
+    policy_logps: PerRow,
+    ref_logps: PerRow,
+    desirable: Shaped[Tensor, "B"],
+    kl: Float[Tensor, ""] | float,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> PerRow:
     """Kahneman-Tversky optimisation: learn from single answers marked good or bad.
 
     good: w_good (1 - sigmoid(beta (h - kl)));  bad: w_bad (1 - sigmoid(beta (kl - h)));  h = log(pi / ref)

@@ -5,7 +5,7 @@ too: it changes neither a value nor a gradient. Axes: B batch, T tokens, V vocab
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from operator import ge, gt, le, lt
 
@@ -36,9 +36,14 @@ def require_shapes(axes: str, **tensors: Tensor) -> None:
 
 
 def require_number(
-    name: str, value: float, *, above: float | None = None, at_least: float | None = None,
-    below: float | None = None, at_most: float | None = None,
-) -> None:  # fmt: skip
+    name: str,
+    value: float,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> None:
     """Refuse a scalar setting that is no finite number or lies outside its range.
 
     Raises ValueError that names the setting, its rule and the value.
@@ -84,6 +89,19 @@ def masked_mean(
         raise ValueError(f"the mask selects no position {where}: a mean over nothing is undefined")
     kept = torch.where(valid, x, 0.0)  # not x * mask: NaN * 0 is NaN
     return (kept.sum() if dim is None else kept.sum(dim)) / count
+
+
+def masked_sum(x: Float[Tensor, "*shape"], mask: Shaped[Tensor, "*shape"]) -> Float[Tensor, ""]:
+    """Sum `x` over the positions where `mask` is 1.
+
+    A loop divides it by what it takes the mean over: the tokens or responses of a whole minibatch, of which
+    `x` may be a part.
+
+    Raises:
+        ValueError: shapes differ, or the mask is not 0/1.
+    """
+    require_shapes("...", x=x, mask=mask)
+    return torch.where(as_bool_mask(mask), x, 0.0).sum()  # not x * mask: NaN * 0 is NaN
 
 
 def masked_whiten(
@@ -171,6 +189,17 @@ def _vocabulary_logps(
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+
+
+def batches_by_length(lengths: Iterable[int], batch_size: int) -> list[list[int]]:
+    """Cut rows into batches of similar length, the shortest first, so that little padding is computed.
+
+    Returns:
+        The indices of each batch. `found[batch] = ...` puts results back in the order of the rows.
+    """
+    lengths = list(lengths)
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def pad_right(

@@ -1,11 +1,11 @@
-"""Learning from preferences without a reward model: DPO and its kin, offline and online."""
+"""Learning from preferences without a reward model: DPO and related methods, offline and online."""
 
 from rlhf_helpers.core.preference_losses import dpo_loss
 from rlhf_helpers.dpo.adaptive import AdaptiveDPO, adaptive_dpo_training
 from rlhf_helpers.dpo.data import DPODataset
 from rlhf_helpers.dpo.online import OnlineDPOSettings, online_dpo
 from rlhf_helpers.dpo.pipeline import DPOPipeline
-from rlhf_helpers.dpo.training import DPOSettings, DPOTrainer
+from rlhf_helpers.dpo.training import DPOSettings, DPOTrainer, train_dpo
 
 __all__ = [
     "AdaptiveDPO",
@@ -17,4 +17,5 @@ __all__ = [
     "adaptive_dpo_training",
     "dpo_loss",
     "online_dpo",
+    "train_dpo",
 ]

@@ -1,9 +1,9 @@
-"""The data of every preference loss: answers tokenised once, with the reference's log-probs beside them."""
+"""The data of every preference loss: answers tokenized once, with the reference's log-probs beside them."""
 
 import zlib
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Union
 
 import numpy as np
 import torch
@@ -12,10 +12,19 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from rlhf_helpers.core.generation import Rollout, response_logits
-from rlhf_helpers.core.tensors import pad_left, pad_right, token_logps
-from rlhf_helpers.core.text import encode_pair
+from rlhf_helpers.core.tensors import batches_by_length, pad_left, pad_right, token_logps
+from rlhf_helpers.core.text import (
+    encode_answers,
+    encode_pair,
+    is_text,
+    naming,
+    require_distinct,
+    rows_of,
+    warn_of_lost_ends,
+)
 
 Rows = Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
+Data = Union[Rows, "DPODataset"]  # rows, or rows that are tokenized already
 Encoded = tuple[list[int], list[int]]  # token ids of a prompt, and of a response with its EOS
 COLUMNS = {
     "pairs": ("prompt", "chosen", "rejected"),
@@ -25,7 +34,9 @@ COLUMNS = {
 
 
 class DPODataset(Dataset):
-    """Preferences as a map-style data set: len, [i] a row with its reference log-probs once they are known.
+    """Preferences as a map-style data set, tokenized once.
+
+    `len(data)` counts the rows; `data[i]` returns one, with its reference log-probs once computed. Lesson 2.
 
     rows: dicts, a `datasets.Dataset` or a dict of columns, of one kind:
         "pairs"     prompt, chosen, rejected
@@ -38,48 +49,62 @@ class DPODataset(Dataset):
     weights[i]: what row i counts for, 1 unless set; 0 teaches nothing (a tie between sampled answers).
 
     Raises ValueError that names the row: no row, a column missing or of the wrong kind, chosen == rejected or
-    a repeated response, fewer than two prompts for "unpaired". Lesson 2.
+    a repeated response, fewer than two prompts for "unpaired", roles that the chat template refuses, answers
+    that are the same tokens after the cut at max_length.
     """
 
     def __init__(
         self, rows: Rows, tokenizer: Any, *, kind: str | None = None, max_length: int | None = None
     ) -> None:
-        """Check and tokenise; `kind` None: read from the first row's columns; max_length as `encode_pair`."""
+        """Check and tokenize; `kind` None: read from the first row's columns; max_length: `encode_pair`'s."""
         self.rows, self.kind = _checked(rows, kind)
         self.pad_id = tokenizer.pad_token_id
-        self.ref_logps: list[Tensor] | None = None  # a (K,) tensor a row
+        self.ref_logps: list[Tensor] | None = None  # a (K,) tensor per row
         self.reference: str | None = None  # fingerprint of the model that gave ref_logps
         self.weights = [1.0] * len(self.rows)
-        answers = [_answers(row, self.kind) for row in self.rows]
-        if self.kind == "unpaired":
-            answers = [[own[0], other] for own, other in zip(answers, _mismatched(self.rows), strict=True)]
-        self.sequences: list[list[Encoded]] = [
-            [encode_pair(tokenizer, row["prompt"], answer, max_length=max_length) for answer in texts]
-            for row, texts in zip(self.rows, answers, strict=True)
-        ]
+        others = _mismatched(self.rows) if self.kind == "unpaired" else []
+        self.sequences: list[list[Encoded]] = []
+        for index, row in enumerate(self.rows):
+            prompt, answers = row["prompt"], _answers(row, self.kind)
+            with naming(f"row {index}"):
+                prompt_ids, encoded = encode_answers(tokenizer, prompt, answers, max_length=max_length)
+                require_distinct(encoded, max_length)
+                self.sequences.append([(prompt_ids, ids) for ids in encoded])
+                if others:  # KTO never compares the two: each keeps as much of the prompt as it can
+                    other = encode_pair(tokenizer, prompt, others[index], max_length=max_length)
+                    self.sequences[-1].append(other)
+        warn_of_lost_ends(tokenizer, [ids for row in self.sequences for _, ids in row], max_length)
 
     @classmethod
     def from_rollout(
-        cls, rollout: Rollout, scores: Float[Tensor, "B"], ref_logps: Float[Tensor, "B"],
-        *, group: int, pad_id: int,
-    ) -> "DPODataset":  # fmt: skip
+        cls,
+        rollout: Rollout,
+        scores: Float[Tensor, "B"],
+        ref_logps: Float[Tensor, "B"],
+        *,
+        group: int,
+        pad_id: int,
+    ) -> "DPODataset":
         """Pair the best with the worst of each `group` samples in succession, which answer one prompt.
 
-        Keeps the sampled ids: text decoded and tokenised again may be other ids. Equal scores prefer
+        Keeps the sampled ids: text decoded and tokenized again may be other ids. Equal scores prefer
         nothing, so such a pair gets weight 0.
         """
-        data, grid, width = cls.__new__(cls), scores.view(-1, group), rollout.response_mask.shape[1]
-        offsets = group * torch.arange(len(grid), device=grid.device)
-        pairs = torch.stack([offsets + grid.argmax(-1), offsets + grid.argmin(-1)], 1)
-        real = rollout.attention_mask.bool()
-        ids = [
-            (row[:-width][mask[:-width]].tolist(), row[-width:][mask[-width:]].tolist())
-            for row, mask in zip(rollout.input_ids, real, strict=True)
-        ]
-        texts = [(rollout.prompts[b], rollout.responses[b], rollout.responses[w]) for b, w in pairs.tolist()]
-        data.rows = [dict(zip(COLUMNS["pairs"], three, strict=True)) for three in texts]
+        grid = scores.view(-1, group)
+        firsts = group * torch.arange(len(grid), device=grid.device)
+        pairs = torch.stack([firsts + grid.argmax(-1), firsts + grid.argmin(-1)], 1)
+        width = rollout.response_mask.shape[1]
+        ids = []
+        for row, real in zip(rollout.input_ids, rollout.attention_mask.bool(), strict=True):
+            prompt_ids, response_ids = row[:-width][real[:-width]], row[-width:][real[-width:]]
+            ids.append((prompt_ids.tolist(), response_ids.tolist()))
+        data = cls.__new__(cls)
         data.kind, data.pad_id, data.reference = "pairs", pad_id, None
-        data.sequences = [[ids[place] for place in pair] for pair in pairs.tolist()]
+        data.rows, data.sequences = [], []
+        for best, worst in pairs.tolist():
+            texts = rollout.prompts[best], rollout.responses[best], rollout.responses[worst]
+            data.rows.append(dict(zip(COLUMNS["pairs"], texts, strict=True)))
+            data.sequences.append([ids[best], ids[worst]])
         data.ref_logps = list(ref_logps[pairs].cpu())
         data.weights = (grid.amax(-1) > grid.amin(-1)).float().tolist()
         return data
@@ -95,6 +120,14 @@ class DPODataset(Dataset):
             return row | {"ref_chosen_logps": known[0], "ref_rejected_logps": known[1]}
         return row | {"ref_logps": known[0] if self.kind == "unpaired" else known} if known else row
 
+    def ref_logps_of(self, indices: Sequence[int], device: torch.device) -> Float[Tensor, "B K"]:
+        """Log-probs under the reference, in nats, of the K sequences of each of some rows."""
+        return torch.stack([self.ref_logps[index] for index in indices]).to(device)
+
+    def weights_of(self, indices: Sequence[int], device: torch.device) -> Float[Tensor, "B"]:
+        """What each of some rows counts for."""
+        return torch.tensor([self.weights[index] for index in indices], device=device)
+
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of the longest sequence of each row."""
@@ -107,17 +140,16 @@ class DPODataset(Dataset):
         return zlib.crc32(repr((self.kind, labels, self.sequences)).encode())
 
     def add_reference(self, model: nn.Module, *, batch_size: int = 32) -> None:
-        """Compute ref_logps once, without gradient; does nothing if they are this model's already."""
+        """Compute ref_logps without gradient, unless they are this model's; another model's are replaced."""
         if self.reference == (name := fingerprint(model)):
             return
         flat = list(chain.from_iterable(self.sequences))
-        order = sorted(range(len(flat)), key=lambda i: len(flat[i][0]) + len(flat[i][1]))
-        found = torch.empty(len(flat))
+        ref_logps = torch.empty(len(flat))
         with torch.no_grad():
-            for start in range(0, len(order), batch_size):
-                places = order[start : start + batch_size]
-                found[places] = sum_logps(model, [flat[i] for i in places], self.pad_id)[0].float().cpu()
-        self.ref_logps, self.reference = list(found.split([len(row) for row in self.sequences])), name
+            for batch in batches_by_length([len(p) + len(r) for p, r in flat], batch_size):
+                ref_logps[batch] = sum_logps(model, [flat[i] for i in batch], self.pad_id)[0].float().cpu()
+        self.ref_logps = list(ref_logps.split([len(row) for row in self.sequences]))
+        self.reference = name
 
 
 def sum_logps(
@@ -139,22 +171,16 @@ def fingerprint(model: nn.Module) -> str:
 
 def _checked(rows: Rows, kind: str | None) -> tuple[list[dict[str, Any]], str]:
     """Rows as dicts, and their kind; every fault names its row."""
-    if isinstance(rows, Mapping):
-        if len({len(values) for values in rows.values()}) > 1:
-            raise ValueError(f"columns differ in length: {[(k, len(v)) for k, v in rows.items()]}")
-        rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
-    found = [dict(row) for row in rows]
-    if not found:
-        raise ValueError("there are no rows: give dicts with prompt, chosen, rejected")
-    kind = kind or next((k for k, names in COLUMNS.items() if set(names) <= set(found[0])), None)
+    checked = [dict(row) for row in rows_of(rows)]
+    kind = kind or next((k for k, names in COLUMNS.items() if set(names) <= set(checked[0])), None)
     if kind not in COLUMNS:
-        raise ValueError(f"row 0 has {sorted(found[0])}: it needs the columns of one of {COLUMNS}")
-    for index, row in enumerate(found):
+        raise ValueError(f"row 0 has {sorted(checked[0])}: it needs the columns of one of {COLUMNS}")
+    for index, row in enumerate(checked):
         if missing := [name for name in COLUMNS[kind] if name not in row]:
             raise ValueError(f"row {index} lacks {missing}; it has {sorted(row)}: rename its columns")
         texts, fault = _answers(row, kind), None
-        if not all(isinstance(text, str) and text.strip() for text in (row["prompt"], *texts)):
-            fault = "prompt and answers must be texts that are not empty"
+        if not all(is_text(text) and text.strip() for text in (row["prompt"], *texts)):
+            fault = "prompt and answers must be non-empty texts without lone surrogates (half an emoji)"
         elif len(set(texts)) < len(texts) or (kind == "rankings" and len(texts) < 2):
             fault = "answers must be at least two, no two of them alike"
         elif kind == "unpaired" and row["label"] not in (0, 1):
@@ -163,7 +189,7 @@ def _checked(rows: Rows, kind: str | None) -> tuple[list[dict[str, Any]], str]:
             fault = "ranks tie, so use rankings_to_pairs"
         if fault:
             raise ValueError(f"row {index}: {fault}; got {row}")
-    return found, kind
+    return checked, kind
 
 
 def _answers(row: Mapping[str, Any], kind: str) -> list[Any]:
@@ -177,10 +203,10 @@ def _mismatched(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     count = len(rows)
     if len({row["prompt"] for row in rows}) < 2:
         raise ValueError("unpaired rows have one prompt only; KTO's reference point needs at least two")
-    found, other = [""] * count, None
+    others, other = [""] * count, None
     for i in reversed(range(2 * count)):  # twice round, so that the last rows find the first
         here, after = rows[i % count], rows[(i + 1) % count]
         other = after if after["prompt"] != here["prompt"] else other
         if i < count:
-            found[i] = other["completion"]
-    return found
+            others[i] = other["completion"]
+    return others

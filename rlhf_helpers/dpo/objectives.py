@@ -1,18 +1,24 @@
-"""From a batch of preferences to losses and metrics: which loss reads what, by name."""
+"""From a batch of preferences to one loss per row: one short function per kind of row.
 
-from collections.abc import Callable, Sequence
+Each function reads the log-probs of the answers, calls the loss on the line where its sign is decided, and
+returns the losses (B,) with the metrics of the batch. The losses themselves are in `core.preference_losses`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rlhf_helpers.core import preference_losses as losses
+from rlhf_helpers.core import preference_losses
 from rlhf_helpers.core.tensors import require_shapes
 from rlhf_helpers.dpo.data import DPODataset, sum_logps
 
 LossFn = Callable[..., Tensor]
+# A metric is a mean over rows with weights of its own: (name -> values (B,), weights (B,)).
+Metrics = list[tuple[Mapping[str, Tensor], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -20,116 +26,193 @@ class Objective:
     """A loss of `core.preference_losses`, the kind of rows it learns from, and what it is called with."""
 
     loss: LossFn
-    numbers: tuple[str, ...]  # settings handed over as keywords
+    keywords: tuple[str, ...]  # settings handed over by name
     kind: str = "pairs"
     reads: str = "ratios"  # "ratios" to a reference, "means" per token, or "sums" of the policy alone
 
 
 OBJECTIVES = {
-    "dpo": Objective(losses.dpo_loss, ("beta",)),
-    "cdpo": Objective(losses.dpo_loss, ("beta", "label_smoothing")),
-    "robust": Objective(losses.robust_dpo_loss, ("beta", "label_smoothing")),
-    "ipo": Objective(losses.ipo_loss, ("beta",)),
-    "hinge": Objective(losses.hinge_loss, ("beta",)),
-    "slic": Objective(losses.slic_loss, ("delta", "reg_weight"), reads="sums"),
-    "orpo": Objective(losses.orpo_loss, ("beta",), reads="means"),
-    "simpo": Objective(losses.simpo_loss, ("beta", "gamma"), reads="means"),
-    "kto": Objective(losses.kto_loss, ("beta", "desirable_weight", "undesirable_weight"), kind="unpaired"),
-    "listwise": Objective(losses.listwise_dpo_loss, ("beta",), kind="rankings"),
+    "dpo": Objective(preference_losses.dpo_loss, ("beta",)),
+    "cdpo": Objective(preference_losses.dpo_loss, ("beta", "label_smoothing")),
+    "robust": Objective(preference_losses.robust_dpo_loss, ("beta", "label_smoothing")),
+    "ipo": Objective(preference_losses.ipo_loss, ("beta",)),
+    "hinge": Objective(preference_losses.hinge_loss, ("beta",)),
+    "slic": Objective(preference_losses.slic_loss, ("delta", "reg_weight"), reads="sums"),
+    "orpo": Objective(preference_losses.orpo_loss, ("beta",), reads="means"),
+    "simpo": Objective(preference_losses.simpo_loss, ("beta", "gamma"), reads="means"),
+    "kto": Objective(
+        preference_losses.kto_loss, ("beta", "desirable_weight", "undesirable_weight"), kind="unpaired"
+    ),
+    "listwise": Objective(preference_losses.listwise_dpo_loss, ("beta",), kind="rankings"),
 }
 
 
-def batch_sums(
-    model: nn.Module, data: DPODataset, group: Sequence[int], settings: Any, beta: float,
+def batch_losses(
+    model: nn.Module,
+    data: DPODataset,
+    indices: Sequence[int],
+    settings: Any,
+    beta: float,
     loss_fn: LossFn | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Loss and metrics of the rows `group`, weighted and summed; the loss keeps its gradient.
+    reference_point: Tensor | None = None,
+) -> tuple[Float[Tensor, "B"], Metrics]:
+    """Return the loss of each row, with gradient, and the metrics, by the function of their kind.
 
-    One forward scores all answers, chosen and rejected; KTO's mismatched ones get theirs without gradient.
-    settings: a `DPOSettings`; beta: the present one. Raises ValueError for a loss that is not (B,).
+    Args:
+        settings: a `DPOSettings`.
+        beta: the present one.
+        loss_fn: your own loss; None: the loss named in the settings.
+        reference_point: KTO's z0 (`training.kto_reference_point`).
+
+    Raises:
+        ValueError: the loss is not (B,).
     """
-    objective, rows = OBJECTIVES[settings.loss], [data.sequences[i] for i in group]
-    numbers = {n: beta if n == "beta" else getattr(settings, n) for n in objective.numbers}
-    sizes = [1 if data.kind == "unpaired" else len(row) for row in rows]
-    flat = [seq for row, size in zip(rows, sizes, strict=True) for seq in row[:size]]
-    policy, lengths = sum_logps(model, flat, data.pad_id)
-    device, compares = policy.device, objective.reads == "ratios"
-    refs = [data.ref_logps[i] if compares else torch.zeros(n) for i, n in zip(group, sizes, strict=True)]
-    weights = torch.tensor([data.weights[i] for i in group], device=device)
-    ref = torch.cat([r[:size] for r, size in zip(refs, sizes, strict=True)]).to(device)
-    if data.kind == "unpaired":
-        labels = torch.tensor([bool(data.rows[i]["label"]) for i in group], device=device)
-        with torch.no_grad():
-            other, _ = sum_logps(model, [row[1] for row in rows], data.pad_id)
-        kl = (other - torch.stack([r[1] for r in refs]).to(device)).mean().clamp(min=0)
-        found = (loss_fn or objective.loss)(policy, ref, labels, kl, **numbers)
-        require_shapes("B", policy_logps=policy, loss=found)
-        return _unpaired_sums(found, policy, ref, labels, kl, weights, beta)
-    sums: dict[str, Tensor] = {}
-    parts = [x.split(sizes) for x in (policy, ref, lengths)]
-    for size in sorted(set(sizes)):  # rankings of one length at a time; pairs all have two
-        mine = [i for i, s in enumerate(sizes) if s == size]
-        block = [torch.stack([part[i] for i in mine]) for part in parts]
-        found = _ranked_sums(objective, loss_fn, *block, weights[mine], numbers)
-        sums = {key: sums.get(key, 0.0) + value for key, value in found.items()}
-    return sums
-
-
-def _ranked_sums(
-    objective: Objective, loss_fn: LossFn | None, policy: Float[Tensor, "B K"], ref: Float[Tensor, "B K"],
-    lengths: Float[Tensor, "B K"], weights: Float[Tensor, "B"], numbers: dict[str, float],
-) -> dict[str, Tensor]:  # fmt: skip
-    """Loss and metrics of B lists of answers, best first; a ranking's metrics are means over its pairs."""
-    loss_fn, means = loss_fn or objective.loss, policy / lengths
-    if objective.kind == "rankings":
-        found = loss_fn(policy, ref, **numbers)
+    objective = OBJECTIVES[settings.loss]
+    keywords = {name: beta if name == "beta" else getattr(settings, name) for name in objective.keywords}
+    loss_fn = loss_fn or objective.loss
+    if objective.kind == "unpaired":
+        losses, metrics = kto_losses(model, data, indices, loss_fn, keywords, reference_point)
+    elif objective.kind == "rankings":
+        losses, metrics = listwise_losses(model, data, indices, loss_fn, keywords)
     elif objective.reads == "ratios":
-        found = loss_fn(policy[:, 0], policy[:, 1], ref[:, 0], ref[:, 1], **numbers)
-    elif objective.reads == "means":
-        found = loss_fn(means[:, 0], means[:, 1], **numbers)
+        losses, metrics = pair_losses(model, data, indices, loss_fn, keywords)
     else:
-        found = loss_fn(policy[:, 0], policy[:, 1], policy[:, 0], **numbers)
-    rewards = {"ratios": policy - ref, "means": means, "sums": policy}[objective.reads].detach()
-    rewards = numbers.get("beta", 1.0) * rewards
-    better, worse = torch.triu_indices(policy.shape[1], policy.shape[1], 1)
-    chosen, rejected = rewards[:, better], rewards[:, worse]
+        losses, metrics = reference_free_losses(model, data, indices, loss_fn, keywords, objective.reads)
+    require_shapes("B", weights=data.weights_of(indices, losses.device), loss=losses)
+    return losses, metrics
+
+
+def pair_losses(
+    model: nn.Module, data: DPODataset, indices: Sequence[int], loss_fn: LossFn, keywords: Mapping[str, float]
+) -> tuple[Float[Tensor, "B"], Metrics]:
+    """DPO and its relatives with a reference: chosen against rejected, as log-ratios to the reference."""
+    logps, _ = pair_logps(model, data, indices)
+    policy_chosen_logps, policy_rejected_logps = logps.chunk(2)
+    ref_chosen_logps, ref_rejected_logps = data.ref_logps_of(indices, logps.device).unbind(1)
+
+    losses = loss_fn(
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, **keywords
+    )
+
+    # The implicit reward, beta log(pi / ref): known up to beta log Z(x), so only differences mean something.
+    beta = keywords.get("beta", 1.0)
+    rewards = (
+        beta * (policy_chosen_logps - ref_chosen_logps),
+        beta * (policy_rejected_logps - ref_rejected_logps),
+    )
+    return losses, _pair_metrics(data, indices, losses, rewards, (policy_chosen_logps, policy_rejected_logps))
+
+
+def pair_logps(
+    model: nn.Module, data: DPODataset, indices: Sequence[int]
+) -> tuple[Float[Tensor, "2*B"], Int[Tensor, "2*B"]]:
+    """Return log-probs and token counts of the chosen, then of the rejected answers, from one forward."""
+    chosen = [data.sequences[index][0] for index in indices]
+    rejected = [data.sequences[index][1] for index in indices]
+    return sum_logps(model, chosen + rejected, data.pad_id)
+
+
+def reference_free_losses(
+    model: nn.Module,
+    data: DPODataset,
+    indices: Sequence[int],
+    loss_fn: LossFn,
+    keywords: Mapping[str, float],
+    reads: str,
+) -> tuple[Float[Tensor, "B"], Metrics]:
+    """ORPO and SimPO on mean log-probs per token, SLiC on sums: no reference."""
+    logps, lengths = pair_logps(model, data, indices)
+    policy_chosen_logps, policy_rejected_logps = logps.chunk(2)
+    if reads == "means":
+        chosen_mean_logps, rejected_mean_logps = (logps / lengths).chunk(2)
+        losses = loss_fn(chosen_mean_logps, rejected_mean_logps, **keywords)
+        rewards = keywords["beta"] * chosen_mean_logps, keywords["beta"] * rejected_mean_logps
+    else:  # SLiC keeps up the likelihood of a target: here the chosen answer
+        losses = loss_fn(policy_chosen_logps, policy_rejected_logps, policy_chosen_logps, **keywords)
+        rewards = policy_chosen_logps, policy_rejected_logps
+    return losses, _pair_metrics(data, indices, losses, rewards, (policy_chosen_logps, policy_rejected_logps))
+
+
+def kto_losses(
+    model: nn.Module,
+    data: DPODataset,
+    indices: Sequence[int],
+    loss_fn: LossFn,
+    keywords: Mapping[str, float],
+    reference_point: Float[Tensor, ""],
+) -> tuple[Float[Tensor, "B"], Metrics]:
+    """KTO on single answers, desirable or not, against the reference point z0, logged as `kl`."""
+    policy_logps, _ = sum_logps(model, [data.sequences[index][0] for index in indices], data.pad_id)
+    device = policy_logps.device
+    ref_logps = data.ref_logps_of(indices, device)[:, 0]
+    desirable = torch.tensor([bool(data.rows[index]["label"]) for index in indices], device=device)
+
+    reference_point = reference_point.to(device)
+    losses = loss_fn(policy_logps, ref_logps, desirable, reference_point, **keywords)
+
+    weights = data.weights_of(indices, device)
+    rewards = keywords["beta"] * (policy_logps - ref_logps)
+    metrics: Metrics = [({"loss": losses, "kl": reference_point.expand_as(losses)}, weights)]
+    for side, mask in (("chosen", desirable), ("rejected", ~desirable)):  # desirable: chosen
+        metrics.append(({f"rewards/{side}": rewards, f"logps/{side}": policy_logps}, weights * mask))
+    return losses, metrics
+
+
+@torch.no_grad()
+def mismatched_log_ratios(model: nn.Module, data: DPODataset, indices: Sequence[int]) -> Float[Tensor, "B"]:
+    """Return log(pi / ref) of another prompt's answer to the prompt of each row, what KTO measures KL on."""
+    logps, _ = sum_logps(model, [data.sequences[index][1] for index in indices], data.pad_id)
+    return logps - data.ref_logps_of(indices, logps.device)[:, 1]
+
+
+def listwise_losses(
+    model: nn.Module, data: DPODataset, indices: Sequence[int], loss_fn: LossFn, keywords: Mapping[str, float]
+) -> tuple[Float[Tensor, "B"], Metrics]:
+    """Plackett-Luce on rankings, best answer first; a ranking's metrics are means over its pairs."""
+    sizes = [len(data.sequences[index]) for index in indices]
+    flat = [sequence for index in indices for sequence in data.sequences[index]]
+    logps, _ = sum_logps(model, flat, data.pad_id)
+    parts = logps.split(sizes)
+    losses = logps.new_zeros(len(indices))
+    metrics: Metrics = []
+    for size in sorted(set(sizes)):  # rankings of one length at a time
+        positions = [position for position, length in enumerate(sizes) if length == size]
+        same_size = [indices[position] for position in positions]
+        policy_logps = torch.stack([parts[position] for position in positions])
+        ref_logps = data.ref_logps_of(same_size, logps.device)
+
+        size_losses = loss_fn(policy_logps, ref_logps, **keywords)
+
+        require_shapes("B", policy_logps=policy_logps[:, 0], loss=size_losses)
+        losses = losses.index_put((torch.tensor(positions, device=losses.device),), size_losses)
+        better, worse = torch.triu_indices(size, size, 1)
+        rewards = keywords["beta"] * (policy_logps - ref_logps)
+        metrics += _pair_metrics(
+            data,
+            same_size,
+            size_losses,
+            (rewards[:, better], rewards[:, worse]),
+            (policy_logps[:, better], policy_logps[:, worse]),
+        )
+    return losses, metrics
+
+
+def _pair_metrics(
+    data: DPODataset,
+    indices: Sequence[int],
+    losses: Float[Tensor, "B"],
+    rewards: tuple[Tensor, Tensor],
+    logps: tuple[Tensor, Tensor],
+) -> Metrics:
+    """Rewards and log-probs of (chosen, rejected): (B,), or (B, pairs) of which the mean is taken."""
+    chosen, rejected = (side.detach() for side in rewards)
     values = {
-        "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
-        "rewards/accuracies": (chosen > rejected).float(),  # a tie counts 0
-        "logps/chosen": policy.detach()[:, better], "logps/rejected": policy.detach()[:, worse],
-    }  # fmt: skip
-    require_shapes("B", policy_logps=policy[:, 0], loss=found)
-    return {"loss": (found * weights).sum()} | {
-        key: (value.mean(-1) * weights).sum() for key, value in values.items()
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).float(),  # a tie counts 0, in reward models 1/2
+        "logps/chosen": logps[0].detach(),
+        "logps/rejected": logps[1].detach(),
     }
-
-
-def _unpaired_sums(
-    found: Float[Tensor, "B"], policy: Float[Tensor, "B"], ref: Float[Tensor, "B"], labels: Bool[Tensor, "B"],
-    kl: Float[Tensor, ""], weights: Float[Tensor, "B"], beta: float,
-) -> dict[str, Tensor]:  # fmt: skip
-    """The same for single answers: what is chosen is desirable, what is rejected is not."""
-    rewards, logps = beta * (policy - ref).detach(), policy.detach()
-    sums = {"loss": (found * weights).sum(), "kl": kl * weights.sum()}
-    for side, mask in (("chosen", labels), ("rejected", ~labels)):
-        sums |= {f"rewards/{side}": (rewards * mask * weights).sum()}
-        sums |= {f"logps/{side}": (logps * mask * weights).sum()}
-    return sums
-
-
-def totals(data: DPODataset, group: Sequence[int]) -> dict[str, float]:
-    """What each metric's sum over the rows `group` is divided by; all others by that of "loss"."""
-    all_of = sum(data.weights[i] for i in group) or 1.0  # nothing but ties: a sum of 0 over anything
-    if data.kind != "unpaired":
-        return {"loss": all_of}
-    good = sum(data.weights[i] for i in group if data.rows[i]["label"])
-    sides = {"chosen": good, "rejected": all_of - good}
-    return {"loss": all_of} | {f"{of}/{side}": n for of in ("rewards", "logps") for side, n in sides.items()}
-
-
-def as_means(sums: dict[str, Any], over: dict[str, float]) -> dict[str, float]:
-    """Divide sums by their totals; a metric over no row at all is left out."""
-    row = {key: float(value) / over.get(key, over["loss"]) for key, value in sums.items() if over.get(key, 1)}
-    if "rewards/margins" not in row and {"rewards/chosen", "rewards/rejected"} <= set(row):
-        row["rewards/margins"] = row["rewards/chosen"] - row["rewards/rejected"]
-    return row
+    means = {name: value if value.ndim == 1 else value.mean(-1) for name, value in values.items()}
+    return [({"loss": losses, **means}, data.weights_of(indices, losses.device))]

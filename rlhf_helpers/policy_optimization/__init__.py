@@ -7,26 +7,20 @@ from rlhf_helpers.policy_optimization.best_of_n import (
     best_of_n_kl,
     best_of_n_shares,
 )
-from rlhf_helpers.policy_optimization.critic_free import (
-    GRPOSettings,
+from rlhf_helpers.policy_optimization.facades import PPOTrainer, robust_ppo_training
+from rlhf_helpers.policy_optimization.grpo import GRPOSettings, grpo, grpo_update
+from rlhf_helpers.policy_optimization.iterative import iterative_rlhf
+from rlhf_helpers.policy_optimization.on_policy import OnPolicySettings, RunOptions
+from rlhf_helpers.policy_optimization.pipeline import PolicyOptimizationPipeline
+from rlhf_helpers.policy_optimization.ppo import PPOSettings, ppo, ppo_targets, ppo_update
+from rlhf_helpers.policy_optimization.reinforce import (
     ReinforceSettings,
     RLOOSettings,
-    critic_free,
-    grpo,
     reinforce,
     reinforce_loss,
+    reinforce_update,
     rloo,
 )
-from rlhf_helpers.policy_optimization.iterative import iterative_rlhf
-from rlhf_helpers.policy_optimization.on_policy import (
-    OnPolicyRun,
-    OnPolicySettings,
-    RunOptions,
-    per_response,
-    per_token,
-)
-from rlhf_helpers.policy_optimization.pipeline import PolicyOptimizationPipeline
-from rlhf_helpers.policy_optimization.ppo import PPOSettings, PPOTrainer, ppo, robust_ppo_training
 from rlhf_helpers.policy_optimization.rejection_sampling import RejectionSamplingSettings, rejection_sampling
 from rlhf_helpers.policy_optimization.rollouts import (
     collect,
@@ -46,12 +40,42 @@ from rlhf_helpers.policy_optimization.trpo import (
 )
 
 __all__ = [
-    "GRPOSettings", "OnPolicyRun", "OnPolicySettings", "PPOSettings", "PPOTrainer",
-    "PolicyOptimizationPipeline", "RLOOSettings", "ReinforceSettings", "RejectionSamplingSettings",
-    "RunOptions", "TRPOSettings", "best_of_n", "best_of_n_curve", "best_of_n_exact_kl", "best_of_n_kl",
-    "best_of_n_shares", "collect", "conjugate_gradient", "critic_free", "evaluate_policy", "fisher_product",
-    "grpo", "iterative_rlhf", "natural_step", "per_response", "per_token", "policy_logps", "policy_outputs",
-    "ppo", "reinforce", "reinforce_loss", "rejection_sampling", "rloo", "robust_ppo_training",
-    "rollout_metrics", "score",
-    "surrogate_loss", "trpo",
-]  # fmt: skip
+    "GRPOSettings",
+    "OnPolicySettings",
+    "PPOSettings",
+    "PPOTrainer",
+    "PolicyOptimizationPipeline",
+    "RLOOSettings",
+    "ReinforceSettings",
+    "RejectionSamplingSettings",
+    "RunOptions",
+    "TRPOSettings",
+    "best_of_n",
+    "best_of_n_curve",
+    "best_of_n_exact_kl",
+    "best_of_n_kl",
+    "best_of_n_shares",
+    "collect",
+    "conjugate_gradient",
+    "evaluate_policy",
+    "fisher_product",
+    "grpo",
+    "grpo_update",
+    "iterative_rlhf",
+    "natural_step",
+    "policy_logps",
+    "policy_outputs",
+    "ppo",
+    "ppo_targets",
+    "ppo_update",
+    "reinforce",
+    "reinforce_loss",
+    "reinforce_update",
+    "rejection_sampling",
+    "rloo",
+    "robust_ppo_training",
+    "rollout_metrics",
+    "score",
+    "surrogate_loss",
+    "trpo",
+]

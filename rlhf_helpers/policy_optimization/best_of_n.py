@@ -1,4 +1,7 @@
-"""Best-of-n: ask n times, keep what the reward likes best. No training, and a yardstick for all training."""
+"""Best-of-n: sample n responses and keep the one with the highest reward.
+
+It needs no training, so it is a baseline for every training method.
+"""
 
 import math
 from collections.abc import Sequence
@@ -33,15 +36,20 @@ def best_of_n(
 
     Returns responses (P texts) and rewards (P,) of the best, all_responses (P lists of n texts) and
     all_rewards (P, n) as `best_of_n_curve` takes them, and kl_bound of `best_of_n_kl`. columns: further
-    columns of the prompts, one entry a prompt. Stiennon et al. 2020. Lessons 1 and 2. Raises ValueError
+    columns of the prompts, one entry per prompt. Stiennon et al. 2020. Lessons 1 and 2. Raises ValueError
     where n is no whole number >= 1, or prompts, columns or rewards have the wrong shape.
     """
     kl_bound, columns = best_of_n_kl(n), dict(columns or {})
     require_columns(prompts, columns)
     rollout = collect(
-        model, tokenizer, prompts,
-        samples_per_prompt=n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        prompts,
+        samples_per_prompt=n,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
     rewards = score(reward_fn, rollout, repeat_columns(columns, range(len(prompts)), n)).view(-1, n)
     best = rewards.argmax(-1)
     samples = [rollout.responses[start : start + n] for start in range(0, len(rollout), n)]
@@ -57,12 +65,12 @@ def best_of_n(
 def best_of_n_curve(
     proxy: Float[Tensor, "P N"], gold: Float[Tensor, "P N"], ns: Sequence[int]
 ) -> pd.DataFrame:
-    """Mean proxy and gold reward of best-of-n by proxy for each n, from one set of N samples a prompt.
+    """Mean proxy and gold reward of best-of-n by proxy for each n, from one set of N samples per prompt.
 
     sum_i [C(i, n) - C(i - 1, n)] / C(N, n) s_(i), ascending by the proxy: the mean over all subsets of n
 
     Unbiased, and of far smaller variance than one draw of n. Gold is summed in the proxy's order; samples of
-    one proxy share their weight evenly, as if the tie were drawn by lot. Columns n, kl_bound, proxy, gold, a
+    one proxy share their weight evenly, as if ties were broken at random. Columns n, kl_bound, proxy, gold, a
     row for each n, means over P prompts. Nakano et al. 2021, appendix I; Gao et al. 2022. Lessons 1 and 2.
     Raises ValueError unless shapes are both (P, N), rewards finite, and every n whole and in 1 ... N.
     """
@@ -121,7 +129,7 @@ def best_of_n_shares(rewards: Float[Tensor, "K"], probabilities: Float[Tensor, "
 
 
 def best_of_n_exact_kl(rewards: Float[Tensor, "P N"], ns: Sequence[int]) -> Float[Tensor, "M"]:
-    """KL(best-of-n || policy) in nats for each of ns, where N samples a prompt stand for the policy; float64.
+    """KL(best-of-n || policy) in nats for each of ns, with N samples per prompt as the policy; float64.
 
     mean over P prompts of sum_i p_i log(p_i N);  p = best_of_n_shares(rewards of the prompt, 1 / N each, n)
 

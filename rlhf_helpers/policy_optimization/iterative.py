@@ -13,8 +13,8 @@ from rlhf_helpers.core.models import RewardFn, frozen_copy
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.core.text import require_columns
 from rlhf_helpers.core.training import History
-from rlhf_helpers.policy_optimization.critic_free import rloo
 from rlhf_helpers.policy_optimization.on_policy import OnPolicySettings
+from rlhf_helpers.policy_optimization.reinforce import rloo
 from rlhf_helpers.policy_optimization.rollouts import collect
 
 
@@ -32,37 +32,55 @@ def iterative_rlhf(
     resume: bool = False,
     **options: Any,
 ) -> History:
-    """Train `model` in place in rounds: sample, refit the reward on the samples, optimise against it.
+    """Train `model` in place in rounds: sample, refit the reward on the samples, optimize against it.
 
-    refit: all rounds' rollouts so far, the newest last -> RewardFn; it judges pairs of them by people (or by
-    the gold judge) and trains a reward model. loop: any loop of this package, run for settings.steps a round,
-    with `settings` but a seed and a run_dir (round-0, ...) of its own; options go to it. prompts_per_round:
-    how many prompts, drawn anew, are sampled for refit, samples_per_prompt each.
-    ref_model: the same for all rounds; None: a frozen copy of `model` as it is given.
-    resume: rounds that are finished are replayed from their checkpoints: refit is asked again, so it must
-    answer alike. Returns the loop's rows, `step` counted on, with `round` from 0.
-    Christiano et al. 2017; Bai et al. 2022, section 4.5. Lesson 2. Raises ValueError unless rounds >= 1 and
-    as the loop does.
+    Source: Christiano et al. 2017; Bai et al. 2022, section 4.5. Lesson 2.
+
+    Args:
+        refit: all rounds' rollouts so far, the newest last -> RewardFn; it judges pairs of them by people (or
+            by the gold judge) and trains a reward model.
+        settings: of `loop`, for each round; the seed and run_dir (round-0, ...) are the round's own.
+        rounds: how often all of this is done.
+        prompts_per_round: how many prompts, drawn anew, are sampled for refit, samples_per_prompt each.
+        loop: any loop of this package, run for settings.steps per round; `options` go to it.
+        ref_model: the same for all rounds; None: a frozen copy of `model` as it is given.
+        resume: replay the rounds that are finished from their checkpoints. refit is asked again, so it must
+            answer alike.
+
+    Returns:
+        The rows of the loop, `step` counted on, with `round` from 0.
+
+    Raises:
+        ValueError: rounds < 1, and as the loop does.
     """
     require_number("rounds", rounds, at_least=1)
     require_number("prompts_per_round", prompts_per_round, at_least=1)
     require_columns(prompts, {})
+    # One reference for all rounds: a new one each time would let the policy drift without limit.
     reference = frozen_copy(model) if ref_model is None else ref_model
-    history, rollouts = History(), []
+    history = History()
+    rollouts: list[Rollout] = []
     for number in range(rounds):
+        # Prompts and seeds are a function of (seed, round) alone: a resumed run draws the same.
         source = np.random.default_rng([settings.seed, number])
         rows = source.choice(len(prompts), min(prompts_per_round, len(prompts)), replace=False)
-        rollouts.append(
-            collect(
-                model, tokenizer, [prompts[row] for row in rows],
-                samples_per_prompt=settings.samples_per_prompt, max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature, seed=int(source.integers(2**31)),
-            )
-        )  # fmt: skip
-        reward_fn = refit(list(rollouts))
+        # Sample what the policy says now: there the old reward model may be wrong.
+        rollout = collect(
+            model,
+            tokenizer,
+            [prompts[row] for row in rows],
+            samples_per_prompt=settings.samples_per_prompt,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=int(source.integers(2**31)),
+        )
+        rollouts.append(rollout)
+        reward_fn = refit(list(rollouts))  # a copy, so that refit may change its list
+
+        # Optimize against the new reward from the policy as it is, under a seed and a folder of its own.
         folder = None if settings.run_dir is None else Path(settings.run_dir) / f"round-{number}"
-        own = replace(settings, seed=int(source.integers(2**31)), run_dir=folder)
-        rows = loop(model, tokenizer, prompts, reward_fn, own, ref_model=reference, resume=resume, **options)
-        for row in rows:
+        this_round = replace(settings, seed=int(source.integers(2**31)), run_dir=folder)
+        options |= {"ref_model": reference, "resume": resume}
+        for row in loop(model, tokenizer, prompts, reward_fn, this_round, **options):
             history.append({**row, "step": row["step"] + number * settings.steps, "round": number})
     return history

@@ -40,17 +40,17 @@ def collect(
 
 
 def score(reward_fn: RewardFn, rollout: Rollout, columns: Columns | None = None) -> Float[Tensor, "B"]:
-    """Ask the reward for one finite number a response, (B,) float32 without gradient.
+    """Ask the reward for one finite number per response, (B,) float32 without gradient.
 
-    columns: further columns of the prompts' data (references, tests), one entry a row of the rollout. Raises
-    what `as_reward_fn` raises: no tensor, another shape than (B,), a number that is not finite.
+    columns: further columns of the prompts' data (references, tests), one entry per row of the rollout.
+    Raises what `as_reward_fn` raises: no tensor, another shape than (B,), a number that is not finite.
     """
     scores = as_reward_fn(reward_fn)(rollout.prompts, rollout.responses, **(columns or {}))
     return scores.to(rollout.old_logps.device)
 
 
 def repeat_columns(columns: Columns, rows: Sequence[int], samples_per_prompt: int) -> dict[str, list[Any]]:
-    """Take the entries of these prompts, each once for every response: one a row of the rollout."""
+    """Take the entries of these prompts, each once for every response: one per row of the rollout."""
     return {
         name: [values[row] for row in rows for _ in range(samples_per_prompt)]
         for name, values in columns.items()
@@ -63,7 +63,7 @@ def policy_logps(
     """Log-prob of each sampled token under `model` now, (B, T), with gradient, and its entropy, without.
 
     Of the policy that sampled and at its temperature, the log-probs equal `rollout.old_logps`; padding is 0.
-    The entropy is the mean over response tokens, in nats a token.
+    The entropy is the mean over response tokens, in nats per token.
     """
     logps, entropies = policy_outputs(model, rollout, temperature=temperature)
     return logps, masked_mean(entropies, rollout.response_mask)
@@ -133,11 +133,12 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """What was sampled and what it earned, by TRL's names; every mean over real tokens or whole responses.
 
-    objective/scores: mean of what the reward said, before any penalty; objective/rlhf_reward: mean of what is
-    maximised, penalties taken off. objective/kl: nats a response (sum over its tokens);
-    objective/kl_per_token: nats a token (mean over all tokens of the batch): a target for one is none for the
-    other. response_length: tokens, EOS counted. frac_reward_zero_std: share of prompts all of whose samples
-    got the same score, which teach nothing; absent with one sample a prompt.
+    objective/scores: mean of what the reward said, before any penalty.
+    objective/rlhf_reward: mean of what the loop maximizes (`log_step`).
+    objective/kl: nats per response (sum over its tokens); objective/kl_per_token: nats per token (mean over
+    all tokens of the batch): a target for one is not a target for the other.
+    response_length: tokens, EOS counted. frac_reward_zero_std: share of prompts all of whose samples got the
+    same score, which teach nothing; absent with one sample per prompt.
     """
     require_shapes("B", scores=scores, rewards=rewards)
     mask = rollout.response_mask
@@ -174,7 +175,7 @@ def evaluate_policy(
     mean = average over prompts of the average over a prompt's samples;  standard_error = std of those P
     per-prompt averages / sqrt(P), so samples of one prompt do not count as independent. Returns mean,
     standard_error, n (samples in all), and with keep_responses also prompts, responses and scores, one entry
-    a sample, the samples of a prompt together.
+    per sample, the samples of a prompt together.
 
     Raises:
         ValueError: fewer than two prompts, samples < 1, or what `score` refuses.
@@ -186,9 +187,14 @@ def evaluate_policy(
             f"a standard error needs at least 2 prompts and samples >= 1, got {len(prompts)} and {samples}"
         )
     rollout = collect(
-        model, tokenizer, prompts,
-        samples_per_prompt=samples, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        prompts,
+        samples_per_prompt=samples,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
     scores = score(reward_fn, rollout, repeat_columns(columns, range(len(prompts)), samples))
     averages = scores.double().view(-1, samples).mean(-1)
     result = {

@@ -13,11 +13,18 @@ from torch import Tensor
 from rlhf_helpers.core.generation import Rollout, response_logits
 from rlhf_helpers.core.models import RewardFn
 from rlhf_helpers.core.policy_losses import approx_kl, rloo_advantages
-from rlhf_helpers.core.tensors import masked_mean, require_number, require_shapes
+from rlhf_helpers.core.tensors import masked_mean, masked_sum, require_number, require_shapes
 from rlhf_helpers.core.training import History
 from rlhf_helpers.core.training.settings import require_fields
-from rlhf_helpers.policy_optimization.critic_free import PolicyLoss, RLOOSettings
-from rlhf_helpers.policy_optimization.on_policy import Batch, OnPolicyRun, RunOptions, per_response
+from rlhf_helpers.policy_optimization.on_policy import (
+    Batch,
+    PolicyRun,
+    RunOptions,
+    log_step,
+    sample_batch,
+    start_run,
+)
+from rlhf_helpers.policy_optimization.reinforce import PolicyLoss, RLOOSettings
 from rlhf_helpers.policy_optimization.rollouts import policy_outputs, sequence_kl, without_padding
 
 Vector = Float[Tensor, "N"]
@@ -29,13 +36,13 @@ class TRPOSettings(RLOOSettings):
     """Settings of TRPO; learning_rate, epochs and minibatches have no part in it: max_kl sets the step."""
 
     mixed_precision: str | None = "no"  # second derivatives in bf16 are noise
-    max_kl: float = 0.01  # radius of the trust region, nats a token
+    max_kl: float = 0.01  # radius of the trust region, nats per token
     cg_iterations: int = 5  # each costs one backward pass through the gradient of the KL
-    damping: float = 0.1  # added to the Fisher matrix; few samples say little of most directions, and with
-    # less damping the step goes far along those, where it learns the samples by heart
+    damping: float = 0.1  # added to the Fisher matrix; a few samples tell us little about most directions,
+    # and with less damping the step goes far along these and overfits the samples
     fisher_rows: int = 8  # responses on which curvature and KL are measured; the fewer, the more the KL of
     # new responses exceeds max_kl (lesson 2 measures it for 8 and 24)
-    backtracks: int = 10  # the step is halved so often before it is given up
+    backtracks: int = 10  # maximum number of halvings before the step is rejected
 
     def __post_init__(self) -> None:
         """Refuse values that would train wrongly or not at all."""
@@ -50,7 +57,7 @@ class TRPOSettings(RLOOSettings):
 def surrogate_loss(
     logps: Float[Tensor, "B T"], old_logps: Float[Tensor, "B T"], advantages: Float[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """TRPO's surrogate per token, to be minimised: -A_t exp(logp_t - old_logp_t); nothing is clipped.
+    """TRPO's surrogate per token, to be minimized: -A_t exp(logp_t - old_logp_t); nothing is clipped.
 
     Schulman et al. 2015, eq. 14. Lesson 2. Raises ValueError where shapes differ.
     """
@@ -70,42 +77,64 @@ def trpo(
 ) -> History:
     """Train `model` in place by trust-region steps on RLOO's advantages.
 
-    minimise L(theta) = mean_i sum_t loss_fn(logp_it, old_logp_it, A_i)  where  KL(old || theta) <= max_kl
+    minimize L(theta) = mean_i sum_t loss_fn(logp_it, old_logp_it, A_i)  where  KL(old || theta) <= max_kl
     x = (F + damping)^-1 grad L by conjugate gradient;  step = -sqrt(2 max_kl / x.(F + damping)x) x, halved
     until the KL itself is within max_kl and L has fallen; if it never does, the weights stay as they were.
+    Source: Schulman et al. 2015, appendix C. Lesson 2.
 
-    Reward, advantages, options and the rows returned as in `rloo`; loss is L before the step, and further
-    trpo/gain (by how much L fell), trpo/step_fraction (1: the whole step; 0: given up), trpo/kl (after the
-    step, nats a token). Schulman et al. 2015, appendix C. Lesson 2. Raises ValueError as `critic_free`, and
-    in a run of several processes.
+    Args:
+        loss_fn: (logps, old_logps, advantages), each (B, T) -> (B, T).
+        prompts, reward_fn, options: as in `rloo`.
+
+    Returns:
+        The rows of `rloo`; loss is L before the step, and further trpo/gain (by how much L fell),
+        trpo/step_fraction (1: the whole step; 0: given up), trpo/kl (after the step, nats per token).
+
+    Raises:
+        ValueError: as `rloo`, and in a run of several processes.
     """
-    run = OnPolicyRun(model, tokenizer, prompts, reward_fn, settings, **options)
+    run = start_run(model, tokenizer, prompts, reward_fn, settings, **options)
     if run.engine.accelerator.num_processes > 1:
         raise ValueError("trpo runs in one process: its step is not averaged over processes")
-    parameters = run.engine.parameters
     for _ in run.engine.steps():
-        batch = run.collect()
-        rewards = batch.rewards - settings.kl_coef * sequence_kl(batch.rollout, batch.ref_logps)
-        advantages = rloo_advantages(rewards.view(-1, settings.samples_per_prompt)).view(-1, 1)
-        metrics = _surrogate(run, batch, advantages, loss_fn, learn=True)
-        gradient = _flat([p.grad for p in parameters], parameters)
-        run.engine.optimizer.zero_grad(set_to_none=True)
-        some = without_padding(batch.rollout[:: -(-len(batch.rollout) // settings.fisher_rows)])
-        with eager_attention(model):
-            fisher = fisher_product(model, parameters, some, settings.temperature)
-            step = natural_step(
-                gradient, lambda v, fisher=fisher: fisher(v) + settings.damping * v,
-                max_kl=settings.max_kl, iterations=settings.cg_iterations,
-            )  # fmt: skip
-        metrics |= _line_search(run, batch, advantages, loss_fn, step, some, metrics["loss"])
-        run.log(batch, rewards, metrics)
+        # Collect: G responses to each prompt, and what they earn.
+        batch = sample_batch(run)
+        rewards = batch.penalized_scores - settings.kl_coef * sequence_kl(batch.rollout, batch.ref_logps)
+        advantages = rloo_advantages(rewards.view(-1, settings.samples_per_prompt)).flatten()
+        metrics = trpo_update(run, batch, advantages, loss_fn=loss_fn)
+        log_step(run, batch, rewards, metrics)
     return run.engine.history
+
+
+def trpo_update(
+    run: PolicyRun, batch: Batch, advantages: Float[Tensor, "B"], *, loss_fn: PolicyLoss = surrogate_loss
+) -> dict[str, float]:
+    """Take one trust-region step on a batch; return the metrics."""
+    settings, parameters = run.settings, run.engine.parameters
+    # The gradient of the surrogate, over the whole batch.
+    metrics = _surrogate(run, batch, advantages, loss_fn, learn=True)
+    gradient = _flat([p.grad for p in parameters], parameters)
+    run.engine.optimizer.zero_grad(set_to_none=True)  # Adam has no part in this step
+    # Curvature and KL on every k-th response: a product with F costs two backward passes.
+    few = without_padding(batch.rollout[:: -(-len(batch.rollout) // settings.fisher_rows)])
+    with eager_attention(run.policy):
+        fisher = fisher_product(run.policy, parameters, few, settings.temperature)
+
+        def damped_fisher(vector: Tensor) -> Tensor:
+            return fisher(vector) + settings.damping * vector
+
+        # Conjugate gradient solves (F + damping) x = g from such products alone.
+        step = natural_step(
+            gradient, damped_fisher, max_kl=settings.max_kl, iterations=settings.cg_iterations
+        )
+    # The KL of the step is only a quadratic guess so far: measure it, and halve the step until it holds.
+    return metrics | _line_search(run, batch, advantages, loss_fn, step, few, metrics["loss"])
 
 
 def fisher_product(
     model: torch.nn.Module, parameters: Sequence[Tensor], rollout: Rollout, temperature: float
 ) -> Product:
-    """Return v -> F v, with F the Hessian of KL(old || theta) at theta = old: nats a token, (N,) -> (N,).
+    """Return v -> F v, with F the Hessian of KL(old || theta) at theta = old: nats per token, (N,) -> (N,).
 
     The KL is that of the whole next-token distribution, mean over response tokens; two backward passes give F
     v and F, N x N, is never written down. Under `eager_attention`: fused attention has no second derivative.
@@ -132,6 +161,7 @@ def conjugate_gradient(product: Product, target: Vector, *, iterations: int) -> 
     x, residual, direction = torch.zeros_like(target), target.clone(), target.clone()
     size = start = residual @ residual
     for _ in range(iterations):
+        # The residual is small enough: more products would only polish digits.
         if size <= 1e-10 * start:
             break
         image = product(direction)
@@ -168,20 +198,22 @@ def eager_attention(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _surrogate(
-    run: OnPolicyRun, batch: Batch, advantages: Tensor, loss_fn: PolicyLoss, *, learn: bool
+    run: PolicyRun, batch: Batch, advantages: Tensor, loss_fn: PolicyLoss, *, learn: bool
 ) -> dict[str, float]:
-    """The surrogate and how far the policy is from the sampler; with `learn` its gradient, in p.grad."""
-    rollout, total = batch.rollout, 0.0
-    weights, mask, seen = per_response(rollout.response_mask), rollout.response_mask, []
+    """Return L and how far the policy is from the sampler; with `learn`, leave L's gradient in p.grad."""
+    rollout, mask = batch.rollout, batch.rollout.response_mask
+    total, seen = 0.0, []
     for rows in torch.arange(len(rollout)).tensor_split(run.settings.accumulation_steps):
         with torch.set_grad_enabled(learn):
             logps, entropies = policy_outputs(run.policy, rollout[rows], temperature=run.settings.temperature)
-            old_logps = rollout.old_logps[rows]
-            losses = loss_fn(logps, old_logps, advantages[rows].expand_as(logps))
-            require_shapes("B T", logps=logps, loss=losses)
-            loss = (weights[rows] * torch.where(mask[rows], losses, 0.0)).sum()
+            per_token = (
+                advantages[rows].unsqueeze(1).expand_as(logps)
+            )  # every token gets its response's advantage
+            losses = loss_fn(logps, rollout.old_logps[rows], per_token)
+            require_shapes("B T", logps=logps, loss_fn=losses)
+            loss = masked_sum(losses, mask[rows]) / len(rollout)
         if learn:
-            loss.backward()
+            run.engine.backward(loss, rows=batch.prompt_rows)
         total += loss.item()
         seen.append((logps.detach(), entropies.detach()))
     logps, entropies = (torch.cat(column) for column in zip(*seen, strict=True))
@@ -195,32 +227,40 @@ def _surrogate(
 
 @torch.no_grad()
 def _line_search(
-    run: OnPolicyRun, batch: Batch, advantages: Tensor, loss_fn: PolicyLoss, step: Tensor, some: Rollout,
+    run: PolicyRun,
+    batch: Batch,
+    advantages: Tensor,
+    loss_fn: PolicyLoss,
+    step: Tensor,
+    few: Rollout,
     start: float,
-) -> dict[str, float]:  # fmt: skip
-    """Halve the step until it keeps both promises; the quadratic model is good only near the start."""
+) -> dict[str, float]:
+    """Halve the step until it meets both conditions; the quadratic model is good only near the start."""
     settings, parameters = run.settings, run.engine.parameters
-    before, fraction = [p.clone() for p in parameters], 1.0
+    before = [p.clone() for p in parameters]
+    fraction = 1.0
     # The KL of whole distributions: an estimate from the tokens that the step was aimed at is far too high.
-    old = _vocabulary_logps(run.policy, some, settings.temperature)
+    old = _vocabulary_logps(run.policy, few, settings.temperature)
     for _ in range(settings.backtracks if step.any() else 0):
         pieces = step.split([p.numel() for p in parameters])
         for parameter, value, piece in zip(parameters, before, pieces, strict=True):
             parameter.copy_(value + fraction * piece.view_as(value))
-        new = _vocabulary_logps(run.policy, some, settings.temperature)
-        kl = _exact_kl(old, new, some.response_mask).item()
+        new = _vocabulary_logps(run.policy, few, settings.temperature)
+        kl = _exact_kl(old, new, few.response_mask).item()
+        # Both conditions: close enough, and better than before.
         if kl <= settings.max_kl:
             gain = start - _surrogate(run, batch, advantages, loss_fn, learn=False)["loss"]
             if gain > 0:
                 return {"trpo/step_fraction": fraction, "trpo/gain": gain, "trpo/kl": kl}
         fraction /= 2
+    # No fraction of the step keeps both: the weights stay as they were.
     for parameter, value in zip(parameters, before, strict=True):
         parameter.copy_(value)
     return {"trpo/step_fraction": 0.0, "trpo/gain": 0.0, "trpo/kl": 0.0}
 
 
 def _vocabulary_logps(model: torch.nn.Module, rollout: Rollout, temperature: float) -> Tensor:
-    """Log-prob of every token of the vocabulary at every place of the responses, (B, T, V)."""
+    """Log-prob of every token of the vocabulary at every position of the responses, (B, T, V)."""
     width = rollout.response_mask.shape[1]
     logits = response_logits(model, rollout.input_ids, rollout.attention_mask, response_length=width)
     return torch.log_softmax(logits.float() / temperature, dim=-1)

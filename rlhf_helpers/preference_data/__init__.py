@@ -9,7 +9,6 @@ import importlib
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
@@ -22,19 +21,19 @@ from rlhf_helpers.preference_data.conversions import (
     ratings_to_pairs,
     to_conversational,
 )
-from rlhf_helpers.preference_data.formats import Findings, Format, Row, recognise
+from rlhf_helpers.preference_data.formats import Findings, Row, detect_format
 from rlhf_helpers.preference_data.reading import Source, read_records
-from rlhf_helpers.preference_data.report import Fault, LoadReport, PreferenceDataError
+from rlhf_helpers.preference_data.report import DataIssue, LoadReport, PreferenceDataError
 from rlhf_helpers.preference_data.splits import (
     leaked_prompts,
     normalised_prompt,
     prompt_folds,
     split_by_prompt,
 )
-from rlhf_helpers.preference_data.tidying import tidy, to_dataset
+from rlhf_helpers.preference_data.tidying import clean_rows, to_dataset
 
 __all__ = [
-    "Fault",
+    "DataIssue",
     "LoadReport",
     "PreferenceDataError",
     "leaked_prompts",
@@ -77,6 +76,7 @@ __all__ += [*_LAZY]
 logger = logging.getLogger(__name__)
 
 Reading = tuple[Dataset, LoadReport]
+TO_PAIRS = {"rankings": pairs_of_rankings, "ratings": pairs_of_ratings}
 READERS = {"pairs": "preferences", "rankings": "rankings", "ratings": "ratings", "labels": "unpaired"}
 
 
@@ -97,22 +97,24 @@ def load_preferences(source: Source, *, split: str | None = None, limit: int | N
 def read_preferences(source: Source, *, split: str | None = None, limit: int | None = None) -> Reading:
     """Read pairs from any known source and format into columns prompt, chosen, rejected, with a report.
 
-    source: a hub name; a .json, .jsonl (or .gz of both), .csv or .parquet file or a folder of them; a list
-        of dicts; a datasets.Dataset. The format is recognised from the records: TRL standard and
-        conversational, prompt explicit or implicit; HH transcripts; OpenAI comparisons; rankings and OASST
-        trees (all pairs of each ranking); ratings (with margin). Further columns are kept.
-    split: of the hub set (default "train"), the folder's files, or the records' own column `split`.
-    limit: read at most so many records.
+    The format is recognised from the records: TRL standard and conversational, prompt explicit or implicit;
+    HH transcripts; OpenAI comparisons; rankings and OASST trees (all pairs of each ranking); ratings (with
+    margin). Texts are in the one text form of `core.text`; Windows line ends are read as "\\n". Further
+    columns are kept.
 
-    Texts are in the one text form of `core.text`. Raises PreferenceDataError with every structural fault,
-    its place and its mend, or when no pair is left. Derived in lesson 1.
+    Args:
+        source: A hub name; a .json, .jsonl (or .gz of both), .csv or .parquet file or a folder of them; a
+            list of dicts; a datasets.Dataset.
+        split: Of the hub set (default "train"), the folder's files, or the records' own column `split`.
+        limit: Read at most so many records.
+
+    Raises:
+        PreferenceDataError: Lists every structural fault with its place and its fix (a prompt under another
+            name such as "question" is one), or says that no pair is left.
+
+    Derived in lesson 1.
     """
-    parsed = _parse(source, split, limit, ("pairs", "rankings", "ratings"))
-    rows, unit = parsed.rows, parsed.format.unit
-    if unit != "pairs":
-        parsed.noted[unit] = len(rows)
-        rows = (pairs_of_rankings if unit == "rankings" else pairs_of_ratings)(rows, parsed.noted)
-    return _finish(parsed, rows, "pairs")
+    return _read(source, split, limit, ("pairs", "rankings", "ratings"))
 
 
 def read_rankings(source: Source, *, split: str | None = None, limit: int | None = None) -> Reading:
@@ -121,62 +123,48 @@ def read_rankings(source: Source, *, split: str | None = None, limit: int | None
     Accepts rows prompt, responses[, ranks] and OASST message trees, where every user turn that assistants
     answered is a ranking, its prompt the conversation down to it. The rest as `read_preferences`.
     """
-    parsed = _parse(source, split, limit, ("rankings",))
-    return _finish(parsed, parsed.rows, "rankings")
+    return _read(source, split, limit, ("rankings",))
 
 
 def read_ratings(source: Source, *, split: str | None = None, limit: int | None = None) -> Reading:
     """Read rows prompt, response, rating (float, higher is better); the rest as `read_preferences`."""
-    parsed = _parse(source, split, limit, ("ratings",))
-    return _finish(parsed, parsed.rows, "ratings")
+    return _read(source, split, limit, ("ratings",))
 
 
 def read_unpaired(source: Source, *, split: str | None = None, limit: int | None = None) -> Reading:
     """Read rows prompt, completion, label (bool); the rest as `read_preferences`."""
-    parsed = _parse(source, split, limit, ("labels",))
-    return _finish(parsed, parsed.rows, "labels")
+    return _read(source, split, limit, ("labels",))
 
 
-@dataclass(frozen=True)
-class _Parsed:
-    name: str
-    format: Format
-    records: int
-    rows: list[Row | None]
-    noted: Counter[str]
-
-
-def _parse(source: Source, split: str | None, limit: int | None, units: tuple[str, ...]) -> _Parsed:
-    """Read and parse, in the format that most records have; any fault of either step ends it here."""
-    name, records, faults = read_records(source, split=split, limit=limit)
-    formats = Counter(form for form in (recognise(value) for _, value in records) if form)
+def _read(source: Source, split: str | None, limit: int | None, units: tuple[str, ...]) -> Reading:
+    """Read, parse in the format that most records have, and clean; the first of `units` is what results."""
+    name, records, issues = read_records(source, split=split, limit=limit)
+    formats = Counter(form for form in (detect_format(value) for _, value in records) if form)
     form = formats.most_common(1)[0][0] if formats else None
     if form is None and records:
         place, value = records[0]
-        columns = sorted(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
-        mend = "give prompt, chosen, rejected, or another format that read_preferences names"
-        faults.append(Fault(place, f"unknown format, the record has {columns}", mend))
+        columns = sorted(value) if isinstance(value, Mapping) else type(value).__name__
+        fix = "give prompt, chosen, rejected, or another format that read_preferences names"
+        issues.append(DataIssue(place, f"unknown format, the record has {columns}", fix))
     elif form and form.unit not in units:
-        mend = f"read it with read_{READERS[form.unit]}"
-        faults.append(Fault(name, f"holds {form.unit} ('{form.name}'), not {' or '.join(units)}", mend))
+        fix = f"read it with read_{READERS[form.unit]}"
+        issues.append(DataIssue(name, f"holds {form.unit} ('{form.name}'), not {' or '.join(units)}", fix))
     rows: list[Row | None] = []
     noted: Counter[str] = Counter()
     for place, value in records if form else []:
         found = Findings()
         rows += form.examples(value, found)
-        faults += [Fault(place, problem, mend) for problem, mend in found.problems]
+        issues += [DataIssue(place, problem, fix) for problem, fix in found.problems]
         noted.update(found.noted)
-    if faults or not form:
-        raise PreferenceDataError(name, faults)
-    return _Parsed(name, form, len(records), rows, noted)
-
-
-def _finish(parsed: _Parsed, rows: list[Row | None], unit: str) -> Reading:
-    kept, dropped, noticed = tidy(rows, unit)
-    counts = parsed.records, len(rows), len(kept), dropped, {**parsed.noted, **noticed}
-    report = LoadReport(parsed.name, parsed.format.name, unit, *counts)
+    if issues or not form:
+        raise PreferenceDataError(name, issues)
+    unit = units[0]
+    if form.unit != unit:
+        noted[form.unit] = len(rows)
+        rows = TO_PAIRS[form.unit](rows, noted)
+    kept, dropped, noticed = clean_rows(rows, unit)
+    counts = len(records), len(rows), len(kept), dropped, {**noted, **noticed}
+    report = LoadReport(name, form.name, unit, *counts)
     if not kept:
-        raise PreferenceDataError(
-            parsed.name, [Fault(parsed.name, f"nothing is left ({report})", "give more")]
-        )
-    return to_dataset(parsed.name, kept), report
+        raise PreferenceDataError(name, [DataIssue(name, f"nothing is left ({report})", "give more")])
+    return to_dataset(name, kept), report

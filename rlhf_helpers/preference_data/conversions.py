@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 
 from rlhf_helpers.core.text import to_messages
-from rlhf_helpers.preference_data.tidying import Row, tidy, to_dataset
+from rlhf_helpers.preference_data.tidying import Row, clean_rows, to_dataset
 
 
 def _by_prompt(rows: Iterable[Row]) -> list[list[Row]]:
@@ -57,7 +57,7 @@ def rankings_to_pairs(rankings: datasets.Dataset) -> datasets.Dataset:
     independent and belong into one batch element (InstructGPT 2022, section 3.5). Tied, empty and identical
     pairs are left out (`read_preferences` counts them); raises PreferenceDataError if none is left.
     """
-    return to_dataset("rankings", tidy(pairs_of_rankings(rankings, Counter()), "pairs")[0])
+    return to_dataset("rankings", clean_rows(pairs_of_rankings(rankings, Counter()), "pairs")[0])
 
 
 def ratings_to_pairs(ratings: datasets.Dataset) -> datasets.Dataset:
@@ -66,7 +66,7 @@ def ratings_to_pairs(ratings: datasets.Dataset) -> datasets.Dataset:
     All responses to one prompt are compared; tied, empty and identical pairs are left out
     (`read_preferences` on the source counts them); raises PreferenceDataError if none is left.
     """
-    return to_dataset("ratings", tidy(pairs_of_ratings(ratings, Counter()), "pairs")[0])
+    return to_dataset("ratings", clean_rows(pairs_of_ratings(ratings, Counter()), "pairs")[0])
 
 
 def pairs_to_unpaired(pairs: datasets.Dataset) -> datasets.Dataset:

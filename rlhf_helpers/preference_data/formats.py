@@ -28,22 +28,32 @@ TRANSCRIPT_LABELS = (
 )
 
 
+# What public sets call the prompt, or parts of it. Without this list the words that two answers happen to
+# share would become the prompt, and the question would be left beside.
+PROMPT_NAMES = {
+    *("prompt", "question", "instruction", "input", "query", "system", "system_prompt", "user_prompt"),
+    *("context", "history", "conversation", "dialogue", "messages", "post", "article", "problem", "request"),
+}
+
+
 @dataclass
 class Findings:
-    """What was met in a record: problems with their mends (structural), and counts worth telling."""
+    """What was met in a record: structural problems with their fixes, and counts worth telling."""
 
     problems: list[tuple[str, str]] = field(default_factory=list)
     noted: Counter[str] = field(default_factory=Counter)
 
-    def problem(self, problem: str, mend: str) -> None:
+    def problem(self, problem: str, fix: str) -> None:
         """Note one structural problem."""
-        self.problems.append((problem, mend))
+        self.problems.append((problem, fix))
 
     def check(self, row: Mapping[str, Any], key: str, column: Column) -> None:
         """Note it when `key` is missing or of another type (true and false are no numbers)."""
         kind, words = column
         if key not in row:
-            self.problem(f"'{key}' is missing", f"add {words}")
+            names = _prompt_names(row) if key == "prompt" else []
+            fix = f"rename '{names[0]}' to 'prompt'" if names else f"add {words}"
+            self.problem(f"'{key}' is missing", f"write {names} into one 'prompt'" if names[1:] else fix)
         elif not isinstance(row[key], kind) or (isinstance(row[key], bool) and kind != (bool, int)):
             self.problem(f"'{key}' is of type {type(row[key]).__name__}", f"make it {words}")
 
@@ -67,10 +77,20 @@ class Format:
             return []
         for key, column in self.columns:
             found.check(record, key, column)
+        if record.get("margin") is not None:
+            found.check(record, "margin", NUMBER)
+        if not found.problems and str(record.get("system") or "").strip():
+            fix = "write it into the prompt, as 'System: ...', a blank line and 'User: ...'"
+            found.problem("'system' stands beside the prompt, so no model would read it", fix)
         examples = [] if found.problems else self.parse(record, found)
         needed = [key for key, _ in self.columns]
         others = {key: value for key, value in record.items() if key not in needed}
         return [example and {**example, **others, **example} for example in examples]
+
+
+def _prompt_names(row: Mapping[str, Any]) -> list[str]:
+    """Columns that hold a prompt, or a part of one, under another name than 'prompt'."""
+    return [key for key in row if str(key).strip().casefold() in PROMPT_NAMES and row[key]]
 
 
 def _messages(value: list, key: str, found: Findings) -> Messages:
@@ -206,31 +226,28 @@ def _tree(row: Row, found: Findings) -> list[Row | None]:
     Replies that are deleted (or stand below a deleted message) and replies without a rank are left out and
     counted, so a ranking may come out with fewer than two. Rank 0 is best.
     """
-    nodes = [row["prompt"]]
-    for node in nodes:  # grows while it is walked
-        facts = node if isinstance(node, Mapping) else {}
-        name, replies = f"message {facts.get('message_id', 'without id')}", facts.get("replies")
-        _message(node, name, "text", TREE_ROLES, found)
-        if not isinstance(replies, list) or not isinstance(facts.get("rank"), int | None):
-            found.problem(f"{name} lacks replies or a sound rank", "give a list 'replies', a whole 'rank'")
-        nodes += replies if isinstance(replies, list) else []
     rankings: list[Row | None] = []
-    waiting: list[tuple[Row, Messages, bool]] = [] if found.problems else [(row["prompt"], [], False)]
+    waiting: list[tuple[Any, Messages, bool]] = [(row["prompt"], [], False)]
     while waiting:
         node, path, deleted = waiting.pop()
-        path = [*path, _message(node, "", "text", TREE_ROLES, found)]
+        facts = node if isinstance(node, Mapping) else {}
+        name, replies = f"message {facts.get('message_id', 'without id')}", facts.get("replies")
+        path = [*path, _message(node, name, "text", TREE_ROLES, found)]
+        if not isinstance(replies, list) or not isinstance(facts.get("rank"), int | None):
+            found.problem(f"{name} lacks replies or a sound rank", "give a list 'replies', a whole 'rank'")
+            continue
         deleted = deleted or bool(node.get("deleted"))
-        waiting += [(reply, path, deleted) for reply in reversed(node["replies"])]
-        answers = [reply for reply in node["replies"] if reply["role"] == "assistant"]
+        waiting += [(reply, path, deleted) for reply in reversed(replies)]
+        answers = [r for r in replies if isinstance(r, Mapping) and r.get("role") == "assistant"]
         alive = [answer for answer in answers if not (deleted or answer.get("deleted"))]
-        ranked = [answer for answer in alive if answer.get("rank") is not None]
+        ranked = [answer for answer in alive if isinstance(answer.get("rank"), int)]
         found.noted["replies ranked"] += len(ranked)
         found.noted["replies deleted"] += len(answers) - len(alive)
         found.noted["replies unranked"] += len(alive) - len(ranked)
         if answers and not deleted:
-            ranks, texts = [answer["rank"] for answer in ranked], [answer["text"] for answer in ranked]
+            ranks, texts = ([answer.get(key) for answer in ranked] for key in ("rank", "text"))
             rankings.append(_ordered(_written(path), ranks, texts))
-    return rankings
+    return [] if found.problems else rankings
 
 
 def _rating(row: Row, found: Findings) -> list[Row | None]:
@@ -269,7 +286,7 @@ RATINGS = _format("ratings", "ratings", _rating, prompt=EITHER, response=EITHER,
 UNPAIRED = _format("unpaired labels", "labels", _unpaired, prompt=EITHER, completion=EITHER, label=LABEL)
 
 
-def recognise(row: Any) -> Format | None:
+def detect_format(row: Any) -> Format | None:
     """Name the format that a record's keys and types point to, even when one of its keys is missing."""
     if not isinstance(row, Mapping):
         return None
@@ -277,11 +294,17 @@ def recognise(row: Any) -> Format | None:
         return TREES
     if "chosen" in row or "rejected" in row:
         sides = [row[key] for key in ("chosen", "rejected") if row.get(key) is not None]
+        asked = "prompt" in row or _prompt_names(row)
         if any(isinstance(side, list) for side in sides):
-            return CHAT if "prompt" in row else IMPLICIT_CHAT
-        if "prompt" in row:
-            return STANDARD
+            first = [side[0].get("role") for side in sides if side and isinstance(side[0], Mapping)]
+            whole = "prompt" not in row and "assistant" not in first
+            return IMPLICIT_CHAT if whole or not asked else CHAT
         turns = [transcript_turns(side) for side in sides if isinstance(side, str)]
-        return TRANSCRIPTS if turns and all(turns) else IMPLICIT
-    by_key = {"summaries": COMPARISONS, "responses": RANKINGS, "rating": RATINGS, "completion": UNPAIRED}
-    return next((form for key, form in by_key.items() if key in row), UNPAIRED if "label" in row else None)
+        # Beside a prompt, "User: ..." may be an answer; "Human: ..." is a transcript that repeats the prompt.
+        repeats = all(isinstance(side, str) and side.lstrip().startswith("Human:") for side in sides)
+        if turns and all(turns) and (repeats or "prompt" not in row):
+            return TRANSCRIPTS
+        return STANDARD if asked else IMPLICIT
+    by_key = {"summaries": COMPARISONS, "responses": RANKINGS, "rating": RATINGS}
+    by_key.update(completion=UNPAIRED, label=UNPAIRED)
+    return next((form for key, form in by_key.items() if key in row), None)

@@ -1,9 +1,11 @@
 """From a source to records, each with its place, so that a fault can be found again.
 
-A reader yields `(place, value)` and appends what it could not read to `faults`: it goes on as far as it
-can, because a person who mends a file wants to see every fault at once.
+A reader yields `(place, value)` and appends what it could not read to `issues`: it goes on as far as it
+can, because a person who repairs a file wants to see every fault at once. That is why files are not read by
+`datasets` or `pandas`: they stop at the first fault and name no line.
 """
 
+import ast
 import csv
 import gzip
 import json
@@ -11,6 +13,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,8 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from rlhf_helpers.preference_data.report import Fault, PreferenceDataError
+from rlhf_helpers.core.text import is_text, naming
+from rlhf_helpers.preference_data.report import DataIssue, PreferenceDataError
 
 Record = tuple[str, Any]
 Source = str | os.PathLike | Sequence[Mapping[str, Any]] | datasets.Dataset | datasets.DatasetDict
@@ -27,42 +31,95 @@ Source = str | os.PathLike | Sequence[Mapping[str, Any]] | datasets.Dataset | da
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
 # Notes that the datasets library leaves beside the data.
 NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-# Columns of a CSV file that hold numbers or truth values; every other cell stays text.
-CSV_NUMBERS = {"rating", "label", "margin", "choice"}
+# Columns of a CSV file that hold numbers, truth values or lists; every other cell is text.
+CSV_VALUES = {"rating", "label", "margin", "choice", "responses", "ranks", "summaries", "info"}
+# A list of messages that was written as text, as pandas writes it into a CSV cell.
+WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(["'])(role|content)\1\s*:""")
 
 
 def read_records(
     source: Source, *, split: str | None, limit: int | None
-) -> tuple[str, list[Record], list[Fault]]:
-    """Return the name of the source, its records (at most `limit`, reading no further) and the faults met.
+) -> tuple[str, list[Record], list[DataIssue]]:
+    """Return the name of the source, its records (at most `limit`, reading no further) and the issues met.
 
     A folder's `split` is the part of its files named so (train.jsonl, train-00000.parquet, train/a.csv), of
     other local sources the records whose own column `split` says so; of a hub set without one, "train".
-    Raises PreferenceDataError when there is nothing to read from, TypeError for a source of another kind.
+    Every value is as `plain_value` gives it.
+
+    Raises:
+        PreferenceDataError: There is nothing to read from.
+        TypeError: The source is of another kind.
     """
     if limit is not None and (type(limit) is not int or limit < 1):
         raise ValueError(f"limit must be a positive whole number of records or None, got {limit!r}")
-    faults: list[Fault] = []
+    issues: list[DataIssue] = []
     name = os.fspath(source) if isinstance(source, str | os.PathLike) else type(source).__name__
     if not isinstance(source, str | os.PathLike):
         records, split = _in_memory(source, split)
     elif os.path.isdir(name):
         files, split = _files_of(Path(name), split)
-        records = chain.from_iterable(_file_records(file, faults) for file in files)
+        records = chain.from_iterable(_file_records(file, issues) for file in files)
     elif os.path.isfile(name):
-        records = _file_records(Path(name), faults)
+        records = _file_records(Path(name), issues)
     elif isinstance(source, os.PathLike) or name.endswith(SUFFIXES) or name.startswith((".", "/", "~")):
         raise _refusal(name, "no such file or folder", "check the path")
     else:
-        return name, _hub_records(name, split or "train", limit), faults
-    found = list(islice(_of_split(records, split, name, faults), limit))
-    if not found and not faults:
-        faults.append(Fault(name, "holds no records", "give at least one"))
-    return name, found, faults
+        records, split = _hub_records(name, split or "train", limit), None
+    found = list(islice(_of_split(records, split, name, issues), limit))
+    if not found and not issues:
+        issues.append(DataIssue(name, "holds no records", "give at least one"))
+    return name, found, issues
 
 
-def _refusal(name: str, problem: str, mend: str) -> PreferenceDataError:
-    return PreferenceDataError(name, [Fault(name, problem, mend)])
+def plain_value(value: Any) -> Any:
+    """Return a value in the form that every later step can hold.
+
+    Line ends become "\\n", arrays become lists, and a list of messages that was written as text (CSV files
+    keep no lists) is parsed.
+
+    Raises:
+        ValueError: A text, number or column name can be stored by no data set. Says what it is.
+        RecursionError: The value is nested too deeply.
+    """
+    if isinstance(value, str) and WRITTEN_MESSAGES.match(value):
+        value = _literal(value)
+        if not isinstance(value, list):
+            raise ValueError("holds messages written as text that do not parse (parquet and JSON keep lists)")
+    if isinstance(value, str):
+        if not is_text(value):
+            raise ValueError("holds half a surrogate pair (a cut emoji)")
+        return value.replace("\r\n", "\n")
+    if isinstance(value, Mapping):
+        plain = {}
+        for key, inner in value.items():
+            if not is_text(key):
+                raise ValueError(f"the name {key!r} is not text")
+            with naming(f"'{key}'"):
+                plain[key] = plain_value(inner)
+        return plain
+    if hasattr(value, "tolist"):  # NumPy, as pandas gives it
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [plain_value(inner) for inner in value]
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError("holds a whole number of more than 64 bits")
+    return value
+
+
+def _literal(text: str) -> Any:
+    """Parse JSON, or a Python literal as pandas writes it; None if the text is neither."""
+    unparsable = (ValueError, SyntaxError, RecursionError, MemoryError)
+    with suppress(*unparsable):
+        return json.loads(text)
+    with suppress(*unparsable):
+        value = ast.literal_eval(text.strip())
+        # NumPy writes ['a' 'b'], which Python would read as the one string 'ab'.
+        return value if repr(value).split() == text.split() else None
+    return None
+
+
+def _refusal(name: str, problem: str, fix: str) -> PreferenceDataError:
+    return PreferenceDataError(name, [DataIssue(name, problem, fix)])
 
 
 def _in_memory(source: Any, split: str | None) -> tuple[Iterable[Record], str | None]:
@@ -73,23 +130,29 @@ def _in_memory(source: Any, split: str | None) -> tuple[Iterable[Record], str | 
         source, split = source[wanted], None
     kinds = (Sequence, datasets.Dataset, datasets.IterableDataset)
     if not isinstance(source, kinds) or isinstance(source, bytes):
-        kind = type(source).__name__
-        raise TypeError(f"a source is a hub name, a path, a list of dicts or a datasets.Dataset, not {kind}")
+        wanted = "a hub name, a path, a list of dicts or a datasets.Dataset"
+        raise TypeError(f"a source is {wanted}, not {type(source).__name__}")
     return ((f"row {index}", row) for index, row in enumerate(source)), split
 
 
 def _of_split(
-    records: Iterable[Record], split: str | None, name: str, faults: list[Fault]
+    records: Iterable[Record], split: str | None, name: str, issues: list[DataIssue]
 ) -> Iterator[Record]:
     seen: set[str] = set()
     for place, value in records:
+        try:
+            value = plain_value(value)
+        except (ValueError, RecursionError) as error:
+            problem = error if isinstance(error, ValueError) else "a value is nested too deeply"
+            issues.append(DataIssue(place, str(problem), "correct or remove the record"))
+            continue
         own = value.get("split") if isinstance(value, Mapping) else None
         seen.add(str(own))
         if split is None or own == split:
             yield place, value
     if split is not None and split not in seen:
-        mend = f"its records say {sorted(seen)}: choose one, or leave split out"
-        faults.append(Fault(name, f"no record of split '{split}'", mend))
+        fix = f"its records say {sorted(seen)}: choose one, or leave split out"
+        issues.append(DataIssue(name, f"no record of split '{split}'", fix))
 
 
 def _files_of(folder: Path, split: str | None) -> tuple[list[Path], str | None]:
@@ -98,8 +161,8 @@ def _files_of(folder: Path, split: str | None) -> tuple[list[Path], str | None]:
     files = [path for path in inside if path.name.endswith(SUFFIXES) and path.name not in NOT_DATA]
     files = [path for path in files if not any(part.startswith(".") for part in path.parts)]
     if not files:
-        mend = f"give a folder with {', '.join(SUFFIXES)}; pass a saved set as datasets.load_from_disk(...)"
-        raise _refusal(str(folder), f"no data file among its {len(inside)} files", mend)
+        fix = f"give a folder with {', '.join(SUFFIXES)}; pass a saved set as datasets.load_from_disk(...)"
+        raise _refusal(str(folder), f"no data file among its {len(inside)} files", fix)
     named = [path for path in files if split in re.split(r"[/.\-_]", path.as_posix())]
     return [folder / path for path in named or files], None if named else split
 
@@ -110,25 +173,25 @@ def _hub_records(name: str, split: str, limit: int | None) -> list[Record]:
         return [(f"{name} ({split}) row {index}", row) for index, row in enumerate(islice(rows, limit))]
     except Exception as error:  # whatever fails on the way to the hub, the reader's choices are the same
         problem = f"is no local path, and the hub gave no split '{split}' ({type(error).__name__}: {error})"
-        mend = "check name and connection, or give a local path, or a set loaded with datasets.load_dataset"
-        raise _refusal(name, problem, mend) from error
+        fix = "check name and connection, or give a local path, or a set loaded with datasets.load_dataset"
+        raise _refusal(name, problem, fix) from error
 
 
-def _file_records(path: Path, faults: list[Fault]) -> Iterator[Record]:
-    kind, before, empty = path.name.lower().removesuffix(".gz"), len(faults), True
+def _file_records(path: Path, issues: list[DataIssue]) -> Iterator[Record]:
+    kind, before, empty = path.name.lower().removesuffix(".gz"), len(issues), True
     readers = {".parquet": _parquet, ".csv": _csv, ".jsonl": _json_lines, ".json": _json}
     reader = readers.get(Path(kind).suffix)
     if reader is None:
-        faults.append(Fault(str(path), "is of no known kind", f"use one of {', '.join(SUFFIXES)}"))
+        issues.append(DataIssue(str(path), "is of no known kind", f"use one of {', '.join(SUFFIXES)}"))
         return
-    for record in reader(path, faults):
+    for record in reader(path, issues):
         empty = False
         yield record
-    if empty and len(faults) == before:
-        faults.append(Fault(str(path), "holds no records", "remove the file or fill it"))
+    if empty and len(issues) == before:
+        issues.append(DataIssue(str(path), "holds no records", "remove the file or fill it"))
 
 
-def _lines(path: Path, faults: list[Fault]) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, issues: list[DataIssue]) -> Iterator[tuple[int, str]]:
     """Number and text of each line; bytes that are not UTF-8 are a fault, then shown as U+FFFD to read on."""
     number = 0
     try:
@@ -138,39 +201,43 @@ def _lines(path: Path, faults: list[Fault]) -> Iterator[tuple[int, str]]:
                     text = raw.decode("utf-8")
                 except UnicodeDecodeError as error:
                     problem = f"byte 0x{raw[error.start]:02x} at column {error.start + 1} is not UTF-8"
-                    faults.append(Fault(f"{path}:{number}", problem, "save the file as UTF-8"))
+                    issues.append(DataIssue(f"{path}:{number}", problem, "save the file as UTF-8"))
                     text = raw.decode("utf-8", errors="replace")
                 yield number, text.removeprefix("\ufeff") if number == 1 else text
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         problem = f"the gzip stream is truncated or damaged after this line ({error})"
-        faults.append(Fault(f"{path}:{number}", problem, "fetch or compress the file again"))
+        issues.append(DataIssue(f"{path}:{number}", problem, "fetch or compress the file again"))
 
 
-def _broken_json(path: Path, line: int, error: json.JSONDecodeError) -> Fault:
-    problem = f"broken JSON at column {error.colno} ({error.msg})"
-    return Fault(f"{path}:{line}", problem, "mend or remove the record")
+def _broken_json(path: Path, line: int, error: Exception) -> DataIssue:
+    """Besides broken JSON, numbers of thousands of digits and nesting too deep for Python end up here."""
+    where = (
+        f"at column {error.colno} ({error.msg})" if isinstance(error, json.JSONDecodeError) else f"({error})"
+    )
+    return DataIssue(f"{path}:{line}", f"broken JSON {where}", "fix or remove the record")
 
 
-def _json_lines(path: Path, faults: list[Fault]) -> Iterator[Record]:
-    for number, text in _lines(path, faults):
+def _json_lines(
+    path: Path, issues: list[DataIssue], lines: Iterable[tuple[int, str]] | None = None
+) -> Iterator[Record]:
+    for number, text in lines or _lines(path, issues):
         if not text.strip():
             continue
         try:
             value = json.loads(text.rstrip())
-        except json.JSONDecodeError as error:
-            faults.append(_broken_json(path, number, error))
+        except (ValueError, RecursionError) as error:
+            issues.append(_broken_json(path, number, error))
         else:
             yield f"{path}:{number}", value
 
 
-def _json(path: Path, faults: list[Fault]) -> Iterator[Record]:
+def _json(path: Path, issues: list[DataIssue]) -> Iterator[Record]:
     """The items of a JSON array, one by one to know their lines, or JSON lines under this name."""
-    met: list[Fault] = []
-    text = "".join(line for _, line in _lines(path, met))
+    lines = list(_lines(path, issues))
+    text = "".join(line for _, line in lines)
     if not text.lstrip().startswith("["):
-        yield from _json_lines(path, faults)
+        yield from _json_lines(path, issues, lines)
         return
-    faults += met
     decoder, gap, line, start = json.JSONDecoder(), re.compile(r"[\s,]*"), 1, 0
     try:
         end = gap.match(text, text.index("[") + 1).end()
@@ -180,14 +247,14 @@ def _json(path: Path, faults: list[Fault]) -> Iterator[Record]:
             yield f"{path}:{line}", value
             end = gap.match(text, end).end()
         json.loads(text)  # the walk above is lenient about commas and about what follows the array
-    except json.JSONDecodeError as error:
-        faults.append(_broken_json(path, error.lineno, error))
+    except (ValueError, RecursionError) as error:
+        issues.append(_broken_json(path, getattr(error, "lineno", line), error))
 
 
-def _csv(path: Path, faults: list[Fault]) -> Iterator[Record]:
+def _csv(path: Path, issues: list[DataIssue]) -> Iterator[Record]:
     """Rows as dicts, each placed at its first line (a quoted cell may hold newlines)."""
     previous_limit = csv.field_size_limit(2**31 - 1)  # the default refuses texts over 128 KiB
-    reader, header, line = csv.reader((text for _, text in _lines(path, faults)), strict=True), [], 1
+    reader, header, line = csv.reader((text for _, text in _lines(path, issues)), strict=True), [], 1
     try:
         header = next(reader, [])
         while True:
@@ -197,24 +264,28 @@ def _csv(path: Path, faults: list[Fault]) -> Iterator[Record]:
                 return
             if cells and len(cells) != len(set(header)):
                 problem = f"{len(cells)} cells for the columns {header}"
-                mend = "name each column once, quote cells that hold commas or newlines"
-                faults.append(Fault(f"{path}:{line}", problem, mend))
+                fix = "name each column once, quote cells that hold commas or newlines"
+                issues.append(DataIssue(f"{path}:{line}", problem, fix))
             elif cells:
                 yield f"{path}:{line}", {k: _cell(k, cell) for k, cell in zip(header, cells, strict=True)}
     except csv.Error as error:
-        faults.append(Fault(f"{path}:{line}", f"broken CSV ({error})", "close quotes, double those inside"))
+        issues.append(
+            DataIssue(f"{path}:{line}", f"broken CSV ({error})", "close quotes, double those inside")
+        )
     finally:
         csv.field_size_limit(previous_limit)
 
 
 def _cell(key: str, cell: str) -> Any:
-    try:
-        return json.loads(cell.strip().lower()) if key in CSV_NUMBERS else cell
-    except json.JSONDecodeError:
-        return cell
+    """Read the cell of a column of values: a number, a list, TRUE as spreadsheets write it; empty is None."""
+    if key not in CSV_VALUES or not cell:
+        return None if key in CSV_VALUES else cell
+    value = _literal(cell)
+    value = _literal(cell.lower()) if value is None else value
+    return cell if value is None else value
 
 
-def _parquet(path: Path, faults: list[Fault]) -> Iterator[Record]:
+def _parquet(path: Path, issues: list[DataIssue]) -> Iterator[Record]:
     index = -1
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -223,4 +294,4 @@ def _parquet(path: Path, faults: list[Fault]) -> Iterator[Record]:
                 yield f"{path} row {index}", row
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         place = str(path) if index < 0 else f"{path} after row {index}"
-        faults.append(Fault(place, f"is no readable parquet ({error})", "write or fetch the file again"))
+        issues.append(DataIssue(place, f"is no readable parquet ({error})", "write or fetch the file again"))

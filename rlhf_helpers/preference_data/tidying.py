@@ -5,7 +5,7 @@ from typing import Any
 import datasets
 import pyarrow
 
-from rlhf_helpers.preference_data.report import Fault, PreferenceDataError
+from rlhf_helpers.preference_data.report import DataIssue, PreferenceDataError
 
 Row = dict[str, Any]
 Counts = dict[str, int]
@@ -33,7 +33,7 @@ def _why_dropped(row: Row | None, unit: str) -> str | None:
     return "with fewer than two responses" if unit == "rankings" and len(row["responses"]) < 2 else None
 
 
-def tidy(rows: list[Row | None], unit: str) -> tuple[list[Row], Counts, Counts]:
+def clean_rows(rows: list[Row | None], unit: str) -> tuple[list[Row], Counts, Counts]:
     """Return the rows to keep, the dropped counted by reason, and counts of what was noticed in the kept.
 
     Dropped as empty: with a blank prompt or response. Identical: the responses differ in outer white space
@@ -60,14 +60,16 @@ def to_dataset(name: str, rows: list[Row]) -> datasets.Dataset:
 
     Raises PreferenceDataError, naming `name`, when there is no row or a further column mixes types.
     """
-    faults = [] if rows else [Fault(name, "no example is left to keep", "give more, or better ones")]
+    issues = [] if rows else [DataIssue(name, "no example is left to keep", "give more, or better ones")]
     keys = dict.fromkeys(key for row in rows for key in row)
     columns = {key: [row.get(key) for row in rows] for key in keys}
     for key, values in columns.items():
         try:
             pyarrow.array(values)
         except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-            faults.append(Fault(f"column '{key}'", f"mixes types ({error})", "give all its values one type"))
-    if faults:
-        raise PreferenceDataError(name, faults)
+            issues.append(
+                DataIssue(f"column '{key}'", f"mixes types ({error})", "give all its values one type")
+            )
+    if issues:
+        raise PreferenceDataError(name, issues)
     return datasets.Dataset.from_dict(columns)

@@ -8,6 +8,7 @@ from rlhf_helpers.reward_model.calibration import (
     preference_probability,
     reliability_curve,
 )
+from rlhf_helpers.reward_model.create import create_reward_model, load_reward_model
 from rlhf_helpers.reward_model.ensemble import RewardEnsemble
 from rlhf_helpers.reward_model.inference import RewardModelInference
 from rlhf_helpers.reward_model.metrics import (
@@ -25,11 +26,16 @@ from rlhf_helpers.reward_model.metrics import (
     score_pairs,
     word_gaps,
 )
-from rlhf_helpers.reward_model.model import RewardModel, create_reward_model, load_reward_model
+from rlhf_helpers.reward_model.model import RewardModel
 from rlhf_helpers.reward_model.multi_objective import MultiObjectiveRewardModel, label_objectives
 from rlhf_helpers.reward_model.normalisation import NormalisedReward, normalise_reward
 from rlhf_helpers.reward_model.separate import SeparateRewardModel
-from rlhf_helpers.reward_model.training import RewardModelTrainer, RewardSettings, stable_reward_training
+from rlhf_helpers.reward_model.training import (
+    RewardModelTrainer,
+    RewardSettings,
+    stable_reward_training,
+    train_reward_model,
+)
 
 __all__ = [
     "Estimate",
@@ -63,5 +69,6 @@ __all__ = [
     "robustness",
     "score_pairs",
     "stable_reward_training",
+    "train_reward_model",
     "word_gaps",
 ]

@@ -55,9 +55,9 @@ def reliability_curve(
 
     confidence = mean of sigmoid(|r_chosen - r_rejected| / temperature), frequency = mean of `pair_credits`
 
-    Equal bins over [1/2, 1], since a guess between two is never less sure than a coin. A row a bin with its
-    number of pairs n; a bin that holds no pair has no row. Bai et al. 2022. Lesson 1. Raises
-    ValueError unless shapes are both (B,), B >= 1, rewards finite, temperature > 0 and bins >= 1.
+    Equal bins over [1/2, 1], since a guess between two is never less sure than a coin. One row per bin with
+    its number of pairs n; a bin that holds no pair has no row. Bai et al. 2022. Lesson 1. Raises ValueError
+    unless shapes are both (B,), B >= 1, rewards finite, temperature > 0 and bins >= 1.
     """
     require_number("bins", bins, at_least=1)
     chance = preference_probability(chosen_rewards, rejected_rewards, temperature=temperature)
@@ -83,8 +83,8 @@ def expected_calibration_error(
     ECE = sum_b n_b / n |frequency_b - confidence_b|
 
     Never 0 on a sample: the true probabilities themselves show about 0.047 at 500 pairs and 0.023 at 2,000
-    (10 bins). And 0 is no praise: a constant reward is unsure, and right half of the time. Guo et al. 2017,
-    eq. 3. Lesson 1. Raises what `reliability_curve` does.
+    (10 bins). Nor does 0 mean a good reward: a constant one is unsure, and right half of the time. Guo et al.
+    2017, eq. 3. Lesson 1. Raises what `reliability_curve` does.
     """
     curve = reliability_curve(chosen_rewards, rejected_rewards, temperature=temperature, bins=bins)
     return float(np.average((curve["frequency"] - curve["confidence"]).abs(), weights=curve["n"]))

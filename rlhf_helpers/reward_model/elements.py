@@ -1,12 +1,13 @@
-"""From rows of comparisons, rankings or ratings to batch elements, with everything checked on the way."""
+"""From rows of comparisons, rankings or ratings to groups of answers, with everything checked on the way."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, groupby
+from itertools import chain, combinations, groupby
 from numbers import Real
 from typing import Any
 
+from rlhf_helpers.core.text import is_text, naming, require_distinct, rows_of, warn_of_lost_ends
 from rlhf_helpers.reward_model.model import RewardModel
 
 Rows = Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
@@ -16,15 +17,15 @@ COLUMNS = {
     "ranking": ("prompt", "responses"),
     "rating": ("prompt", "response", "rating"),
 }
-MAX_PAIRS = 36  # in an element: a ranking of nine (Ouyang et al. 2022); a longer run of one prompt is cut
+MAX_PAIRS = 36  # in a group: a ranking of nine (Ouyang et al. 2022); a longer run of one prompt is cut
 
 
 @dataclass(frozen=True)
-class Element:
-    """What belongs into one batch element: the answers to one prompt, each once, and what was said of them.
+class PreferenceGroup:
+    """What belongs together in a batch: the answers to one prompt, each once, and the judgments on them.
 
-    `sequences[i]` encode prompt and answer i; `pairs` holds (chosen, rejected) as places in it, `columns` the
-    objective that each pair is about (0 where there is one), `numbers` the pairs' margins or the rating.
+    `sequences[i]` encode prompt and answer i; `pairs` holds (chosen, rejected) as indices into it, `columns`
+    the objective that each pair is about (0 where there is one), `numbers` the pairs' margins or the rating.
     """
 
     sequences: list[list[int]]
@@ -33,48 +34,64 @@ class Element:
     numbers: list[float] = field(default_factory=list)
 
 
-def encode_elements(model: RewardModel, rows: Rows, objective: str = "pairwise") -> list[Element]:
-    """Tokenise rows once: one element for each ranking, rating, or run of pairs with the same prompt.
+def encode_groups(model: RewardModel, rows: Rows, objective: str = "pairwise") -> list[PreferenceGroup]:
+    """Tokenize rows once: one group for each ranking, rating, or run of pairs with the same prompt.
 
-    Raises ValueError as `as_rows`, or where a multi-objective model finds no judgement to learn from.
+    All answers of a group follow the same prompt, which is cut for the longest of them.
+
+    Raises:
+        ValueError: As `as_rows`; a multi-objective model finds no judgment to learn from; two answers of a
+            row are the same tokens after the cut at max_length. Names the row.
     """
     rows, objectives = as_rows(rows, objective), getattr(model, "objectives", None)
     if objectives and objective != "pairwise":
         raise ValueError(f"a multi-objective model learns from 'pairwise' rows, not from {objective!r}")
-    if objective == "rating":
-        sequences = [[model.encode(row["prompt"], row["response"])] for row in rows]
-        return [Element(one, [], [], [row["rating"]]) for one, row in zip(sequences, rows, strict=True)]
-    if objective == "ranking":
-        rankings = [[model.encode(row["prompt"], answer) for answer in row["responses"]] for row in rows]
-        pairs = [list(combinations(range(len(ranking)), 2)) for ranking in rankings]
-        return [Element(r, p, [0] * len(p)) for r, p in zip(rankings, pairs, strict=True)]
-    elements = []
-    for prompt, run in groupby(enumerate(rows), key=lambda item: item[1]["prompt"]):
-        run = list(run)
+    compared = "chosen" in COLUMNS[objective]  # else every row is a group of its own
+    groups = []
+    for _, same in groupby(range(len(rows)), key=lambda index: rows[index]["prompt"] if compared else index):
+        run = list(same)
         for start in range(0, len(run), MAX_PAIRS):
-            places, judged = {}, []
-            for index, row in run[start : start + MAX_PAIRS]:
-                pair = tuple(places.setdefault(row[key], len(places)) for key in ("chosen", "rejected"))
-                margin = row["margin"] if objective == "margin" else 0.0
-                for column, sign in _verdicts(row, index, objectives):
-                    judged.append((pair[::sign], column, margin))
-            sequences = [model.encode(prompt, answer) for answer in places]
-            elements.append(Element(sequences, *map(list, zip(*judged, strict=True))))
-    return elements
+            part = {index: rows[index] for index in run[start : start + MAX_PAIRS]}
+            groups.append(_encoded(model, part, objective))
+    every = chain.from_iterable(group.sequences for group in groups)
+    warn_of_lost_ends(model.tokenizer, every, model.max_length)
+    return groups
+
+
+def _encoded(model: RewardModel, run: Mapping[int, Mapping[str, Any]], objective: str) -> PreferenceGroup:
+    """Encode rows that share their prompt, each distinct answer once."""
+    names = [name for name in COLUMNS[objective][1:] if name not in _KINDS]
+    answers = {i: row["responses"] if not names else [row[k] for k in names] for i, row in run.items()}
+    texts = list(dict.fromkeys(chain.from_iterable(answers.values())))
+    first = next(iter(run))
+    with naming(f"row {first}"):
+        group = PreferenceGroup(model.encode_answers(run[first]["prompt"], texts), [], [])
+    for index, row in run.items():
+        indices = [texts.index(text) for text in answers[index]]
+        with naming(f"row {index}"):
+            require_distinct([group.sequences[i] for i in indices], model.max_length)
+        if objective == "rating":
+            group.numbers.append(row["rating"])
+        for column, sign in _verdicts(row, index, getattr(model, "objectives", None)):
+            for pair in combinations(indices, 2):
+                group.pairs.append(pair[::sign])
+                group.columns.append(column)
+                group.numbers.append(row["margin"] if objective == "margin" else 0.0)
+    return group
 
 
 def _verdicts(row: Mapping[str, Any], index: int, objectives: Sequence[str] | None) -> list[tuple[int, int]]:
-    """(column of the head, 1 or -1 for chosen or rejected better) of each judgement in a row."""
+    """(column of the head, 1 or -1 for chosen or rejected better) of each judgment in a row."""
     if objectives is None:
         return [(0, 1)]
     labels = row.get("objective_labels")
     known = isinstance(labels, Mapping) and set(labels) <= set(objectives)
-    found = [(k, labels[name]) for k, name in enumerate(objectives) if labels.get(name)] if known else []
-    if not found:
+    verdicts = [(k, labels[name]) for k, name in enumerate(objectives) if labels.get(name)] if known else []
+    if not verdicts:
         raise ValueError(
             f"row {index}: objective_labels must give some of {objectives} a number but 0, got {labels!r}"
         )
-    return [(column, 1 if label > 0 else -1) for column, label in found]
+    return [(column, 1 if label > 0 else -1) for column, label in verdicts]
 
 
 def as_rows(rows: Rows, objective: str = "pairwise") -> list[Mapping[str, Any]]:
@@ -86,17 +103,10 @@ def as_rows(rows: Rows, objective: str = "pairwise") -> list[Mapping[str, Any]]:
     if objective not in COLUMNS:
         raise ValueError(f"there is no objective {objective!r}; choose from {tuple(COLUMNS)}")
     columns = COLUMNS[objective]
-    if isinstance(rows, Mapping):
-        if missing := [name for name in columns if name not in rows]:
-            raise ValueError(f"the columns lack {missing}; found {sorted(rows)}")
-        lengths = {name: len(rows[name]) for name in rows}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"columns differ in length: {lengths}")
-        rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
-    found = list(rows)
-    if not found:
-        raise ValueError(f"there are no rows: give dicts with {', '.join(columns)}")
-    for index, row in enumerate(found):
+    if isinstance(rows, Mapping) and (missing := [name for name in columns if name not in rows]):
+        raise ValueError(f"the columns lack {missing}; found {sorted(rows)}")
+    checked = rows_of(rows)
+    for index, row in enumerate(checked):
         if not isinstance(row, Mapping):
             raise ValueError(f"row {index} must be a dict with {columns}, got {type(row).__name__}")
         for name in columns:
@@ -109,15 +119,15 @@ def as_rows(rows: Rows, objective: str = "pairwise") -> list[Mapping[str, Any]]:
             raise ValueError(f"row {index}: chosen and rejected are the same text, so nothing was preferred")
         if objective == "ranking" and row.get("ranks") and len(set(row["ranks"])) < len(row["ranks"]):
             raise ValueError(f"row {index}: ranks {row['ranks']} tie; use rankings_to_pairs and 'pairwise'")
-    return found
+    return checked
 
 
 def _is_ranking(value: object) -> bool:
-    texts = isinstance(value, Sequence) and all(isinstance(text, str) for text in value)
+    texts = isinstance(value, Sequence) and all(map(is_text, value))
     return texts and not isinstance(value, str) and len(set(value)) == len(value) >= 2
 
 
-_TEXT = ("a text", lambda value: isinstance(value, str))
+_TEXT = ("a text", is_text)
 _NUMBER = ("a finite number", lambda value: isinstance(value, Real) and math.isfinite(value))
 _RANKING = ("a list of at least two different texts", _is_ranking)
 _KINDS = {"margin": _NUMBER, "rating": _NUMBER, "responses": _RANKING}

@@ -1,7 +1,7 @@
 """Several reward models instead of one: where they disagree, the reward is not to be trusted."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from rlhf_helpers.core.models import as_reward_fn
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.core.training import History
 from rlhf_helpers.reward_model.elements import Rows, as_rows
-from rlhf_helpers.reward_model.model import ENSEMBLE_FILE, load_reward_model
+from rlhf_helpers.reward_model.model import RewardModel
 from rlhf_helpers.reward_model.normalisation import normalise_reward
 from rlhf_helpers.reward_model.training import RewardModelTrainer, RewardSettings
 
+ENSEMBLE_FILE = "ensemble.json"
 AGGREGATES = ("mean", "worst", "variance")
 
 
@@ -80,32 +81,33 @@ class RewardEnsemble(nn.Module):
         self.centres, self.scales = [s.mean for s in scales], [s.std for s in scales]
 
     def fit(self, rows: Rows, *, settings: RewardSettings | None = None, **options: Any) -> list[History]:
-        """Train each member on the same rows in an order of its own, then normalise on about 256 of the rows.
+        """Train each member on the same rows in an order of its own; then normalise on about 256 of the rows.
 
         Member i runs `RewardModelTrainer.train(rows, **options)` with seed + i and, where checkpoints are
         written, the folder run_dir/member-i. Returns the members' histories.
         """
         settings, histories = settings or RewardSettings(), []
-        for place, member in enumerate(self.members):
-            own = {"seed": settings.seed + place}
+        for index, member in enumerate(self.members):
+            own = {"seed": settings.seed + index}
             if settings.run_dir is not None:
-                own["run_dir"] = Path(settings.run_dir) / f"member-{place}"
+                own["run_dir"] = Path(settings.run_dir) / f"member-{index}"
             trainer = RewardModelTrainer(member, settings=replace(settings, **own))
             histories.append(trainer.train(rows, **options))
         rows = as_rows(rows, options.get("objective", "pairwise"))
-        texts = [
-            (row["prompt"], text)
-            for row in rows[:: max(1, len(rows) // 256)]
-            for text in row.get("responses")
-            or [row[k] for k in ("chosen", "rejected", "response") if k in row]
-        ]
-        self.normalise(*(list(side) for side in zip(*texts, strict=True)))
+        prompts, responses = [], []
+        for row in rows[:: max(1, len(rows) // 256)]:
+            answers = row.get("responses") or [
+                row[name] for name in ("chosen", "rejected", "response") if name in row
+            ]
+            prompts += [row["prompt"]] * len(answers)
+            responses += answers
+        self.normalise(prompts, responses)
         return histories
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ensemble.json and each member's own folder, member-0, member-1, ..."""
-        for place, member in enumerate(self.members):
-            member.save_pretrained(Path(folder) / f"member-{place}")
+        for index, member in enumerate(self.members):
+            member.save_pretrained(Path(folder) / f"member-{index}")
         facts = {name: getattr(self, name) for name in ("aggregate", "penalty", "centres", "scales")}
         (Path(folder) / ENSEMBLE_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
@@ -114,13 +116,14 @@ class RewardEnsemble(nn.Module):
         cls,
         folder: str | Path,
         *,
+        load_member: Callable[..., nn.Module] = RewardModel.from_pretrained,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> "RewardEnsemble":
         """Load what `save_pretrained` wrote; OSError where the folder, or a member's, is missing."""
         facts = json.loads((Path(folder) / ENSEMBLE_FILE).read_text(encoding="utf-8"))
-        folders = [Path(folder) / f"member-{place}" for place in range(len(facts["centres"]))]
-        ensemble = cls([load_reward_model(member, device=device, dtype=dtype) for member in folders])
+        folders = [Path(folder) / f"member-{index}" for index in range(len(facts["centres"]))]
+        ensemble = cls([load_member(member, device=device, dtype=dtype) for member in folders])
         for name, value in facts.items():
             setattr(ensemble, name, value)
         return ensemble

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rlhf_helpers.core.models import as_reward_fn, tokenizer_for
+from rlhf_helpers.core.text import is_text
 
 
 class RewardModelInference:
@@ -30,11 +31,11 @@ class RewardModelInference:
         self._reward_fn = as_reward_fn(model)
 
     def batch_predict(self, pairs: Sequence[tuple[str, str]]) -> Float[Tensor, "B"]:
-        """Rewards (B,) of (prompt, response) pairs, on the CPU; ValueError where one is no pair of texts."""
+        """Rewards (B,) of (prompt, response) pairs, on the CPU; ValueError where one is not two texts."""
         if not pairs:
             raise ValueError("there are no pairs to score: give a list of (prompt, response)")
         for index, pair in enumerate(pairs):
-            if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            if isinstance(pair, str) or len(pair) != 2 or not all(map(is_text, pair)):
                 raise ValueError(f"pair {index} must be two texts (prompt, response), got {pair!r}")
         prompts, responses = (list(side) for side in zip(*pairs, strict=True))
         return self._reward_fn(prompts, responses).cpu()

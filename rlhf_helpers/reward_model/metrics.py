@@ -88,9 +88,12 @@ def gold_agreement(
         ValueError: shapes are not all (B,), or gold ties everywhere.
     """
     require_shapes(
-        "B", first_rewards=first_rewards, second_rewards=second_rewards,
-        first_gold=first_gold, second_gold=second_gold,
-    )  # fmt: skip
+        "B",
+        first_rewards=first_rewards,
+        second_rewards=second_rewards,
+        first_gold=first_gold,
+        second_gold=second_gold,
+    )
     gold_gap = first_gold - second_gold
     sure = gold_gap != 0
     sign = gold_gap.sign().to(first_rewards)
@@ -111,7 +114,7 @@ def score_pairs(
 def pair_metrics(
     chosen_rewards: Float[Tensor, "B"], rejected_rewards: Float[Tensor, "B"]
 ) -> dict[str, Float[Tensor, "B"]]:
-    """What to log of pairs, unreduced, under TRL's names; an accuracy counts ties one half.
+    """What to log of pairs, unreduced, under TRL's names; an accuracy counts ties 1/2 (DPO's counts them 0).
 
     Raises:
         ValueError: shapes are not both (B,).
@@ -177,7 +180,7 @@ def accuracy_by_length(
     *,
     edges: Sequence[float] = (-10, -3, 3, 10),
 ) -> pd.DataFrame:
-    """Accuracy where the chosen answer is shorter, of like length, or longer: a row a bucket that has pairs.
+    """Accuracy where the chosen answer is shorter, of like length, or longer: a row per bucket with pairs.
 
     words: `word_gaps` of the bucket, (low, high]; accuracy, ties one half; low and high: Wilson's 95 %
     interval; n pairs. A reward that likes length is right in the last buckets and wrong in the first. Lesson
@@ -187,11 +190,11 @@ def accuracy_by_length(
     require_shapes("B", words=words, chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
     credits = pair_credits(chosen_rewards, rejected_rewards).cpu()
     buckets = pd.cut(words.numpy(), [-np.inf, *edges, np.inf])
-    found = []
+    table = []
     for code in np.unique(buckets.codes):
         estimate = accuracy(credits[torch.from_numpy(buckets.codes == code)])
-        found.append((str(buckets.categories[code]), *vars(estimate).values()))
-    return pd.DataFrame(found, columns=["words", "accuracy", "low", "high", "n"])
+        table.append((str(buckets.categories[code]), *vars(estimate).values()))
+    return pd.DataFrame(table, columns=["words", "accuracy", "low", "high", "n"])
 
 
 def robustness(

@@ -14,15 +14,27 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from rlhf_helpers.core.models import ScalarHead, encode_pair, load_encoder, remember_tokenizer, tokenizer_for
-from rlhf_helpers.core.tensors import as_bool_mask, pad_right, require_shapes
+from rlhf_helpers.core.generation import eval_mode
+from rlhf_helpers.core.models import (
+    ScalarHead,
+    load_encoder,
+    remember_tokenizer,
+    state_width,
+    tokenizer_for,
+    usable_positions,
+)
+from rlhf_helpers.core.tensors import as_bool_mask, batches_by_length, pad_right, require_shapes
+from rlhf_helpers.core.text import encode_answers, naming
+from rlhf_helpers.core.training.distributed import full_weights, save_pretrained, whole
 
 POOLINGS = ("last", "first", "mean")
-KINDS = ("basic", "separate", "multi_objective", "ensemble")
-HEAD_FILE, ENSEMBLE_FILE = "reward_head.safetensors", "ensemble.json"
+HEAD_FILE = "reward_head.safetensors"
 
 
 class RewardModel(nn.Module):
@@ -40,7 +52,8 @@ class RewardModel(nn.Module):
     3.5. Lesson 1. Raises ValueError for an unknown pooling, "first" over a causal trunk, or no tokenizer.
     """
 
-    kind, vectors = "basic", 1  # hidden states that the head reads
+    kind = "basic"
+    num_hidden_inputs = 1  # hidden states that the head reads
 
     def __init__(
         self,
@@ -64,8 +77,13 @@ class RewardModel(nn.Module):
         self.trunk, self.pooling = trunk, pooling
         self.tokenizer = tokenizer or tokenizer_for(trunk)
         remember_tokenizer(self, self.tokenizer)
-        self.max_length = _usable_length(trunk.config, max_length)
-        self.head = ScalarHead(self.vectors * trunk.config.hidden_size).to(trunk.device)
+        limit = usable_positions(trunk)
+        if max_length is not None and (max_length < 2 or (limit and max_length > limit)):
+            raise ValueError(
+                f"max_length must lie between 2 and the trunk's context of {limit}, got {max_length}"
+            )
+        self.max_length = max_length or limit
+        self.head = ScalarHead(self.num_hidden_inputs * state_width(trunk)).to(trunk.device)
         self.options: dict[str, Any] = {}  # further arguments, kept in the folder's config.json
 
     @property
@@ -82,12 +100,13 @@ class RewardModel(nn.Module):
         to that). Rows are first moved to start at position 0: padding changes no reward. Raises ValueError
         where shapes differ, the mask is not 0/1, or a row holds no real token.
         """
-        return self._judge(self._read(input_ids, attention_mask)).squeeze(-1)
+        rewards = self._judge(self._read(input_ids, attention_mask))
+        return rewards.sum(-1)  # of one column; a squeezed view would not do under fully_shard
 
     def _read(
         self, input_ids: Int[Tensor, "B T"], attention_mask: Shaped[Tensor, "B T"] | None
     ) -> Float[Tensor, "B d"]:
-        """One hidden state a row, in float32."""
+        """One hidden state per row, in float32."""
         require_shapes("B T", input_ids=input_ids)
         if attention_mask is None:
             attention_mask = input_ids != self.tokenizer.pad_token_id
@@ -111,10 +130,17 @@ class RewardModel(nn.Module):
             return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
         return torch.where(mask.unsqueeze(-1), hidden, 0.0).sum(1) / mask.sum(1, keepdim=True)
 
+    def encode_answers(self, prompt: str, responses: Sequence[str]) -> list[list[int]]:
+        """Tokenize a prompt with each response that is compared as an answer to it, at most max_length.
+
+        All of them get the same prompt, cut for the longest (`core.text.encode_answers`).
+        """
+        prompt_ids, answers = encode_answers(self.tokenizer, prompt, responses, max_length=self.max_length)
+        return [prompt_ids + ids for ids in answers]
+
     def encode(self, prompt: str, response: str) -> list[int]:
-        """Token ids of prompt and response, joined by `core.models.encode_pair`, at most max_length."""
-        prompt_ids, response_ids = encode_pair(self.tokenizer, prompt, response, max_length=self.max_length)
-        return prompt_ids + response_ids
+        """Tokenize one prompt with one response, as `encode_answers` does."""
+        return self.encode_answers(prompt, [response])[0]
 
     def rewards_of(self, sequences: Sequence[Sequence[int]]) -> Float[Tensor, "B"]:
         """One forward over token sequences (from `encode`), padded here; keeps the gradient."""
@@ -127,7 +153,8 @@ class RewardModel(nn.Module):
     ) -> Float[Tensor, "B"]:
         """Rewards (B,) of responses to prompts, without gradient; rows of similar length share a batch.
 
-        What `core.models.as_reward_fn` calls. Raises ValueError for unequal numbers or batch_size < 1.
+        Responses to the same prompt are cut together if it is too long (`encode_answers`). What
+        `core.models.as_reward_fn` calls. Raises ValueError for unequal numbers or batch_size < 1.
         """
         return self._scores(self.rewards_of, prompts, responses, batch_size)
 
@@ -146,20 +173,20 @@ class RewardModel(nn.Module):
             )
         if not len(prompts):
             return torch.empty(0, device=self.trunk.device)
-        sequences = [
-            self.encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)
-        ]
-        order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
-        was_training = self.training
-        self.eval()
-        try:
-            parts = [
-                read([sequences[row] for row in order[start : start + batch_size]])
-                for start in range(0, len(order), batch_size)
-            ]
-        finally:
-            self.train(was_training)
-        return torch.cat(parts)[torch.tensor(order).argsort()]
+        # Answers to one prompt are compared, so they share its cut, as in training.
+        rows: dict[str, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            rows.setdefault(prompt, []).append(row)
+        sequences: list[list[int]] = [[]] * len(prompts)
+        for prompt, own in rows.items():
+            with naming(f"row {own[0]}"):
+                answers = self.encode_answers(prompt, [responses[row] for row in own])
+            for row, ids in zip(own, answers, strict=True):
+                sequences[row] = ids
+        batches = batches_by_length(map(len, sequences), batch_size)
+        with eval_mode(self):
+            parts = [read([sequences[row] for row in batch]) for batch in batches]
+        return torch.cat(parts)[torch.tensor([row for batch in batches for row in batch]).argsort()]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a Hugging Face folder: config.json, safetensors, tokenizer.
@@ -167,25 +194,31 @@ class RewardModel(nn.Module):
         Over a causal trunk with pooling "last" the folder has the layout of the library's classifiers:
         `AutoModelForSequenceClassification.from_pretrained(folder)` gives these rewards as its logits, padded
         on the right. (A bias that is not 0, which Bradley-Terry never makes it, is kept in the folder but not
-        read by the library.) Other poolings are this package's own: the trunk, and the head in its own file,
-        as is a head that reads more than one hidden state.
+        read by the library.) Other poolings, heads that read more than one hidden state and trunks for which
+        the library has no such classifier get this package's own layout: the trunk, and the head in its own
+        file. Adapters (LoRA) are merged into a copy of the trunk, which needs its memory once more.
         """
-        folder = Path(folder)
-        config = copy.deepcopy(self.config)
-        head, own = self.head.linear, self.trunk.config
+        folder, head = Path(folder), self.head.linear
+        trunk = self.trunk
+        if hasattr(trunk, "merge_and_unload"):
+            trunk = copy.deepcopy(trunk).merge_and_unload()
+        own, config = trunk.config, copy.deepcopy(trunk.config)
         config.num_labels, config.pad_token_id = head.out_features, self.tokenizer.pad_token_id
         config.reward_pooling, config.reward_max_length = self.pooling, self.max_length
         config.reward_kind, config.reward_options = self.kind, self.options
+        classifier = None
+        if self.pooling == "last" and self.num_hidden_inputs == 1:
+            classifier = _as_classifier(trunk, head, config)
         try:
-            self.trunk.config = config
-            if self.pooling == "last" and self.vectors == 1:
-                _as_classifier(self.trunk, head, config).save_pretrained(folder)
+            trunk.config = config
+            if classifier is not None:
+                save_pretrained(classifier, folder)
             else:
-                self.trunk.save_pretrained(folder)
-                tensors = {f"score.{name}": tensor.contiguous() for name, tensor in head.state_dict().items()}
+                save_pretrained(trunk, folder)
+                tensors = {f"score.{name}": tensor for name, tensor in full_weights(head).items()}
                 save_file(tensors, folder / HEAD_FILE, metadata={"format": "pt"})
         finally:
-            self.trunk.config = own
+            trunk.config = own
         self.tokenizer.save_pretrained(folder)
 
     @classmethod
@@ -211,10 +244,10 @@ class RewardModel(nn.Module):
             model = cls(trunk, tokenizer, **(saved.pop("options") or {}), **saved)
         wanted = model.head.linear.weight.shape
         if weight is None or weight.shape != wanted:
-            found = "none" if weight is None else f"shape {tuple(weight.shape)}"
+            shape = "none" if weight is None else f"shape {tuple(weight.shape)}"
             raise ValueError(
                 f"{str(folder)!r} needs a reward head score.weight of shape {tuple(wanted)} for a "
-                f"{cls.__name__}, found {found}; for a new reward model over this trunk call "
+                f"{cls.__name__}, found {shape}; for a new reward model over this trunk call "
                 "create_reward_model, for a saved one of any kind load_reward_model"
             )
         with torch.no_grad():
@@ -224,69 +257,8 @@ class RewardModel(nn.Module):
         return model
 
 
-def create_reward_model(
-    kind: str = "basic",
-    *,
-    base_model_name: str | Path = "tiny",
-    pooling: str | None = None,
-    max_length: int | None = None,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
-    members: int = 4,
-    **options: Any,
-) -> nn.Module:
-    """Make an untrained reward model over a pretrained trunk: "tiny", a local folder or a hub name.
-
-    kind: "basic", the joint encoder `RewardModel`; "separate", `SeparateRewardModel`; "multi_objective",
-        `MultiObjectiveRewardModel` (options: objectives, weights); "ensemble", `RewardEnsemble` of so many
-        `members` of kind "basic", heads drawn from seed, seed + 1, ... (options: aggregate, penalty).
-    seed: of the new head alone. All else as in `RewardModel` and `load_encoder`. Raises ValueError for an
-    unknown kind or what the kind refuses, ModelNotFoundError for no such model.
-    """
-    if kind not in KINDS:
-        raise ValueError(f"there is no reward model of kind {kind!r}; choose from {KINDS}")
-    shape = {"pooling": pooling, "max_length": max_length}
-    if kind == "ensemble":
-        shape |= {"base_model_name": base_model_name, "device": device, "dtype": dtype}
-        return _class_of(kind)(
-            [create_reward_model(seed=seed + i, **shape) for i in range(members)], **options
-        )
-    trunk, tokenizer = load_encoder(base_model_name, device=device, dtype=dtype)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return _class_of(kind)(trunk, tokenizer, **shape, **options)
-
-
-def load_reward_model(
-    folder: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
-) -> nn.Module:
-    """Load a reward model of whatever kind its `save_pretrained` wrote; raises as `from_pretrained` does."""
-    kind = "ensemble"
-    if not (Path(folder) / ENSEMBLE_FILE).is_file():
-        kind = PretrainedConfig.get_config_dict(folder)[0].get("reward_kind", "basic")
-    return _class_of(kind).from_pretrained(folder, device=device, dtype=dtype)
-
-
-def _class_of(kind: str) -> type[nn.Module]:
-    """The class of a kind; imported on use, since the kinds build on this module."""
-    from rlhf_helpers.reward_model.ensemble import RewardEnsemble
-    from rlhf_helpers.reward_model.multi_objective import MultiObjectiveRewardModel
-    from rlhf_helpers.reward_model.separate import SeparateRewardModel
-
-    classes = (RewardModel, SeparateRewardModel, MultiObjectiveRewardModel, RewardEnsemble)
-    return dict(zip(KINDS, classes, strict=True))[kind]
-
-
 def _is_causal(config: PretrainedConfig) -> bool:
     return config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(config, "is_decoder", False)
-
-
-def _usable_length(config: PretrainedConfig, wanted: int | None) -> int | None:
-    limit = getattr(config, "max_position_embeddings", None)
-    if wanted is not None and (wanted < 2 or (limit and wanted > limit)):
-        raise ValueError(f"max_length must lie between 2 and the trunk's context of {limit}, got {wanted}")
-    return wanted or limit
 
 
 def _move_to_start(
@@ -301,12 +273,24 @@ def _move_to_start(
     return input_ids.gather(1, order), mask.gather(1, order)
 
 
-def _as_classifier(trunk: PreTrainedModel, head: nn.Linear, config: PretrainedConfig) -> PreTrainedModel:
-    """The library's classifier around our very modules, for saving: built without memory, then filled."""
+def _as_classifier(
+    trunk: PreTrainedModel, head: nn.Linear, config: PretrainedConfig
+) -> PreTrainedModel | None:
+    """The library's classifier around our very modules, for saving: built without memory, then filled.
+
+    None where the library has no classifier for this trunk (Granite, Cohere, ...), or one of another layout.
+    """
+    if config.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        return None
     with torch.device("meta"):
         shell = AutoModelForSequenceClassification.from_config(config)
-    setattr(shell, shell.base_model_prefix, trunk)
-    shell.score = nn.Linear(head.in_features, head.out_features, bias=bool(head.bias.any()), device="meta")
+    score, trunk_name = getattr(shell, "score", None), shell.base_model_prefix
+    fits = isinstance(score, nn.Linear) and score.weight.shape == head.weight.shape
+    if not fits or type(getattr(shell, trunk_name, None)) is not type(trunk):
+        return None
+    setattr(shell, trunk_name, trunk)
+    biased = bool(whole(head.bias).any())
+    shell.score = nn.Linear(head.in_features, head.out_features, bias=biased, device="meta")
     shell.score.weight = head.weight
     if shell.score.bias is not None:
         shell.score.bias = head.bias
@@ -315,9 +299,9 @@ def _as_classifier(trunk: PreTrainedModel, head: nn.Linear, config: PretrainedCo
 
 def _read_head(folder: Path) -> tuple[Tensor | None, Tensor | None]:
     """score.weight and score.bias from whichever safetensors file (or shard) of the folder holds them."""
-    found = {}
+    head = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             names = {"score.weight", "score.bias"} & set(tensors.keys())
-            found |= {name: tensors.get_tensor(name) for name in names}
-    return found.get("score.weight"), found.get("score.bias")
+            head |= {name: tensors.get_tensor(name) for name in names}
+    return head.get("score.weight"), head.get("score.bias")

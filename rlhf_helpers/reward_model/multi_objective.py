@@ -19,18 +19,18 @@ from rlhf_helpers.world.gold_judge import AXES
 
 
 class MultiObjectiveRewardModel(RewardModel):
-    """A joint encoder with a head of K numbers, one an objective: `model(ids)` -> (rewards, by objective).
+    """A joint encoder with a head of K numbers, one per objective: `model(ids)` -> (rewards, by objective).
 
     r(x, y) = sum_k weight_k r_k(x, y),   r_k(x, y) = w_k . h + b_k
 
-    objectives: their names. weights: by name, or in their order; None: 1 / K each. They are no parameter:
-        what one objective is worth in terms of another is a choice of values, and data labelled per objective
+    objectives: their names. weights: by name, or in their order; None: 1 / K each. They are not parameters:
+        what one objective is worth in terms of another is a choice of values, and data labeled per objective
         does not hold it. Assigning `model.weights` makes another choice without training.
     trunk: from `load_encoder`; None loads base_model_name. All else as in `RewardModel`.
 
     Learns from rows prompt, chosen, rejected, objective_labels, a dict objective -> number: above 0 the
     chosen answer is better in this objective, below 0 the rejected one, 0, None or absent says nothing
-    (`label_objectives` writes it; a difference of gold scores serves as well). Each head minimises
+    (`label_objectives` writes it; a difference of gold scores serves as well). Each head minimizes
     Bradley-Terry on its own labels, in one pass of the shared trunk. Lesson 1. Raises ValueError where
     objectives repeat, or weights do not fit them.
     """
@@ -69,14 +69,14 @@ class MultiObjectiveRewardModel(RewardModel):
     def weights(self, weights: Mapping[str, float] | Sequence[float] | None) -> None:
         """By name, in the order of `objectives`, or None for 1 / K each."""
         names = self.objectives
-        found = [1 / len(names)] * len(names) if weights is None else weights
-        if not isinstance(found, Mapping):
-            found = dict(zip(names, found, strict=False)) if len(found) == len(names) else {}
-        if set(found) != set(names):
+        by_name = [1 / len(names)] * len(names) if weights is None else weights
+        if not isinstance(by_name, Mapping):
+            by_name = dict(zip(names, by_name, strict=False)) if len(by_name) == len(names) else {}
+        if set(by_name) != set(names):
             raise ValueError(f"weights must give one number to each of {names}; got {weights!r}")
         for name in names:
-            require_number(f"weights[{name!r}]", found[name])
-        self._weights = {name: float(found[name]) for name in names}
+            require_number(f"weights[{name!r}]", by_name[name])
+        self._weights = {name: float(by_name[name]) for name in names}
         self.options = {"objectives": list(self.objectives), "weights": self._weights}
 
     def forward(
@@ -84,7 +84,8 @@ class MultiObjectiveRewardModel(RewardModel):
     ) -> tuple[Float[Tensor, "B"], dict[str, Float[Tensor, "B"]]]:
         """(rewards (B,), dict objective -> (B,) in the order of `objectives`); masks as in `RewardModel`."""
         rewards = self._judge(self._read(input_ids, attention_mask))
-        return self._combine(rewards), dict(zip(self.objectives, rewards.unbind(1), strict=True))
+        columns = zip(self.objectives, rewards.unbind(1), strict=True)
+        return self._combine(rewards), {name: column.clone() for name, column in columns}  # no views: FSDP
 
     def _combine(self, rewards: Float[Tensor, "B K"]) -> Float[Tensor, "B"]:
         # not a matrix product: autocast would round that to bf16
@@ -97,13 +98,14 @@ class MultiObjectiveRewardModel(RewardModel):
     def objective_rewards_of(self, sequences: Sequence[Sequence[int]]) -> Float[Tensor, "B K"]:
         """The reward of each objective for token sequences from `encode`; keeps the gradient."""
         ids, mask = pad_right(sequences, self.tokenizer.pad_token_id, device=self.trunk.device)
-        return self._judge(self._read(ids, mask))
+        _, by_objective = self(ids, mask)  # through `forward`, where a sharded model is gathered
+        return torch.stack(list(by_objective.values()), 1)
 
     @torch.no_grad()
     def objective_scores(
         self, prompts: Sequence[str], responses: Sequence[str], *, batch_size: int = 64
     ) -> dict[str, Float[Tensor, "B"]]:
-        """Like `score`, for each objective apart."""
+        """Like `score`, for each objective separately."""
         rewards = self._scores(self.objective_rewards_of, prompts, responses, batch_size)
         return dict(zip(self.objectives, rewards.reshape(-1, len(self.objectives)).unbind(1), strict=True))
 
@@ -111,7 +113,7 @@ class MultiObjectiveRewardModel(RewardModel):
 def label_objectives(
     rows: Sequence[Mapping[str, Any]], annotators: Mapping[str, Annotator], *, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Have one annotator an objective compare the two answers of each row: adds objective_labels, +1 or -1.
+    """Have one annotator per objective compare the two answers of each row: adds objective_labels, +1 or -1.
 
     annotators: objective -> the person who judges it, `world.annotators.VALUE_GROUPS` for instance.
     """

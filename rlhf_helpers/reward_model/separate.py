@@ -6,9 +6,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from rlhf_helpers.core.models import encode_pair
 from rlhf_helpers.core.tensors import pad_right
-from rlhf_helpers.core.text import opening_ids
+from rlhf_helpers.core.text import encode_answers, opening_ids
 from rlhf_helpers.reward_model.model import RewardModel
 
 
@@ -24,7 +23,8 @@ class SeparateRewardModel(RewardModel):
     Lesson 1.
     """
 
-    kind, vectors = "separate", 3
+    kind = "separate"
+    num_hidden_inputs = 3
 
     def forward(
         self,
@@ -32,23 +32,31 @@ class SeparateRewardModel(RewardModel):
         response_ids: Int[Tensor, "B T"],
         prompt_mask: Shaped[Tensor, "B P"] | None = None,
         response_mask: Shaped[Tensor, "B T"] | None = None,
+        prompt_index: Sequence[int] | None = None,
     ) -> Float[Tensor, "B"]:
-        """Rewards (B,), float32; padding and masks as in `RewardModel.forward`."""
-        return self._compare(self._read(prompt_ids, prompt_mask), self._read(response_ids, response_mask))
+        """Rewards (B,), float32; padding and masks as in `RewardModel.forward`.
 
-    def _compare(self, prompts: Float[Tensor, "B d"], responses: Float[Tensor, "B d"]) -> Float[Tensor, "B"]:
-        return self._judge(torch.cat([prompts, responses, prompts * responses], 1)).squeeze(-1)
+        prompt_index: which row of prompt_ids is the prompt of each response; None: they come in pairs.
+        """
+        prompts = self._read(prompt_ids, prompt_mask)
+        responses = self._read(response_ids, response_mask)
+        if prompt_index is not None:
+            prompts = prompts[list(prompt_index)]
+        return self._judge(torch.cat([prompts, responses, prompts * responses], 1)).sum(-1)  # of one column
 
-    def encode(self, prompt: str, response: str) -> list[int]:
-        """[P, *prompt ids, *response ids]: the first number says how many of them are the prompt's."""
-        prompt_ids, response_ids = encode_pair(self.tokenizer, prompt, response, max_length=self.max_length)
-        return [len(prompt_ids), *prompt_ids, *opening_ids(self.tokenizer), *response_ids]
+    def encode_answers(self, prompt: str, responses: Sequence[str]) -> list[list[int]]:
+        """[P, *prompt ids, *response ids] of each response: the first number counts the prompt's ids."""
+        prompt_ids, answers = encode_answers(self.tokenizer, prompt, responses, max_length=self.max_length)
+        head = [len(prompt_ids), *prompt_ids, *opening_ids(self.tokenizer)]
+        return [head + ids for ids in answers]
 
     def rewards_of(self, sequences: Sequence[Sequence[int]]) -> Float[Tensor, "B"]:
         """Rewards of sequences from `encode`, each distinct prompt read once; keeps the gradient."""
         prompts = [tuple(row[1 : 1 + row[0]]) for row in sequences]
-        places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+        index_of = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
         pad, device = self.tokenizer.pad_token_id, self.trunk.device
-        vectors = self._read(*pad_right(list(places), pad, device=device))
-        responses = self._read(*pad_right([row[1 + row[0] :] for row in sequences], pad, device=device))
-        return self._compare(vectors[[places[prompt] for prompt in prompts]], responses)
+        prompt_ids, prompt_mask = pad_right(list(index_of), pad, device=device)
+        response_ids, response_mask = pad_right([row[1 + row[0] :] for row in sequences], pad, device=device)
+        # Through `forward`, where the weights of a sharded model are gathered.
+        prompt_index = [index_of[prompt] for prompt in prompts]
+        return self(prompt_ids, response_ids, prompt_mask, response_mask, prompt_index)

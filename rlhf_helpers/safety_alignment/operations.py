@@ -1,6 +1,5 @@
 """Running an aligned model: watch it, fall back when unsure, suit its users, compare, and roll it back."""
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.core.training import checkpoints
+from rlhf_helpers.core.training.distributed import full_weights, load_full_weights
 
 Limits = Mapping[str, float]
 
@@ -183,12 +183,14 @@ class CheckpointLedger:
         there = checkpoints.checkpoints(self.folder)
         step = 1 + int(there[-1].name.removeprefix("step-")) if there else 1
         manifest = {"metrics": dict(metrics)}
-        return checkpoints.write_checkpoint(self.folder, step, model, {}, manifest, keep=step + 1)
+        return checkpoints.write_checkpoint(
+            self.folder, step, full_weights(model), {}, manifest, keep=step + 1
+        )
 
     def frame(self) -> pd.DataFrame:
         """All complete checkpoints, oldest first: path and metrics."""
         rows = []
-        for path in filter(checkpoints.is_complete, checkpoints.checkpoints(self.folder)):
+        for path in filter(checkpoints.is_whole, checkpoints.checkpoints(self.folder)):
             told = checkpoints.read_manifest(path)
             rows.append({"path": path, **(told.get("metrics") or (told.get("history") or [{}])[-1])})
         return pd.DataFrame(rows)
@@ -204,8 +206,7 @@ class CheckpointLedger:
 
     def rollback(self, model: nn.Module, **limits: Limits | None) -> Path:
         """Put the weights of `last_good(**limits)` into `model`, or raise and change nothing; their place."""
-        path, known = self.last_good(**limits), vars(model).get("_rlhf_tokenizer")
-        twin = copy.deepcopy(model, {id(known): known})
-        checkpoints.read_checkpoint(path, twin)
-        model.load_state_dict(twin.state_dict())
+        path = self.last_good(**limits)
+        weights, _ = checkpoints.read_checkpoint(path)
+        load_full_weights(model, weights)
         return path

@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from rlhf_helpers.alignment_eval.statistics import wilson_interval
-from rlhf_helpers.core.models import RewardFn, tokenizer_for
+from rlhf_helpers.core.models import RewardFn, tokenizer_for, usable_positions
 from rlhf_helpers.core.tensors import pad_right
 from rlhf_helpers.core.text import encode_prompt
 from rlhf_helpers.world.prompts import load_prompts
@@ -67,7 +67,7 @@ class ValueModel:
     @torch.no_grad()
     def features(self, cases: Sequence[str], values: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
         """The hidden states (B, d) that the heads read."""
-        limit, parts = getattr(self.model.config, "max_position_embeddings", None) or 2048, []
+        limit, parts = usable_positions(self.model) or 2048, []
         texts = [self.template(case, value) for case, value in zip(cases, values, strict=True)]
         for start in range(0, len(texts), batch_size):
             rows = [encode_prompt(self.tokenizer, t)[-limit:] for t in texts[start : start + batch_size]]

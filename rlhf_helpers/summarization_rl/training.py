@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,6 @@ class SummarizationRL:
     ) -> None:  # fmt: skip
         """Load or copy the model, and check the settings."""
         require_number("max_length", max_length, at_least=1)
-        if unknown := sorted(set(settings) - {field.name for field in fields(RLOOSettings)}):
-            raise TypeError(f"RLOOSettings has no setting {unknown}")
         if isinstance(model, nn.Module):
             self.tokenizer = tokenizer or tokenizer_for(model)
             self.model = copy.deepcopy(model, {id(self.tokenizer): self.tokenizer})

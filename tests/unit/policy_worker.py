@@ -10,6 +10,7 @@ import torch
 from rlhf_helpers.core import generation
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.policy_losses import clipped_policy_loss
+from rlhf_helpers.core.training.distributed import full_weights
 from rlhf_helpers.policy_optimization import (
     GRPOSettings,
     PPOSettings,
@@ -26,6 +27,8 @@ SIZES = {"learning_rate": 1e-3, "steps": 2, "prompts_per_step": 4, "samples_per_
 SHORT = {**SIZES, "max_new_tokens": 3, "minibatches": 1, "kl_target": 0.5, "kl_horizon": 40.0}
 RUNS = {
     "rloo": (rloo, RLOOSettings(**SIZES, max_new_tokens=6)),
+    "sharded rloo": (rloo, RLOOSettings(**SIZES, max_new_tokens=24, shard=True)),
+    "sharded ppo": (ppo, PPOSettings(**SHORT, whiten_advantages=False, shard=True)),
     "grpo": (grpo, GRPOSettings(**SIZES, max_new_tokens=6, epochs=2, length_mean=False)),
     "ppo": (ppo, PPOSettings(**SHORT, whiten_advantages=False)),
     "whitened ppo": (ppo, PPOSettings(**SHORT)),
@@ -58,10 +61,12 @@ def run_all(model_folder):
     on_policy.collect = collect_alike
     for name, (loop, settings) in RUNS.items():
         model, tokenizer = load_model(model_folder, device="cpu")
+        if name == "sharded rloo":  # many tokens end a response: the processes finish at different tokens
+            model.generation_config.eos_token_id = list(range(5, 400, 4))
         seen = []
         options = {} if loop is rloo else {"loss_fn": partial(noting, seen)}
         history = loop(model, tokenizer, PROMPTS, share_of_e, settings, **options)
-        end = torch.cat([p.detach().flatten() for p in model.parameters()])
+        end = torch.cat([weight.flatten() for weight in full_weights(model).values()])
         found[name] = history.rows, end, seen[:1]
     on_policy.collect = original
     return found

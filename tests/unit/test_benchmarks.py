@@ -314,3 +314,43 @@ def test_truthfulqa_on_a_model(tiny_gpt2_dir):
 def test_truthfulqa_names_the_place(tmp_path, change):
     with pytest.raises(ValueError, match=r"mc\.jsonl:2: mc[12]=.*one in mc1"):
         load_truthfulqa(write(tmp_path / "mc.jsonl", [MC, MC | change]))
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (CSV_ROW | {"Correct Answers": None}, r"row 1: Correct Answers=None; fill this field"),
+        (CSV_ROW | {"Best Answer": math.nan}, r"row 1: Best Answer=nan; fill this field"),
+        ({k: v for k, v in CSV_ROW.items() if k != "Incorrect Answers"}, r"row 1: Incorrect Answers=None"),
+        (CSV_ROW | {"Question": math.nan}, r"row 1: mc1=.*give a question"),
+        (MC | {"mc2_targets": {"choices": ["a", "b"], "labels": [1]}}, r"row 1: mc2="),
+        (MC | {"mc2_targets": {"choices": [["a"], "b"], "labels": [1, 0]}}, r"row 1: mc2="),
+        (MC | {"mc1_targets": {"a": [1], "b": 0}}, r"row 1: mc1="),
+        (MC | {"mc1_targets": "a"}, r"row 1: mc1='a'"),
+        (MC | {"question": "a \ud83d"}, r"row 1: 'question': holds half a surrogate pair"),
+        ([1, 2], r"row 1: mc1=None"),
+    ],
+)
+def test_cells_that_hold_something_else_name_their_row(row, message):
+    with pytest.raises(ValueError, match=message):
+        load_truthfulqa([MC, row])
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (bbq(question=None), r"row 0: question=None; fill this field"),
+        (bbq(context_condition=None), r"row 0: context_condition=None; write one of"),
+        (bbq(answer_info={"ans0": None, "ans1": None, "ans2": None}), r"row 0: answer_info="),
+    ],
+)
+def test_bbq_cells_that_hold_something_else(row, message):
+    with pytest.raises(ValueError, match=message):
+        load_bbq([row])
+
+
+def test_bbq_metadata_may_be_missing_or_of_another_kind():
+    for more in (None, "Blue", {"stereotyped_groups": None}):
+        assert load_bbq([bbq(additional_metadata=more)])[0]["target"] is None
+    with pytest.raises(ValueError, match=r"row 0: type=3; fill this field"):
+        load_xstest([{"prompt": "a", "type": 3}])

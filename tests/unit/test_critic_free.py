@@ -10,6 +10,7 @@ from rlhf_helpers.core.models import frozen_copy, load_model
 from rlhf_helpers.core.policy_losses import clipped_policy_loss
 from rlhf_helpers.policy_optimization import (
     GRPOSettings,
+    PPOSettings,
     ReinforceSettings,
     RejectionSamplingSettings,
     RLOOSettings,
@@ -17,9 +18,8 @@ from rlhf_helpers.policy_optimization import (
     evaluate_policy,
     grpo,
     iterative_rlhf,
-    per_response,
-    per_token,
     policy_logps,
+    ppo,
     reinforce,
     reinforce_loss,
     rejection_sampling,
@@ -92,10 +92,20 @@ def test_without_a_baseline_the_gradient_is_mostly_noise(tiny_llama_dir):
 # ---- how tokens are averaged, and where the KL goes
 
 
-def test_reductions_by_hand():
-    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]]).bool()
-    assert per_response(mask).tolist() == [[0.5, 0.5, 0.5, 0.5], [0.5, 0.0, 0.0, 0.0]]
-    assert (5 * per_token(mask)).tolist() == [[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]]
+@pytest.mark.parametrize("parts", [1, 2])
+def test_rloo_sums_over_tokens_and_ppo_averages_over_them(tiny, parts):
+    """Each token's loss set to 1: a sum over a response gives its length, a mean over all tokens 1."""
+    sizes = {**SIZES, "max_new_tokens": 40, "steps": 1, "kl_coef": 0.0, "accumulation_steps": parts}
+
+    def ones(logps, *rest, **cliprange):
+        return logps * 0 + 1
+
+    row = rloo(*tiny, PROMPTS, share_of_e, RLOOSettings(**sizes), loss_fn=ones)[0]
+    assert row["loss/policy"] == pytest.approx(row["response_length"], rel=1e-5)
+    settings = PPOSettings(**sizes, epochs=1, minibatches=2, vf_coef=0.0)
+    row = ppo(*tiny, PROMPTS, share_of_e, settings, loss_fn=ones)[0]
+    assert row["response_length"] < 40
+    assert row["loss/policy"] == pytest.approx(1, rel=1e-5)
 
 
 @pytest.mark.parametrize("length_mean", [True, False])

@@ -212,12 +212,10 @@ def test_padding_and_micro_batches_change_no_metric_and_no_update(tiny_llama_dir
         changes = {"loss": loss, "batch_size": batch_size, "accumulation_steps": parts, "epochs": 1}
         trainer = trainer_of(tiny_llama_dir, max_grad_norm=None, **changes, **SMOOTHED.get(loss, {}))
         displace(trainer.model, 1.05)
-        if loss != "kto":  # whose reference point is the micro-batch's own
-            found.append(trainer.train(rows[:6], val_rows=rows[1:4])[0])
-            ends.append(weights(trainer.model))
-    if loss != "kto":
-        assert found[1] == pytest.approx(found[0], rel=1e-3, abs=2e-4)
-        assert (ends[0] - ends[1]).abs().max() < 3e-4  # Adam's first step is as long as the rate, 3e-3
+        found.append(trainer.train(rows[:6], val_rows=rows[1:4])[0])
+        ends.append(weights(trainer.model))
+    assert found[1] == pytest.approx(found[0], rel=1e-3, abs=2e-4)
+    assert (ends[0] - ends[1]).abs().max() < 3e-4  # Adam's first step is as long as the rate, 3e-3
 
 
 def test_one_forward_a_step_and_one_reference_pass_in_all(tiny_llama_dir, monkeypatch):
@@ -315,6 +313,18 @@ def test_train_step_learns_from_a_slice_of_columns(tiny_llama_dir):
     assert losses[3] < losses[2] < losses[1] < losses[0]
 
 
+def test_a_row_of_weight_0_teaches_nothing_and_counts_in_no_mean(tiny_llama_dir):
+    rows, ends, histories = PAIRS[:3], [], []
+    for kept in (rows, rows[:2]):
+        trainer = trainer_of(tiny_llama_dir, epochs=1)
+        data = DPODataset(kept, trainer.tokenizer)
+        data.weights = [1.0, 0.5, 0.0][: len(kept)]
+        histories.append(trainer.train(data)[0])
+        ends.append(weights(trainer.model))
+    assert histories[0] == pytest.approx(histories[1], rel=1e-4, abs=1e-5)
+    assert (ends[0] - ends[1]).abs().max() < 3e-4
+
+
 # ---- KL: measured, priced, and held at a target
 
 
@@ -331,6 +341,31 @@ def test_kl_is_a_sum_over_the_tokens_of_the_policys_own_samples():
     assert first["objective/kl"] > 0.1
     assert first["objective/kl"] / first["objective/kl_per_token"] == pytest.approx(length, rel=0.15)
     assert first["objective/kl"] != second["objective/kl"], "each step draws samples of its own"
+
+
+@pytest.mark.parametrize(
+    "kl_samples, drawn",
+    [(2, ["b", "e"]), (4, ["a", "c", "d", "f"]), (6, list("abcdef")), (8, list("abcdefab"))],
+)
+def test_kl_is_sampled_on_prompts_of_every_length(tiny_llama_dir, kl_samples, drawn):
+    """The prompts of a batch come sorted by length; the first ones alone would be the shortest."""
+    model, tokenizer = load_model(tiny_llama_dir, device="cpu")
+    settings = replace(SETTINGS, kl_samples=kl_samples, max_new_tokens=1)
+    engine = SimpleNamespace(model=model, settings=settings, step_seed=0)
+    rollout, _ = training_module.sample_log_ratios(engine, frozen_copy(model), tokenizer, list("abcdef"))
+    assert rollout.prompts == drawn
+
+
+def test_a_row_is_evaluated_at_the_beta_that_it_logs(tiny_llama_dir):
+    """At a learning rate of 0 and a batch of all rows, both losses are the same."""
+    settings = {"learning_rate": 0.0, "batch_size": 6, "target_kl": 500.0, "beta_horizon": 1.0}
+    trainer = trainer_of(tiny_llama_dir, kl_samples=4, max_new_tokens=4, **settings)
+    displace(trainer.ref_model)
+    history = trainer.train(PAIRS, val_rows=PAIRS)
+    assert [row["beta"] for row in history] == pytest.approx([0.1, 0.08])
+    for row in history:
+        assert row["eval_loss"] == pytest.approx(row["loss"], rel=1e-5)
+        assert row["eval_rewards/margins"] == pytest.approx(row["rewards/margins"], rel=1e-4)
 
 
 @pytest.mark.parametrize("target, direction", [(0.05, 1), (500.0, -1)])
@@ -371,15 +406,16 @@ def test_the_constraints_gradient_is_that_of_the_kl(tiny_llama_dir):
     settings = replace(SETTINGS, kl_coef=0.5, kl_samples=4096, max_new_tokens=1)
     # The seed that an Engine gives at seed 0, step 0.
     engine = SimpleNamespace(model=model, settings=settings, step_seed=1826701615)
-    measured = training_module.sampled_kl(engine, reference, tokenizer, ["Hello"])
+    rollout, log_ratios = training_module.sample_log_ratios(engine, reference, tokenizer, ["Hello"])
+    surrogate = 0.5 * training_module.kl_surrogate(model, rollout, log_ratios)
     ids = torch.tensor([encode_prompt(tokenizer, "Hello")])
     logps, ref_logps = (m(ids).logits[0, -1].log_softmax(-1) for m in (model, reference))
     kl = (logps.exp() * (logps - ref_logps)).sum()
     assert kl > 0.1
-    assert measured["kl"].item() == pytest.approx(kl.item(), rel=0.1)
+    assert log_ratios.mean().item() == pytest.approx(kl.item(), rel=0.1)
     exact, found = (
         torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
-        for loss in (0.5 * kl, measured["penalty"])
+        for loss in (0.5 * kl, surrogate)
     )
     assert torch.cosine_similarity(exact, found, dim=0) > 0.95
     assert found.norm() == pytest.approx(exact.norm().item(), rel=0.15)
@@ -412,6 +448,20 @@ def test_ktos_reference_point_reads_answers_to_other_prompts():
     assert others == ["c", "c", "d", "a"]
     with pytest.raises(ValueError, match="one prompt only"):
         DPODataset(rows[:2], Letters())
+
+
+def test_ktos_reference_point_is_that_of_the_whole_batch_however_it_is_cut():
+    """Of answers a to d with log-ratios log 1.6, log 1.2, log 0.8, log 0.4 to the reference's 1/4."""
+    rows = [{"prompt": p, "completion": c, "label": True} for p, c in ("1a", "2b", "3a", "4d")]
+    for parts in (1, 2, 4):
+        model = Table([0.0, 0.0, 0.0, 0.0])
+        changes = {"batch_size": 4, "accumulation_steps": parts, "learning_rate": 0.0}
+        trainer = table_trainer(model, loss="kto", **changes)
+        with torch.no_grad():
+            model.logits.copy_(torch.tensor([0.4, 0.3, 0.2, 0.1]).log())
+        # the mismatched answers are b, a, d, a: (0.182322 + 2 * 0.470004 - 0.916291) / 4
+        assert trainer.train(rows)[0]["kl"] == pytest.approx(0.051510, abs=1e-5)
+        assert trainer.evaluate(rows)["eval_kl"] == pytest.approx(0.051510, abs=1e-5)
 
 
 def test_kto_takes_ten_bad_rows_for_a_good_one(tiny_llama_dir):
@@ -517,7 +567,7 @@ def test_resumed_training_equals_uninterrupted_training(tiny_llama_dir, tmp_path
 
     history, final, beta = run("whole")
     with monkeypatch.context() as patch:
-        patch.setattr(training_module, "update", dies_at(6, training_module.update))
+        patch.setattr(training_module, "dpo_update", dies_at(6, training_module.dpo_update))
         with pytest.raises(Killed):
             run("broken")
     resumed, resumed_final, resumed_beta = run("broken", resume=True)
@@ -607,7 +657,10 @@ def test_online_settings_refuse(changes, message):
         ([{"question": "a", "chosen": "b", "rejected": "c"}], r"row 0 lacks \['prompt'\]"),
         ([*PAIRS, {"prompt": "a", "chosen": "b"}], r"row 6 lacks \['rejected'\]"),
         ([{"prompt": "a", "chosen": "b", "rejected": "b"}], "row 0: answers must be at least two, no two"),
-        ([{"prompt": "a", "chosen": "b", "rejected": " "}], "row 0: prompt and answers must be texts"),
+        (
+            [{"prompt": "a", "chosen": "b", "rejected": " "}],
+            "row 0: prompt and answers must be non-empty texts",
+        ),
         ({"prompt": ["a"], "chosen": ["b", "c"], "rejected": ["d"]}, "columns differ in length"),
         (UNPAIRED, r"row 0 lacks \['chosen', 'rejected'\]"),
     ],
@@ -620,7 +673,7 @@ def test_rows_are_refused_with_their_place(tiny, rows, message):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"prompt": "a", "responses": "text"}, "must be texts"),
+        ({"prompt": "a", "responses": "text"}, "must be non-empty texts"),
         ({"prompt": "a", "responses": ["b"]}, "at least two"),
         ({"prompt": "a", "responses": ["b", "c"], "ranks": [1, 1]}, "ranks tie"),
         ({"prompt": "a", "completion": "b", "label": "yes"}, "label must be true"),
@@ -644,3 +697,45 @@ def test_what_else_is_refused(tiny):
         DPOTrainer(model, None, tokenizer, loss="orpo").get_ref_log_probs(["a"], ["b"])
     with pytest.raises(ValueError, match="learns from unpaired, these rows are pairs"):
         DPOTrainer(model, None, tokenizer, loss="kto").train(DPODataset(PAIRS, tokenizer))
+
+
+def test_answers_of_a_row_follow_the_same_prompt(tiny):
+    tokenizer, prompt = tiny[1], "What is the capital of France? I feel sad today. " * 3
+    rows = [{"prompt": prompt, "chosen": "tea", "rejected": "water over the leaves, three minutes"}]
+    (one, short), (two, long) = DPODataset(rows, tokenizer, max_length=40).sequences[0]
+    assert one == two == encode_prompt(tokenizer, prompt)[-len(one) :]
+    assert len(two) + len(long) == 40
+    ranking = {"prompt": prompt, "responses": ["tea", "no", rows[0]["rejected"]]}
+    assert [p for p, _ in DPODataset([ranking], tokenizer, max_length=40).sequences[0]] == [one] * 3
+    # KTO compares no two answers to one prompt: each keeps as much of its prompt as it can.
+    unpaired = [
+        {"prompt": prompt, "completion": "tea", "label": True},
+        {"prompt": "Hi", "completion": "no", "label": False},
+    ]
+    assert [len(p) + len(r) for p, r in DPODataset(unpaired, tokenizer, max_length=40).sequences[0]] == [
+        40,
+        40,
+    ]
+    assert short[-1] == long[-1] == tokenizer.eos_token_id
+
+
+def test_what_cannot_be_encoded_names_its_row(tiny):
+    tokenizer = tiny[1]
+    long = "What is the capital of France? I feel sad today. " * 3
+    rows = [*PAIRS, {"prompt": "a", "chosen": long + "yes", "rejected": long + "no"}]
+    with pytest.raises(ValueError, match=r"row 6: two answers are the same tokens \(max_length=30\)"):
+        DPODataset(rows, tokenizer, max_length=30)
+    with pytest.raises(ValueError, match=r"row 6: .* without lone surrogates"):
+        DPODataset([*PAIRS, {"prompt": "a", "chosen": "b \ud83d", "rejected": "c"}], tokenizer)
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match=r"row 6: .* roles system, user \(no system\)"):
+        DPODataset([*PAIRS, {"prompt": "System: b\n\nUser: a", "chosen": "b", "rejected": "c"}], tokenizer)
+
+
+def test_answers_that_lost_their_end_are_counted(tiny, caplog):
+    row = {"prompt": "a", "chosen": "What is the capital of France? " * 4, "rejected": "no"}
+    DPODataset([*PAIRS, row], tiny[1], max_length=30)
+    assert "1 of 14 answers lost their end at max_length=30" in caplog.text

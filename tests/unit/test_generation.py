@@ -4,6 +4,7 @@ import torch
 from rlhf_helpers.core import generation
 from rlhf_helpers.core.generation import (
     Rollout,
+    encode_prompts,
     generate,
     response_logits,
     rollout_from_text,
@@ -393,3 +394,41 @@ def test_between_two_pieces_the_caller_may_train(llama):
     assert torch.is_grad_enabled()
     assert all(module.training for module in model.modules())
     model.eval()
+
+
+def test_a_sampled_answer_scores_the_same_as_text():
+    """The template closes a turn with a token that is not EOS, as Gemma's and Phi-3's do."""
+    model, tokenizer = load_model("tiny", device="cpu")
+    tokenizer.eos_token = "<|system|>"
+    rollout = generate(model, tokenizer, ["What is the capital of France?"] * 8, max_new_tokens=40, seed=0)
+    assert rollout.ended.sum() >= 4
+    with torch.no_grad():
+        sampled = rollout_logps(model, rollout).sum(-1)
+        as_text = sequence_logps(model, tokenizer, rollout.prompts, rollout.responses)[0].sum(-1)
+    torch.testing.assert_close(sampled[rollout.ended], as_text[rollout.ended], atol=1e-3, rtol=0)
+
+
+def test_no_model_samples_without_a_cache(checkpoint):
+    from transformers import MambaForCausalLM
+
+    folder = checkpoint("mamba", hidden_size=32, num_hidden_layers=1, state_size=8)
+    model = MambaForCausalLM.from_pretrained(folder)
+    _, tokenizer = load_model("tiny", device="cpu")
+    with pytest.raises(ValueError, match="MambaForCausalLM takes no past_key_values"):
+        generate(model, tokenizer, ["Hello"], max_new_tokens=2)
+    with pytest.raises(ValueError, match="MambaForCausalLM takes no past_key_values"):
+        sequence_logps(model, tokenizer, ["Hello"], ["you"])
+
+
+def test_prompts_are_checked_row_by_row(llama):
+    model, tokenizer = llama
+    rows = encode_prompts(model, tokenizer, PROMPTS, max_new_tokens=4)
+    assert rows == [encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
+    for bad, message in (
+        ("a \ud83d", "prompt 2: .* half a surrogate pair"),
+        ("tea " * 400, "prompt 2 has 404"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encode_prompts(model, tokenizer, ["Hello", "What?", bad], max_new_tokens=4)
+    with pytest.raises(ValueError, match=r"row 1: .* half a surrogate pair"):
+        sequence_logps(model, tokenizer, ["Hello", "What?"], ["you", "a \ud83d"])

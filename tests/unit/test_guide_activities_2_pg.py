@@ -104,7 +104,7 @@ def test_a_second_epoch_goes_on_from_the_first(tiny_llama_dir):
     [
         ({"method": "magic"}, ValueError, "method must be one of.*got 'magic'"),
         ({"reward_model": None}, TypeError, "reward_model"),
-        ({"cliprange": 0.1, "method": "rloo"}, TypeError, "RLOOSettings has no setting"),
+        ({"cliprange": 0.1, "method": "rloo"}, TypeError, "RLOOSettings.*cliprange"),
     ],
 )
 def test_the_pipeline_refuses(options, error, message):

@@ -212,6 +212,15 @@ def test_a_timer_that_runs_already_goes_on():
         signal.signal(signal.SIGALRM, before)
 
 
+@pytest.fixture
+def interrupts_raise():
+    """The processes of `pytest -n` ignore the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts_raise")
 def test_a_persons_interrupt_goes_through():
     with pytest.raises(KeyboardInterrupt):
         judge(RLOO, with_side_effect(lambda: signal.raise_signal(signal.SIGINT)))

@@ -1,3 +1,4 @@
+import copy
 import shutil
 import subprocess
 import sys
@@ -5,6 +6,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModel
 
 from rlhf_helpers.core import models, text
 from rlhf_helpers.core.models import (
@@ -18,9 +20,11 @@ from rlhf_helpers.core.models import (
     load_encoder,
     load_model,
     remember_tokenizer,
+    state_width,
     to_messages,
     to_text,
     tokenizer_for,
+    usable_positions,
 )
 
 CAUSAL = ["tiny_gpt2_dir", "tiny_llama_dir", "tiny_qwen_dir"]
@@ -163,6 +167,62 @@ def test_importing_the_package_imports_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+# Model families
+
+
+def test_dropout_that_is_a_whole_number_stays_one(checkpoint):
+    model, _ = load_model(checkpoint("mpt", d_model=32, n_layers=1, n_heads=2, max_seq_len=64), device="cpu")
+    assert model.config.attn_config.attn_pdrop == 0
+    assert usable_positions(model) == 64
+
+
+RECURRENT = {
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 1, "state_size": 8},
+    "rwkv": {"hidden_size": 32, "num_hidden_layers": 2},
+}
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_recurrent_models_are_refused(checkpoint, kind):
+    with pytest.raises(ValueError, match=r"takes no past_key_values: .* choose a model with attention"):
+        load_model(checkpoint(kind, **RECURRENT[kind]), device="cpu")
+
+
+ENCODER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize("kind, usable", [("roberta", 65), ("mpnet", 64), ("longformer", 65)])
+def test_positions_after_the_padding_row_are_usable(checkpoint, kind, usable):
+    """The pad token is 0 here; MPNet counts from 2 whatever the pad token is."""
+    options = {"attention_window": 8} if kind == "longformer" else {}
+    folder = checkpoint(kind, AutoModel, **ENCODER, max_position_embeddings=66, **options)
+    trunk, _ = load_encoder(folder, device="cpu")
+    assert usable_positions(trunk) == usable
+    ids = torch.full((1, usable + 1), 9)
+    trunk(input_ids=ids[:, 1:], attention_mask=torch.ones_like(ids[:, 1:]))
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        trunk(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+def test_an_encoder_decoder_is_refused(checkpoint):
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    with pytest.raises(ValueError, match=r"holds an encoder-decoder \(t5\)"):
+        load_encoder(checkpoint("t5", AutoModel, **sizes), device="cpu")
+
+
+def test_state_width_is_that_of_the_states(checkpoint):
+    sizes = {"hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    projected = checkpoint("opt", **sizes, word_embed_proj_dim=16, do_layer_norm_before=False)
+    text_part = {"model_type": "gemma3_text", "vocab_size": 400, **ENCODER, "head_dim": 8}
+    text_part["num_key_value_heads"] = 2
+    picture_part = {"model_type": "siglip_vision_model", **ENCODER, "image_size": 28, "patch_size": 14}
+    nested = checkpoint("gemma3", AutoModel, text_config=text_part, vision_config=picture_part)
+    for folder, width in ((projected, 16), (nested, 32)):
+        trunk, _ = load_encoder(folder, device="cpu")
+        states = trunk(input_ids=torch.tensor([[5, 6]])).last_hidden_state
+        assert state_width(trunk) == states.shape[-1] == width
+
+
 # Tokenizers that models remember, frozen copies
 
 
@@ -239,6 +299,32 @@ def test_module_is_scored_without_gradient():
 def test_anything_else_is_one_type_error(wrong):
     with pytest.raises(TypeError, match=r"score\(prompts, responses\)"):
         as_reward_fn(wrong)
+
+
+def trl_reward(completions, **kwargs):
+    return [float(len(text)) for text in completions]
+
+
+def answers_first(completions, prompts):
+    return torch.ones(2)
+
+
+def by_keyword(*, prompts, responses):
+    return torch.ones(2)
+
+
+@pytest.mark.parametrize("wrong", [trl_reward, answers_first, by_keyword])
+def test_functions_of_other_arguments_are_refused_at_once(wrong):
+    with pytest.raises(TypeError, match=rf"got {wrong.__name__}\(.*does not take prompts, then responses"):
+        as_reward_fn(wrong)
+
+
+def test_a_classifier_of_the_library_is_no_reward(tiny_llama_dir):
+    from transformers import LlamaForSequenceClassification
+
+    classifier = LlamaForSequenceClassification.from_pretrained(tiny_llama_dir)
+    with pytest.raises(TypeError, match=r"got LlamaForSequenceClassification; .* with load_reward_model"):
+        as_reward_fn(classifier)
 
 
 @pytest.mark.parametrize(
@@ -367,3 +453,64 @@ def test_tokenizer_without_an_end_is_refused(gpt2):
 
     with pytest.raises(ValueError, match="no EOS"):
         text.end_id(Endless())
+
+
+CLOSINGS = {
+    "the turn's end, not EOS": ("{{ m['content'] }}<|user|>\n", "<|user|>"),
+    "the first of two": ("{{ m['content'] }}<|end|>\n<|user|>", "<|end|>"),
+    "nothing": ("{{ m['content'] }}\n", "<|end|>"),
+    "no answer": ("", "<|end|>"),
+    "an error": ("{{ raise_exception('no') }}", "<|end|>"),
+}
+
+
+@pytest.mark.parametrize("name", CLOSINGS)
+def test_a_response_is_closed_as_its_template_closes_it(llama, name):
+    tokenizer, (turn, closing) = copy.deepcopy(llama[1]), CLOSINGS[name]
+    tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}"
+    assert tokenizer.eos_token == "<|end|>"
+    assert tokenizer.decode(encode_response(tokenizer, "Fine")) == f"Fine{closing}"
+
+
+def test_roles_that_the_template_refuses_are_one_value_error(llama):
+    tokenizer = copy.deepcopy(llama[1])
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(
+        ValueError, match=r"roles system, user \(System role not supported\).*remove or merge"
+    ):
+        encode_prompt(tokenizer, "System: Be kind.\n\nUser: How are you?")
+
+
+@pytest.mark.parametrize("answer", ["Paris is the capital.", " Paris", "\nParis", "", "é"])
+def test_no_space_comes_between_template_and_answer(space_tokenizer, answer):
+    prompt, ids = encode_pair(space_tokenizer, "What is the capital?", answer)
+    whole = space_tokenizer.decode(prompt + ids, clean_up_tokenization_spaces=False)
+    assert whole == f"[user]\nWhat is the capital?\n[assistant]\n{answer}</s>"
+    assert text.decode_responses(space_tokenizer, [ids, ids[:-1]]) == [answer, answer]
+
+
+def test_half_an_emoji_is_refused(gpt2):
+    assert text.is_text("né 😀")
+    assert not text.is_text("a \ud83d")
+    for encode in (encode_prompt, encode_response):
+        with pytest.raises(ValueError, match=r"'a \\ud83d\\?n?' holds half a surrogate pair"):
+            encode(gpt2[1], "a \ud83d")
+
+
+def test_answers_that_are_compared_follow_the_same_prompt(gpt2):
+    tokenizer, prompt = gpt2[1], "one two three four five six seven eight"
+    ids, (short, long) = text.encode_answers(tokenizer, prompt, ["no", "yes, of course"], max_length=20)
+    assert len(ids) + len(long) == 20
+    assert tokenizer.decode(short) == "no<|endoftext|>"
+    assert encode_prompt(tokenizer, prompt)[-len(ids) :] == ids
+    alone, _ = encode_pair(tokenizer, prompt, "no", max_length=20)
+    assert len(alone) > len(ids), "an answer of its own would see more"
+
+
+def test_lost_ends_are_told(gpt2, caplog):
+    tokenizer = gpt2[1]
+    pairs = [encode_pair(tokenizer, "Hi", answer, max_length=6)[1] for answer in ("no", "a b c d e f g")]
+    text.warn_of_lost_ends(tokenizer, pairs[:1], 6)
+    assert not caplog.records
+    text.warn_of_lost_ends(tokenizer, pairs, 6)
+    assert "1 of 2 answers lost their end at max_length=6" in caplog.text

@@ -10,7 +10,6 @@ import torch
 from rlhf_helpers.core.generation import Rollout, generate
 from rlhf_helpers.core.models import frozen_copy, load_model
 from rlhf_helpers.policy_optimization import (
-    OnPolicyRun,
     RLOOSettings,
     collect,
     evaluate_policy,
@@ -19,6 +18,7 @@ from rlhf_helpers.policy_optimization import (
     rloo,
     rollout_metrics,
 )
+from rlhf_helpers.policy_optimization.on_policy import make_batch, start_run
 from tests.conftest import dies_at, resume_equals_whole, share_of_e, weights, with_padding
 
 PROMPTS = ["Hello", "What is the capital of France?", "Why?", "Tell me a story about a dog."]
@@ -248,11 +248,11 @@ def test_micro_batches_change_nothing_but_memory(tiny_llama_dir):
 def test_a_greedy_rollout_is_refused(tiny):
     """No loop samples greedily; the guard is for rollouts that a caller brings."""
     model, tokenizer = tiny
-    run = OnPolicyRun(model, tokenizer, PROMPTS, share_of_e, SETTINGS)
+    run = start_run(model, tokenizer, PROMPTS, share_of_e, SETTINGS)
     for greedy in (False, True):
         rollout = generate(model, tokenizer, PROMPTS, max_new_tokens=3, greedy=greedy, seed=0)
-        with pytest.raises(ValueError, match="no sample of the policy") if greedy else nullcontext():
-            run.judge(rollout, torch.zeros(4), [0, 1, 2, 3])
+        with pytest.raises(ValueError, match="not a sample of the policy") if greedy else nullcontext():
+            make_batch(run, rollout, torch.zeros(4), [0, 1, 2, 3])
 
 
 def test_columns_follow_their_prompts(tiny):
@@ -340,3 +340,16 @@ def test_a_reference_that_moves_is_refused(tiny):
     model, tokenizer = tiny
     with pytest.raises(ValueError, match="frozen_copy"):
         rloo(model, tokenizer, PROMPTS, share_of_e, SETTINGS, ref_model=model)
+
+
+def test_prompts_that_cannot_be_answered_are_refused_before_the_first_step(tiny):
+    calls = []
+
+    def reward(prompts, responses):
+        calls.append(prompts)
+        return share_of_e(prompts, responses)
+
+    for bad, message in (("tea " * 400, "prompt 4 has 40"), ("a \ud83d", r"prompts\[4\] must be a text")):
+        with pytest.raises(ValueError, match=message):
+            rloo(*tiny, [*PROMPTS, bad], reward, replace(SETTINGS, steps=1))
+    assert not calls

@@ -39,12 +39,13 @@ OVER_RESPONSES = ["objective/scores", "objective/rlhf_reward", "objective/kl", "
 OVER_RESPONSES += ["eos_fraction", "frac_reward_zero_std", "grad_norm", "policy/updates"]
 
 
-@pytest.mark.parametrize("name", ["rloo", "grpo", "ppo"])
+@pytest.mark.parametrize("name", ["rloo", "grpo", "ppo", "sharded rloo", "sharded ppo"])
 def test_two_processes_equal_one(runs, name):
     """PPO without whitening, in one minibatch, where all responses have the same length."""
     (rows, end, _), (two_rows, two_end, _), (_, other_end, _) = (found[name] for found in runs)
-    names = [*OVER_RESPONSES, "objective/kl_coef"] if name == "ppo" else OVER_RESPONSES
-    assert name != "ppo" or all(row["eos_fraction"] == 0 for row in rows)
+    names = [*OVER_RESPONSES, "objective/kl_coef"] if name.endswith("ppo") else OVER_RESPONSES
+    assert not name.endswith("ppo") or all(row["eos_fraction"] == 0 for row in rows)
+    assert name != "sharded rloo" or all(row["eos_fraction"] > 0.5 for row in rows)
     assert len(two_rows) == len(rows) == 2
     for mine, theirs in zip(rows, two_rows, strict=True):
         assert {k: theirs[k] for k in names} == pytest.approx({k: mine[k] for k in names}, rel=1e-4, abs=1e-5)

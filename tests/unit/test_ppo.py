@@ -1,6 +1,7 @@
 """PPO on small random models: what must hold whatever the model is, and that it learns what it can."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -180,7 +181,8 @@ def test_early_stop_ends_all_updates_of_the_step(tiny_llama_dir, monkeypatch):
     row, stopped = run(spy_on(seen), settings)
     count = int(row["policy/updates"])
     assert 1 <= count == len(seen) < 8
-    assert len(forwards) == count + 1, "the minibatch that is too far is looked at, and none after it"
+    # One for the values before the updates, one for the minibatch that is too far, and none after it.
+    assert len(forwards) == count + 2
     assert all(p.grad is None for p in stopped.parameters())
 
     def dies(logps, old_logps, advantages, *, cliprange):
@@ -376,7 +378,7 @@ def test_a_reference_that_moves_is_refused(tiny):
 
 
 def test_a_loss_that_was_reduced_is_refused(tiny):
-    with pytest.raises(ValueError, match=r"loss/policy must have shape \(B, T\)"):
+    with pytest.raises(ValueError, match=r"loss_fn must have shape \(B, T\)"):
         ppo(*tiny, PROMPTS, share_of_e, SETTINGS, loss_fn=lambda logps, *rest, cliprange: logps.mean())
 
 
@@ -434,7 +436,7 @@ def test_train_step_refuses_a_greedy_rollout(tiny):
     model, tokenizer = tiny
     before = weights(model)
     rollout = generate(model, tokenizer, PROMPTS, max_new_tokens=3, greedy=True)
-    with pytest.raises(ValueError, match="no sample of the policy"):
+    with pytest.raises(ValueError, match="not a sample of the policy"):
         PPOTrainer(model, tokenizer=tokenizer).train_step(rollout, rewards=[1.0] * 4)
     assert torch.equal(weights(model), before)
 
@@ -454,3 +456,13 @@ def test_robust_training_keeps_each_step_near_its_sampler(tiny):
     assert any(row["policy/updates"] < 16 for row in history)
     assert all(row["policy/approxkl"] < 0.05 for row in history)
     assert history[-1]["objective/scores"] > history[0]["objective/scores"]
+
+
+def test_a_value_head_reads_projected_states(checkpoint):
+    """OPT-350m gives out states that are narrower than its hidden_size."""
+    sizes = {"hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    folder = checkpoint("opt", **sizes, word_embed_proj_dim=16, do_layer_norm_before=False)
+    model, tokenizer = load_model(folder, device="cpu")
+    options = {"prompts_per_step": 2, "samples_per_prompt": 2, "max_new_tokens": 4, "progress": False}
+    history = PPOTrainer(model, None, share_of_e, tokenizer, **options).train(["Hello", "Why?"], steps=1)
+    assert math.isfinite(history[0]["loss/value"])

@@ -405,7 +405,7 @@ def test_unpaired_labels_and_pairs_turned_into_them(tmp_path):
 # What is wrong in structure
 
 
-def test_all_faults_of_all_files_are_listed_with_file_line_and_mend(tmp_path):
+def test_all_faults_of_all_files_are_listed_with_file_line_and_fix(tmp_path):
     lines = [
         jsonl(PAIR).encode(),
         b'{"prompt": "p", "chosen": "a"}\n',
@@ -424,7 +424,7 @@ def test_all_faults_of_all_files_are_listed_with_file_line_and_mend(tmp_path):
             f"{one}:3: 'prompt' is of type int; make it a text or a list of messages",
             f"{one}:3: 'chosen' is of type NoneType; make it a text",
             f"{one}:4: byte 0xe9 at column 31 is not UTF-8; save the file as UTF-8",
-            f"{one}:5: broken JSON at column 25 (Expecting ':' delimiter); mend or remove the record",
+            f"{one}:5: broken JSON at column 25 (Expecting ':' delimiter); fix or remove the record",
             f"{one}:6: a record of type list; make it an object with named columns",
             f"{two}: holds no records; remove the file or fill it",
         ]
@@ -566,6 +566,144 @@ def test_hub_sets_are_streamed_under_a_limit(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", served)
     assert load_preferences("owner/name", split="test", limit=2).to_list() == [PAIR, OTHER]
+
+
+# Shapes that would be misread, values that cannot be stored
+
+
+@pytest.mark.parametrize("name", ["question", "Instruction", "input", "query", "Prompt"])
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"chosen": "The sky is blue.", "rejected": "The sky is black."},
+        {"chosen": [assistant("Blue.")], "rejected": [assistant("Black.")]},
+        {"responses": ["Blue.", "Black."]},
+    ],
+)
+def test_a_prompt_of_another_name_is_named(name, answers):
+    """Otherwise "The sky is", which the answers happen to share, would be the prompt."""
+    found, _ = faults_of([{name: "Which colour?", "id": 7, **answers}])
+    assert found == [f"row 0: 'prompt' is missing; rename '{name}' to 'prompt'"]
+
+
+def test_system_texts_are_not_left_beside_the_prompt():
+    row = {"system": "Be brief.", "question": "Why?", "chosen": "a", "rejected": "b"}
+    assert faults_of([row])[0] == [
+        "row 0: 'prompt' is missing; write ['system', 'question'] into one 'prompt'"
+    ]
+    found, _ = faults_of([{**PAIR, "system": "Be brief."}])
+    assert found[0].startswith(
+        "row 0: 'system' stands beside the prompt, so no model would read it; write it"
+    )
+    assert load_preferences([{**PAIR, "system": ""}])["prompt"][:] == [PAIR["prompt"]]
+
+
+def test_conversations_and_transcripts_hold_their_own_prompt():
+    sides = {"chosen": transcript("H: a|A: x"), "rejected": transcript("H: a|A: y")}
+    whole = {"chosen": [user("a"), assistant("x")], "rejected": [user("a"), assistant("y")]}
+    for row in ({**sides, "prompt": "a"}, {**sides, "question": "a"}, {**whole, "messages": [user("a")]}):
+        pair = load_preferences([row])[0]
+        assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ("a", "x", "y")
+    written = {"prompt": "Write a dialogue.", "chosen": "User: a\n\nAssistant: b", "rejected": "User: c"}
+    assert load_preferences([written]).to_list() == [written]
+
+
+@pytest.mark.parametrize("write", [repr, json.dumps])
+def test_lists_written_into_csv_cells_are_read(tmp_path, write):
+    path = tmp_path / "pairs.csv"
+    rows = [{"prompt": [user("It's")], "chosen": [assistant('"yes"')], "rejected": [assistant("no\nway")]}]
+    pandas.DataFrame([{key: write(value) for key, value in row.items()} for row in rows]).to_csv(
+        path, index=False
+    )
+    assert load_preferences(path).to_list() == [{"prompt": "It's", "chosen": '"yes"', "rejected": "no\nway"}]
+    ranking = {"prompt": "p", "responses": write(["a", "b"]), "ranks": write([1, 0])}
+    pandas.DataFrame([ranking]).to_csv(path, index=False)
+    assert read_rankings(path)[0].to_list() == [{"prompt": "p", "responses": ["b", "a"], "ranks": [0, 1]}]
+
+
+def test_cells_that_only_look_like_lists():
+    text = {"prompt": "Give me JSON.", "chosen": '[{"name": "a"}]', "rejected": "['a', 'b']"}
+    assert load_preferences([text]).to_list() == [text]
+    torn = "[{'role': 'user', 'content': 'a'}\n {'role': 'assistant', 'content': 'b'}]"  # NumPy's, no comma
+    found, _ = faults_of([{**PAIR, "chosen": torn}])
+    assert found == [
+        "row 0: 'chosen': holds messages written as text that do not parse (parquet and JSON keep lists); "
+        "correct or remove the record"
+    ]
+
+
+def test_arrays_written_into_csv_cells_are_not_glued(tmp_path):
+    path = tmp_path / "rankings.csv"
+    path.write_text("prompt,responses\np,['a' 'b']\n")  # NumPy's way to write a list of two texts
+    assert faults_of(path, read_rankings)[0] == [f"{path}:2: 'responses' is of type str; make it a list"]
+
+
+def test_windows_line_ends_are_line_ends(tmp_path):
+    path = tmp_path / "pairs.csv"
+    rows = [
+        {
+            key: transcript(f"H: a|A: {end}").replace("\n", "\r\n")
+            for key, end in (("chosen", "x"), ("rejected", "y"))
+        }
+    ]
+    pandas.DataFrame(rows).to_csv(path, index=False)
+    for source in (rows, path):
+        assert load_preferences(source).to_list() == [{"prompt": "a", "chosen": "x", "rejected": "y"}]
+    prompt = "User: a\r\n\r\nAssistant: b\r\n\r\nUser: c"
+    kept = load_preferences([{**PAIR, "prompt": prompt}])["prompt"][0]
+    assert to_messages(kept) == [user("a"), assistant("b"), user("c")]
+
+
+def test_arrays_of_pandas_are_lists(tmp_path):
+    rows = [{"prompt": [user("Hi")], "chosen": [assistant("Hello!")], "rejected": [assistant("Go.")]}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "chat.parquet")
+    records = pandas.read_parquet(tmp_path / "chat.parquet").to_dict("records")
+    assert not isinstance(records[0]["chosen"], list)
+    expected = {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go."}
+    assert load_preferences(records).to_list() == [expected]
+
+
+GOOD = jsonl(PAIR)
+HALF, DIGITS = "\ud83d", "9" * 5000
+UNREADABLE = {
+    "half.jsonl": (GOOD + jsonl({**PAIR, "chosen": HALF}), "'chosen': holds half a surrogate pair"),
+    "inside.jsonl": (GOOD + jsonl({**PAIR, "by": {"name": HALF}}), "'by': 'name': holds half a"),
+    "name.jsonl": (GOOD + jsonl({**PAIR, HALF: 1}), r"the name '\ud83d' is not text"),
+    "deep.jsonl": (GOOD + '{"prompt":' + "[" * 100_000 + "\n", "broken JSON (maximum recursion depth"),
+    "deep.json": ("[" + GOOD + "," + "[" * 100_000, "broken JSON (maximum recursion depth"),
+    "digits.jsonl": (GOOD + '{"margin":' + DIGITS + "}\n", "broken JSON (Exceeds the limit"),
+    "large.jsonl": (GOOD + jsonl({**PAIR, "id": 10**30}), "'id': holds a whole number of more than 64"),
+    "digits.csv": ("prompt,chosen,rejected,margin\nq,a,b," + DIGITS + "\n", "'margin' is of type str"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_values_that_cannot_be_stored_name_their_line(tmp_path, name):
+    text, problem = UNREADABLE[name]
+    path = tmp_path / name
+    path.write_text(text)
+    found, _ = faults_of(path)
+    assert len(found) == 1
+    assert found[0].startswith(f"{path}:2: {problem}")
+
+
+def test_values_of_other_readers_that_cannot_be_stored():
+    huge = 10**400
+    problem = "more than 64 bits; correct or remove the record"
+    assert faults_of([{"prompt": "p", "response": "a", "rating": huge}], read_ratings)[0][0].endswith(problem)
+    ranking = {"prompt": "p", "responses": ["a", "b"], "ranks": [0, huge]}
+    assert faults_of([ranking], read_rankings)[0][0].endswith(problem)
+    assert faults_of([{1: 2, **PAIR}])[0] == ["row 0: the name 1 is not text; correct or remove the record"]
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    assert faults_of([PAIR, {**PAIR, "by": deep}])[0][0].startswith("row 1: a value is nested too deeply")
+
+
+def test_empty_number_cells_are_missing_numbers(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,chosen,rejected,margin\nq,a,b,\nr,a,b,1.5\n")
+    assert load_preferences(path)["margin"][:] == [None, 1.5]
 
 
 # What is wrong in meaning

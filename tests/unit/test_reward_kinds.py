@@ -28,7 +28,8 @@ from rlhf_helpers.reward_model import (
     score_pairs,
     stable_reward_training,
 )
-from rlhf_helpers.reward_model.training import as_rows, batch_sums, encode_elements
+from rlhf_helpers.reward_model.elements import as_rows, encode_groups
+from rlhf_helpers.reward_model.objectives import OBJECTIVES
 from rlhf_helpers.world.annotators import VALUE_GROUPS, Annotator, make_pairs
 
 KINDS = {
@@ -255,7 +256,7 @@ class TestMultiObjective:
         rows = [{**polite_pairs(1)[0], "objective_labels": {"kind": 1}}]
         rows += [{**polite_pairs(1)[0], "objective_labels": labels}]
         with pytest.raises(ValueError, match="row 1: objective_labels must give some of"):
-            encode_elements(model, rows)
+            encode_groups(model, rows)
 
     def test_other_objectives_are_refused(self, tiny_llama_dir):
         with pytest.raises(ValueError, match="'pairwise' rows, not from 'rating'"):
@@ -350,8 +351,8 @@ class TestObjectives:
             return model.score([prompt] * len(answers), answers)
 
         def loss(rows, objective):
-            elements = encode_elements(model, rows, objective)
-            return batch_sums(model, elements, objective)["loss"].item() / len(elements)
+            losses, _ = OBJECTIVES[objective](model, encode_groups(model, rows, objective))
+            return losses.mean().item()
 
         rankings = [
             {"prompt": "cup?", "responses": ["tea", "water", "three leaves"]},
@@ -444,7 +445,7 @@ class TestObjectives:
             "ranking": ([(1, 3)] * 2, ["mask"]),
             "rating": ([(1,)] * 2, []),
         }
-        with pytest.raises(ValueError, match=r"shape \(1,\), unreduced"):
+        with pytest.raises(ValueError, match=r"loss must have shape \(B\), got \(1, 3\)"):
             step([ranking], objective="ranking", loss_fn=lambda rewards, mask: rewards)
 
     @pytest.mark.parametrize(

@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from rlhf_helpers.core.models import as_reward_fn, frozen_copy, load_encoder, tokenizer_for
 from rlhf_helpers.core.preference_losses import bradley_terry_loss
+from rlhf_helpers.core.text import encode_response
 from rlhf_helpers.reward_model import (
     RewardModel,
     RewardModelInference,
@@ -18,12 +20,13 @@ from rlhf_helpers.reward_model import (
     accuracy,
     create_reward_model,
     gold_agreement,
+    load_reward_model,
     pair_credits,
     paired_difference,
     pairwise_accuracy,
     score_pairs,
 )
-from rlhf_helpers.reward_model.training import as_rows, encode_elements
+from rlhf_helpers.reward_model.elements import as_rows, encode_groups
 
 SHAPES = ["tiny_gpt2_dir", "tiny_llama_dir", "tiny_qwen_dir", "tiny_distilbert_dir", "tiny_bert_dir"]
 CAUSAL = SHAPES[:3]
@@ -252,6 +255,102 @@ class TestFolder:
         ):
             RewardModel.from_pretrained(tiny_llama_dir)
 
+    def test_a_trunk_without_a_classifier_keeps_its_rewards(self, checkpoint, tmp_path):
+        """Granite has no sequence classifier in the library."""
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        folder = checkpoint("granite", **sizes, num_key_value_heads=2)
+        model = create_reward_model(base_model_name=folder, device="cpu")
+        model.save_pretrained(tmp_path)
+        again = load_reward_model(tmp_path, device="cpu")
+        assert torch.equal(again.score(["tea"], ["water"]), model.score(["tea"], ["water"]))
+
+    @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+    def test_an_adapter_is_merged_when_saved(self, tiny_llama_dir, tmp_path):
+        torch.manual_seed(0)
+        trunk, _ = load_encoder(tiny_llama_dir, device="cpu")
+        plain = trunk(torch.tensor([[9, 8]])).last_hidden_state
+        lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        model = RewardModel(get_peft_model(trunk, lora))
+        assert not torch.allclose(trunk(torch.tensor([[9, 8]])).last_hidden_state, plain, atol=1e-3)
+        before = model.score(["tea"], ["water"])
+        model.save_pretrained(tmp_path)
+        assert torch.equal(model.score(["tea"], ["water"]), before), "the model itself is not merged"
+        loaded = load_reward_model(tmp_path, device="cpu")
+        assert_close(loaded.score(["tea"], ["water"]), before, atol=1e-5, rtol=0)
+
+    def test_a_narrow_head_for_projected_states(self, checkpoint, tmp_path):
+        sizes = {"hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        folder = checkpoint("opt", **sizes, word_embed_proj_dim=16, do_layer_norm_before=False)
+        model = create_reward_model(base_model_name=folder, device="cpu")
+        assert model.head.linear.weight.shape == (1, 16)
+        model.save_pretrained(tmp_path)
+        plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+        ids = torch.tensor([model.encode("tea", "water")])
+        assert_close(plain(input_ids=ids).logits[0], model(ids), atol=1e-6, rtol=1e-6)
+
+    def test_texts_longer_than_the_positions_of_roberta_are_cut(self, checkpoint):
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        folder = checkpoint("roberta", AutoModel, **sizes, max_position_embeddings=66)
+        model = create_reward_model(base_model_name=folder, device="cpu")
+        assert model.max_length == 65
+        assert torch.isfinite(model.score(["tea " * 200], ["water"])).all()
+
+
+LONG = "What is the capital of France? I feel sad today. "
+
+
+class TestElements:
+    def test_answers_of_a_pair_follow_the_same_prompt(self, tiny_llama_dir):
+        model = create_reward_model(base_model_name=tiny_llama_dir, max_length=40, device="cpu")
+        row = {"prompt": LONG * 3, "chosen": "tea", "rejected": "water over the leaves, three minutes"}
+        ranking = {"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"], "no"]}
+        for rows, objective in (([row], "pairwise"), ([ranking], "ranking")):
+            one, two, *_ = encode_groups(model, rows, objective)[0].sequences
+            assert len(two) == 40
+            tail = len(encode_response(model.tokenizer, row["rejected"]))
+            assert one[: 40 - tail] == two[: 40 - tail]
+            assert one[40 - tail :] == encode_response(model.tokenizer, row["chosen"])
+
+    def test_ranked_answers_are_scored_after_the_same_prompt(self, tiny_llama_dir, monkeypatch):
+        model = create_reward_model(base_model_name=tiny_llama_dir, max_length=40, device="cpu")
+        seen, read = {}, model.rewards_of
+
+        def spy(sequences):
+            seen.update({len(ids): ids for ids in sequences})
+            return read(sequences)
+
+        monkeypatch.setattr(model, "rewards_of", spy)
+        RewardModelInference(model).rank_responses(LONG * 3, ["tea", "water over the leaves, three minutes"])
+        short, long = seen.values()
+        assert len(long) == 40
+        shared = len(long) - len(encode_response(model.tokenizer, "water over the leaves, three minutes"))
+        assert short[:shared] == long[:shared]
+        assert short[shared:] == encode_response(model.tokenizer, "tea")
+
+    def test_answers_that_are_the_same_after_the_cut_are_refused(self, tiny_llama_dir):
+        model = create_reward_model(base_model_name=tiny_llama_dir, max_length=30, device="cpu")
+        row = {"prompt": "tea?", "chosen": LONG * 3 + "yes", "rejected": LONG * 3 + "no"}
+        with pytest.raises(ValueError, match=r"row 2: two answers are the same tokens \(max_length=30\)"):
+            encode_groups(model, [*pairs(2), row])
+
+    def test_half_an_emoji_names_the_row(self, llama):
+        row = {"prompt": "tea?", "chosen": "a \ud83d", "rejected": "b"}
+        with pytest.raises(ValueError, match=r"row 3: chosen must be a text, got 'a \\ud83d'"):
+            encode_groups(llama, [*pairs(3), row])
+        with pytest.raises(ValueError, match=r"pair 1 must be two texts"):
+            RewardModelInference(llama).batch_predict([("a", "b"), ("tea?", "a \ud83d")])
+        with pytest.raises(ValueError, match=r"row 1: .* half a surrogate pair"):
+            llama.score(["a", "b"], ["c", "a \ud83d"])
+
+    def test_roles_that_the_template_refuses_name_the_row(self, llama):
+        llama.tokenizer.chat_template = (
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+            "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        )
+        row = {"prompt": "System: Be kind.\n\nUser: Hi", "chosen": "a", "rejected": "b"}
+        with pytest.raises(ValueError, match=r"row 1: .* roles system, user \(no system\)"):
+            encode_groups(llama, [*pairs(1), row])
+
 
 class TestTraining:
     def test_it_learns_what_people_prefer(self, llama):
@@ -288,7 +387,7 @@ class TestTraining:
         RewardModelTrainer(llama, batch_size=4).train_step(pairs(10))
         assert seen == [8, 8, 4]
 
-    def test_a_ranking_is_one_element_whose_answers_are_read_once(self, llama, monkeypatch):
+    def test_a_ranking_is_one_group_whose_answers_are_read_once(self, llama, monkeypatch):
         seen = []
         monkeypatch.setattr(
             llama, "rewards_of", lambda seqs, f=llama.rewards_of: (seen.append(len(seqs)), f(seqs))[1]
@@ -299,13 +398,13 @@ class TestTraining:
             for a in ranked
             for i, j in ((0, 1), (0, 2), (1, 2))
         ]
-        elements = encode_elements(llama, [*rows, *pairs(1)])
-        assert [element.pairs for element in elements] == [[(0, 1), (0, 2), (1, 2)], [(0, 1)]]
+        groups = encode_groups(llama, [*rows, *pairs(1)])
+        assert [group.pairs for group in groups] == [[(0, 1), (0, 2), (1, 2)], [(0, 1)]]
 
         def three_for_the_ranking(chosen, rejected):
             return (chosen - rejected) * 0 + torch.tensor([3.0, 3.0, 3.0, 1.0])
 
-        # the mean over elements is 2; over pairs it would be 2.5
+        # the mean over groups is 2; over pairs it would be 2.5
         loss = RewardModelTrainer(llama).train_step([*rows, *pairs(1)], loss_fn=three_for_the_ranking)
         assert loss == pytest.approx(2.0)
         assert seen == [5]
@@ -350,6 +449,29 @@ class TestTraining:
         assert resumed == whole
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
+    def test_a_run_is_not_resumed_on_other_data(self, tiny_llama_dir, tmp_path):
+        def run(rows, **options):
+            model = create_reward_model("basic", base_model_name=tiny_llama_dir, device="cpu")
+            settings = {"epochs": 1, "batch_size": 2, "checkpoint_every": 1, "run_dir": tmp_path}
+            trainer = RewardModelTrainer(model, schedule="constant", progress=False, **settings)
+            return trainer.train(rows, **options)
+
+        run(pairs(6))
+        swapped = [dict(row) for row in pairs(6)]
+        swapped[4]["chosen"], swapped[4]["rejected"] = swapped[4]["rejected"], swapped[4]["chosen"]
+        with pytest.raises(ValueError, match=r"belongs to another run: data was \d+, now \d+\. "):
+            run(swapped, resume=True)
+        assert len(run(pairs(6), resume=True)) == 3
+
+    def test_a_pass_counts_its_steps(self, llama):
+        """So the message of a loss that is not finite names the step, as in training."""
+
+        def not_finite_at_the_end(chosen, rejected):
+            return (chosen - rejected) * (1.0 if len(chosen) == 2 else math.inf)
+
+        with pytest.raises(FloatingPointError, match=r"at step 2 \(rows \[4\]\)"):
+            RewardModelTrainer(llama, batch_size=2).train_step(pairs(5), loss_fn=not_finite_at_the_end)
+
     def test_a_loss_that_does_not_fit_is_refused(self, llama):
         with pytest.raises(ValueError, match=r"loss"):
             RewardModelTrainer(llama).train_step(pairs(2), loss_fn=lambda c, r: (c - r).mean())
@@ -371,9 +493,9 @@ class TestTraining:
             as_rows(rows)
 
     def test_bad_settings_are_named(self, llama):
-        with pytest.raises(ValueError, match=r"RewardSettings.epochs must be a whole number >= 1; got 0"):
+        with pytest.raises(ValueError, match=r"RewardSettings.epochs must be a finite number >= 1, got 0"):
             RewardSettings(epochs=0)
-        with pytest.raises(TypeError, match=r"no setting \['lerning_rate'\]"):
+        with pytest.raises(TypeError, match=r"RewardSettings.*lerning_rate"):
             RewardModelTrainer(llama, lerning_rate=1e-3)
 
 

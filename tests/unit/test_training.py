@@ -28,12 +28,12 @@ from rlhf_helpers.core.training import (
     sft,
 )
 from rlhf_helpers.core.training import checkpoints as files
-from rlhf_helpers.core.training.parallel import disable_gradient_checkpointing
+from rlhf_helpers.core.training.batches import epoch_batches
+from rlhf_helpers.core.training.distributed import disable_gradient_checkpointing
 from rlhf_helpers.core.training.supervised import (
     EncodedRows,
     collate,
     encode_rows,
-    epoch_batches,
     token_weights,
 )
 
@@ -62,6 +62,12 @@ def scalar_model(value=1.0):
 
 def weights(module):
     return [p.detach().clone() for p in module.parameters()]
+
+
+def update(engine, loss):
+    """One optimizer step on one loss; the norm of its gradient."""
+    engine.backward(loss)
+    return engine.optimizer_step()
 
 
 def equal(a, b):
@@ -120,7 +126,7 @@ def test_schedule_literal_values(schedule, expected):
     model = scalar_model()
     engine = Engine(model, settings, total_steps=6)
     for _ in engine.steps():
-        engine.update(model(torch.ones(1, 1)).sum())
+        update(engine, model(torch.ones(1, 1)).sum())
         engine.log({})
     rates = [row["learning_rate"] for row in engine.history]
     assert rates == pytest.approx([0.1 * factor for factor in expected], abs=1e-12)
@@ -128,21 +134,25 @@ def test_schedule_literal_values(schedule, expected):
     assert model.weight.item() == pytest.approx(1 - sum(rates), abs=1e-5)
 
 
-def test_schedule_counts_optimiser_steps_not_updates():
+def test_schedule_counts_optimizer_steps_not_updates():
     model = scalar_model()
-    settings = quiet(schedule="linear", accumulation_steps=2)
-    engine = Engine(model, settings, total_steps=2, updates_per_step=4)
-    norms = [engine.update(model(torch.ones(1, 1)).sum()) for _ in engine.steps() for _ in range(4)]
-    assert norms == [None, 1.0] * 4
+    engine = Engine(model, quiet(schedule="linear"), total_steps=2, optimizer_steps_per_step=2)
+    rates = []
+    for _ in engine.steps():
+        for _ in range(2):
+            rates.append(engine.learning_rate / engine.settings.learning_rate)
+            engine.backward(model(torch.ones(1, 1)).sum())
+            assert update(engine, model(torch.ones(1, 1)).sum()) == 2.0  # two gradients of 1, summed
+    assert rates == pytest.approx([1, 0.75, 0.5, 0.25])
     assert engine.optimizer_steps == 4
-    with pytest.raises(ValueError, match="more than the 4 planned optimiser steps: state updates_per_step"):
-        [engine.update(model(torch.ones(1, 1)).sum()) for _ in range(2)]
+    with pytest.raises(ValueError, match="more than the 4 planned optimizer steps"):
+        update(engine, model(torch.ones(1, 1)).sum())
 
 
 def test_a_decaying_schedule_needs_an_end():
     with pytest.raises(ValueError, match="total_steps is missing"):
         Engine(scalar_model(), quiet(schedule="linear"))
-    with pytest.raises(ValueError, match="warmup_steps 3 must be < 3 optimiser steps"):
+    with pytest.raises(ValueError, match="warmup_steps 3 must be < 3 optimizer steps"):
         Engine(scalar_model(), quiet(warmup_steps=3), total_steps=3)
     with pytest.raises(ValueError, match="no trainable weights"):
         Engine(scalar_model().requires_grad_(False), quiet())
@@ -168,7 +178,7 @@ def test_one_step_is_adamw_by_hand():
     # w = 2, loss = 3 w: gradient 3; first Adam step moves by lr (up to eps); decay by lr * 0.1 * w first.
     model = scalar_model(2.0)
     engine = Engine(model, quiet(learning_rate=0.5, weight_decay=0.1, max_grad_norm=None))
-    assert engine.update(model(torch.full((1, 1), 3.0)).sum()) == pytest.approx(3.0)
+    assert update(engine, model(torch.full((1, 1), 3.0)).sum()) == pytest.approx(3.0)
     assert model.weight.item() == pytest.approx(2 - 0.5 * 0.1 * 2 - 0.5, abs=1e-6)
 
 
@@ -176,7 +186,7 @@ def test_weight_decay_spares_biases():
     model = nn.Linear(1, 1)
     nn.init.constant_(model.bias, 5.0)
     engine = Engine(model, quiet(learning_rate=0.1, weight_decay=1.0))
-    engine.update((model.weight * 0).sum() + (model.bias * 0).sum())
+    update(engine, (model.weight * 0).sum() + (model.bias * 0).sum())
     assert model.bias.item() == 5.0
 
 
@@ -184,27 +194,17 @@ def test_clipping_bounds_the_gradient_that_adam_sees():
     for limit, seen in ((1.0, 1.0), (10.0, 3.0), (None, 3.0)):
         model = scalar_model()
         engine = Engine(model, quiet(max_grad_norm=limit))
-        assert engine.update(model(torch.full((1, 1), 3.0)).sum()) == pytest.approx(3.0)  # before clipping
+        assert update(engine, model(torch.full((1, 1), 3.0)).sum()) == pytest.approx(3.0)  # before clipping
         first_moment = engine.optimizer.state[model.weight]["exp_avg"].item()
         assert first_moment == pytest.approx(0.1 * seen, rel=1e-5)
 
 
-def test_accumulation_two_of_four_equals_one_of_eight():
-    small, large = worker.engine_run(4, accumulation_steps=2), worker.engine_run(8)
+def test_two_micro_batches_of_four_equal_one_of_eight():
+    small, large = worker.engine_run(8, accumulation_steps=2), worker.engine_run(8)
     assert small.optimizer_steps == large.optimizer_steps == 6
-    assert len(small.history) == 12
     for a, b in zip(small.parameters, large.parameters, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
     assert not equal(weights(worker.engine_run(4).model), weights(large.model))
-
-
-def test_leftover_micro_batches_are_averaged_over_themselves():
-    model = scalar_model()
-    engine = Engine(model, quiet(accumulation_steps=4, max_grad_norm=None), total_steps=6)
-    for step in engine.steps():
-        engine.update(model(torch.full((1, 1), 1.0 if step < 4 else 3.0)).sum())
-    assert engine.optimizer_steps == 2
-    assert engine.grad_norm == pytest.approx(3.0)  # not 3 * 2/4
 
 
 def test_zero_learning_rate_moves_nothing():
@@ -218,9 +218,9 @@ def test_loss_must_be_a_scalar_with_a_graph():
     model = scalar_model()
     engine = Engine(model, quiet())
     with pytest.raises(ValueError, match="scalar that requires grad"):
-        engine.update(model(torch.ones(1, 1)))
+        update(engine, model(torch.ones(1, 1)))
     with pytest.raises(ValueError, match="scalar that requires grad"):
-        engine.update(torch.tensor(1.0))
+        update(engine, torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient norm"])
@@ -235,7 +235,7 @@ def test_non_finite_stops_before_the_weights_are_touched(kind, tmp_path):
             kept.append((weights(model), [int(row[0]) for row in rows]))
             x = model(torch.stack(rows)).mean()
             bad = x * math.nan if kind == "loss" else torch.sqrt(x - x.detach())  # sqrt(0): gradient inf
-            engine.update(bad if step == 3 else x)
+            update(engine, bad if step == 3 else x)
     before, indices = kept[3]
     assert len(kept) == 4
     assert equal(before, weights(model))
@@ -251,7 +251,7 @@ def test_half_precision_weights_train_in_float32():
     model = scalar_model().to(torch.bfloat16)
     engine = Engine(model, quiet(learning_rate=1e-4))
     for _ in range(3):
-        engine.update(model(torch.ones(1, 1)).sum())
+        update(engine, model(torch.ones(1, 1)).sum())
     assert model.weight.dtype == torch.float32
     assert model.weight.item() == pytest.approx(1 - 3e-4, abs=1e-6)  # bf16 could not leave 1.0
 
@@ -274,7 +274,7 @@ def test_a_copy_made_under_autocast_keeps_its_own_weights():
     model = scalar_model()
     engine = Engine(model, quiet(mixed_precision="bf16", learning_rate=0.5))
     reference = copy.deepcopy(model)
-    engine.update(model(torch.ones(1, 1)).sum())
+    update(engine, model(torch.ones(1, 1)).sum())
     assert reference(torch.ones(1, 1)).item() == 1.0
     assert model(torch.ones(1, 1)).item() == 0.5
 
@@ -351,20 +351,20 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
     assert [p.name for p in files.checkpoints(tmp_path / "whole")] == ["step-00000010", "step-00000012"]
 
 
-def test_incomplete_checkpoints_are_never_chosen(tmp_path):
+def test_damaged_checkpoints_are_never_chosen(tmp_path):
     worker.noisy_run(tmp_path, steps=4)
     (tmp_path / ".step-00000008.77").mkdir()  # killed while writing
     (tmp_path / ".step-00000008.77" / "model.safetensors").write_bytes(b"half")
     assert files.newest_checkpoint(tmp_path).name == "step-00000004"
     cut = tmp_path / "step-00000004" / "state.pt"
     cut.write_bytes(cut.read_bytes()[:-10])
-    with pytest.warns(UserWarning, match="step-00000004 is incomplete and was passed over"):
+    with pytest.warns(UserWarning, match="step-00000004 is damaged and was passed over"):
         assert files.newest_checkpoint(tmp_path).name == "step-00000002"
-    with pytest.warns(UserWarning, match="step-00000004 is incomplete"):
+    with pytest.warns(UserWarning, match="step-00000004 is damaged"):
         engine, _ = worker.noisy_run(tmp_path, steps=4)
     assert engine.history.last("step") == 3
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
-    assert files.is_complete(tmp_path / "step-00000004")
+    assert sorted(p.name for p in tmp_path.glob("*step*")) == ["step-00000002", "step-00000004"]
+    assert files.is_whole(tmp_path / "step-00000004")
 
 
 def test_a_failure_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -372,12 +372,60 @@ def test_a_failure_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch)
         raise OSError("No space left on device")
 
     worker.noisy_run(tmp_path, steps=4)
-    monkeypatch.setattr(files.os, "replace", full_disk)
     engine = Engine(scalar_model(), quiet(run_dir=tmp_path))
     engine.step = 9
-    with pytest.raises(OSError, match="No space left"):
-        engine.save()
-    assert files.newest_checkpoint(tmp_path).name == "step-00000004"
+    for module, function in ((files.torch, "save"), (files.os, "replace")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, function, full_disk)
+            with pytest.raises(OSError, match="step-00000009 could not be written: No space left"):
+                engine.save()
+        assert files.newest_checkpoint(tmp_path).name == "step-00000004"
+        assert sorted(p.name for p in tmp_path.glob("*step*")) == ["step-00000002", "step-00000004"]
+
+
+def test_one_flipped_bit_is_noticed_wherever_it_is(tmp_path):
+    worker.noisy_run(tmp_path, steps=4)
+    newest = tmp_path / "step-00000004"
+    draw = random.Random(0)
+    for file in sorted(newest.iterdir()):
+        whole = file.read_bytes()
+        for _ in range(25):
+            damaged = bytearray(whole)
+            damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+            file.write_bytes(damaged)
+            with pytest.warns(UserWarning, match="step-00000004 is damaged"):
+                assert files.newest_checkpoint(tmp_path).name == "step-00000002", file.name
+        file.write_bytes(whole)
+    assert files.newest_checkpoint(tmp_path) == newest
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_resumed(tmp_path):
+    worker.noisy_run(tmp_path, steps=4)
+    for path in files.checkpoints(tmp_path):
+        (path / "state.pt").unlink()
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(ValueError, match=r"whole \(step-00000002, step-00000004\): delete them"),
+    ):
+        worker.noisy_run(tmp_path, steps=4)
+
+
+def test_two_runs_in_one_folder_are_refused_before_the_first_step(tmp_path):
+    settings = quiet(run_dir=tmp_path, checkpoint_every=1)
+    first, second = (Engine(scalar_model(), settings, total_steps=2) for _ in range(2))
+    steps = first.steps()
+    next(steps)
+    with pytest.raises(FileExistsError, match=f"another run writes to {tmp_path} now"):
+        next(second.steps())
+    steps.close()  # the first run ends: now there is room for another
+    assert next(second.steps()) == 0
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    settings = quiet(run_dir=tmp_path / "file" / "run", checkpoint_every=1)
+    with pytest.raises(OSError, match=r"cannot write to run_dir .*run, so no checkpoint can be saved"):
+        next(Engine(scalar_model(), settings, total_steps=1).steps())
 
 
 def test_resume_names_every_setting_that_differs(tmp_path):
@@ -390,26 +438,28 @@ def test_resume_names_every_setting_that_differs(tmp_path):
 
 def test_a_fresh_run_does_not_mix_with_an_older_one(tmp_path):
     worker.noisy_run(tmp_path, steps=4)
-    with pytest.raises(FileExistsError, match=r"step-00000004 is there already: call resume\(\)"):
+    with pytest.raises(FileExistsError, match=r"step-00000004 already exists: call resume\(\)"):
         worker.noisy_run(tmp_path, steps=4, resume=False)
 
 
-def test_checkpoints_wait_for_the_accumulated_gradient(tmp_path):
+def test_half_an_accumulated_gradient_is_not_saved(tmp_path):
     model = scalar_model()
-    settings = quiet(accumulation_steps=3, checkpoint_every=2, run_dir=tmp_path, keep_checkpoints=9)
-    engine = Engine(model, settings, total_steps=8)
-    for _ in engine.steps():
-        engine.update(model(torch.ones(1, 1)).sum())
-    assert [p.name[-1] for p in files.checkpoints(tmp_path)] == ["3", "6", "8"]
+    engine = Engine(model, quiet(run_dir=tmp_path))
+    engine.backward(model(torch.ones(1, 1)).sum())
+    with pytest.raises(ValueError, match="save comes after optimizer_step"):
+        engine.save()
+    engine.optimizer_step()
+    assert engine.save() == tmp_path / "step-00000000"
 
 
 def test_files_hold_no_code(tmp_path):
-    engine, _ = worker.noisy_run(tmp_path, steps=3)
-    manifest = json.loads((engine.last_checkpoint / "manifest.json").read_text())
+    worker.noisy_run(tmp_path, steps=3)
+    newest = files.newest_checkpoint(tmp_path)
+    manifest = json.loads((newest / "manifest.json").read_text())
     assert manifest["settings"]["learning_rate"] == 0.01
     assert len(manifest["fingerprint"]) == 64
-    assert {p.suffix for p in engine.last_checkpoint.iterdir()} == {".safetensors", ".pt", ".json"}
-    torch.load(engine.last_checkpoint / "state.pt", weights_only=True)
+    assert {p.suffix for p in newest.iterdir()} == {".safetensors", ".pt", ".json", ".sha256"}
+    torch.load(newest / "state.pt", weights_only=True)
     counter = worker.Counter()
     counter.value = Path("x")
     engine = Engine(scalar_model(), quiet(run_dir=tmp_path / "b"), extra_state={"counter": counter})
@@ -450,14 +500,16 @@ def test_two_processes_equal_one(tmp_path):
     assert (tmp_path / "rank0").read_text() == "2 True 7 2"  # two ranks, resumed bit for bit, two rows each
     assert (tmp_path / "rank1").read_text() == "2 True 100010 2"
     engine, (model, history) = worker.engine_run(), worker.sft_run()
-    expected = {f"engine.{k}": v for k, v in engine.model.state_dict().items()}
-    expected |= {f"sft.{k}": v for k, v in model.state_dict().items()}
-    torch.testing.assert_close(torch.load(tmp_path / "weights.pt"), expected, atol=1e-6, rtol=0)
-    for mine, csv in ((engine.history, "engine.csv"), (history, "sft.csv")):
-        theirs = History.load(tmp_path / csv)
-        assert len(theirs) == len(mine)
-        for a, b in zip(theirs, mine, strict=True):
-            assert a == pytest.approx(b, abs=1e-6)
+    expected = {"engine": (engine.model, engine.history), "sft": (model, history), "split": (model, history)}
+    found = torch.load(tmp_path / "weights.pt")
+    for kind in ("whole", "sharded"):
+        for name, (one, rows) in expected.items():
+            state = {f"{kind}.{name}.{k}": v for k, v in one.state_dict().items()}
+            torch.testing.assert_close({k: found[k] for k in state}, state, atol=1e-9, rtol=0)
+            theirs = History.load(tmp_path / f"{kind}.{name}.csv")
+            assert len(theirs) == len(rows)
+            for a, b in zip(theirs, rows, strict=True):
+                assert a == pytest.approx(b, abs=1e-9)
 
 
 # history
@@ -488,7 +540,7 @@ def test_the_bar_leaves_nothing_behind(capfd):
     for progress in (False, True):
         engine = Engine(model, quiet(progress=progress), total_steps=2)
         for _ in engine.steps():
-            engine.update(model(torch.ones(1, 1)).sum())
+            update(engine, model(torch.ones(1, 1)).sum())
             engine.log({"loss": 1.5})
         out, err = capfd.readouterr()
         assert out == ""
@@ -653,3 +705,15 @@ def test_the_weight_of_a_row_counts_its_response_tokens_so_often():
     assert token_weights(encoded, np.array([0, 1]), 0.0) == (3 * 3 + 2, 5)
     weights = collate(encoded, np.array([0, 1]), 0.5, pad_id=0)[2]
     assert weights.tolist() == [[3.0, 3.0, 3.0], [1.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("text", ["a \ud83d", "System: Be kind.\n\nUser: Hi"])
+def test_rows_that_cannot_be_encoded_are_named(tiny, text):
+    tokenizer = tiny[1]
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    rows = [{"prompt": "Hello", "completion": "you"}, {"prompt": text, "completion": "you"}]
+    with pytest.raises(ValueError, match=r"row 1: .*(half a surrogate pair|no system)"):
+        encode_rows(tokenizer, rows)

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutput
 
 from rlhf_helpers.core.training import Engine, TrainingSettings, set_seed, sft
+from rlhf_helpers.core.training.distributed import full_weights
 
 
 class ByteTokenizer:
@@ -38,7 +40,7 @@ class TinyLanguageModel(nn.Module):
         self.to(dtype)
 
     def forward(self, input_ids, attention_mask=None, use_cache=False):
-        return SimpleNamespace(logits=self.head(self.drop(self.mix(self.embed(input_ids))[0])))
+        return CausalLMOutput(logits=self.head(self.drop(self.mix(self.embed(input_ids))[0])))
 
 
 class Counter:
@@ -81,34 +83,44 @@ def noisy_run(run_dir, *, steps=12, checkpoint_every=2, pause=0.0, learning_rate
         rows = torch.stack(engine.batch(DATA, 4)) + random.random() + np.random.rand()
         counter.value *= 1 + random.random()
         loss = (model(rows + torch.randn_like(rows)) ** 2).mean() * counter.value
-        engine.update(loss)
+        engine.backward(loss / engine.accelerator.num_processes)  # the mean over them
+        engine.optimizer_step()
         engine.log({"loss": loss.detach(), "counter": counter.value})
         time.sleep(pause)
     return engine, counter
 
 
-def engine_run(size=4, accumulation_steps=1, steps=6):
-    """A plain regression in float64; size rows an update, over all processes."""
+def engine_run(size=4, accumulation_steps=1, steps=6, **settings):
+    """A plain regression in float64; size rows per optimizer step, over micro-batches and processes."""
     set_seed(11)
     parts = {"body": nn.Linear(4, 4), "head": nn.Linear(4, 1), "unused": nn.Linear(2, 2)}
     model = nn.ModuleDict(parts).double()
-    settings = TrainingSettings(
-        learning_rate=1e-2, weight_decay=0.1, accumulation_steps=accumulation_steps, progress=False
+    engine = Engine(
+        model,
+        TrainingSettings(learning_rate=1e-2, weight_decay=0.1, progress=False, **settings),
+        total_steps=steps,
     )
-    engine = Engine(model, settings, total_steps=steps * accumulation_steps)
     for _ in engine.steps():
-        rows = torch.stack(engine.batch(DATA, size)).double()
-        loss = (model["head"](torch.tanh(model["body"](rows))) - rows.sum(-1, keepdim=True)).square().mean()
-        engine.update(loss)
-        engine.log({"loss": loss.detach()})
+        total = 0.0
+        for rows in torch.stack(engine.batch(DATA, size)).double().tensor_split(accumulation_steps):
+            errors = model["head"](torch.tanh(model["body"](rows))) - rows.sum(-1, keepdim=True)
+            loss = errors.square().sum() / size
+            engine.backward(loss)
+            total += loss.item()
+        engine.optimizer_step()
+        engine.log({"loss": engine.sum(total)})
     return engine
 
 
-def sft_run(batch_size=8, accumulation_steps=1, *, epochs=2, **options):
+def sft_run(batch_size=8, accumulation_steps=1, *, epochs=2, shard=False, **options):
     """SFT of the tiny model in float64: 21 rows, so that the last batch of an epoch is smaller."""
     model = TinyLanguageModel(dtype=torch.float64)
     settings = TrainingSettings(
-        learning_rate=1e-2, accumulation_steps=accumulation_steps, schedule="constant", progress=False
+        learning_rate=1e-2,
+        accumulation_steps=accumulation_steps,
+        schedule="constant",
+        shard=shard,
+        progress=False,
     )
     history = sft(model, ByteTokenizer(), ROWS, settings, epochs=epochs, batch_size=batch_size, **options)
     return model, history
@@ -116,24 +128,30 @@ def sft_run(batch_size=8, accumulation_steps=1, *, epochs=2, **options):
 
 def two_processes(folder):
     """Run under torchrun or accelerate launch: rank 0 writes what one process is to equal."""
-    engine = engine_run()
-    saved = {f"engine.{k}": v for k, v in engine.model.state_dict().items()}
-    model, history = sft_run()
-    saved |= {f"sft.{k}": v for k, v in model.state_dict().items()}
+    saved, histories = {}, {}
+    for kind, shard in (("whole", False), ("sharded", True)):
+        engine = engine_run(shard=shard)
+        model, history = sft_run(shard=shard)
+        split, split_history = sft_run(4, 2, shard=shard)  # the last of 21 rows leave a process without one
+        for name, part in (("engine", engine.model), ("sft", model), ("split", split)):
+            saved |= {f"{kind}.{name}.{k}": v for k, v in full_weights(part).items()}
+        for name, rows in (("engine", engine.history), ("sft", history), ("split", split_history)):
+            histories[f"{kind}.{name}"] = rows
     whole, _ = noisy_run(folder / "two", steps=4, resume=False)
     if whole.accelerator.is_main_process:
         shutil.rmtree(folder / "two" / "step-00000004")
     whole.accelerator.wait_for_everyone()
     again, _ = noisy_run(folder / "two", steps=4)
-    same = all(torch.equal(a, b) for a, b in zip(whole.parameters, again.parameters, strict=True))
+    pairs = zip(whole.parameters, again.parameters, strict=True)
+    same = all(torch.equal(a.to_local(), b.to_local()) for a, b in pairs)
     seed = set_seed(7)
     rank = engine.accelerator.process_index
     processes = engine.accelerator.num_processes
     (folder / f"rank{rank}").write_text(f"{processes} {same} {seed} {len(engine.rows)}")
     if rank == 0:
         torch.save(saved, folder / "weights.pt")
-        engine.history.save(folder / "engine.csv")
-        history.save(folder / "sft.csv")
+        for name, rows in histories.items():
+            rows.save(folder / f"{name}.csv")
     torch.distributed.destroy_process_group()
 
 

@@ -1,11 +1,21 @@
-"""The one loop core: settings, engine, checkpoints, history and supervised fine-tuning."""
+"""The one loop core: settings, engine, batches, checkpoints, history and supervised fine-tuning."""
 
+from rlhf_helpers.core.training.batches import micro_batches, offline_steps
 from rlhf_helpers.core.training.engine import Engine
 from rlhf_helpers.core.training.history import History
+from rlhf_helpers.core.training.metrics import MeanMetrics
 from rlhf_helpers.core.training.settings import TrainingSettings, learning_rate_factor, set_seed
 from rlhf_helpers.core.training.supervised import memory_efficient_training, sft
 
 __all__ = [
-    "Engine", "History", "TrainingSettings", "learning_rate_factor", "memory_efficient_training",
-    "set_seed", "sft",
-]  # fmt: skip
+    "Engine",
+    "History",
+    "MeanMetrics",
+    "TrainingSettings",
+    "learning_rate_factor",
+    "memory_efficient_training",
+    "micro_batches",
+    "offline_steps",
+    "set_seed",
+    "sft",
+]

@@ -1,9 +1,16 @@
-"""Checkpoints that are whole or absent: written beside, flushed to disk, then renamed.
+"""Checkpoints that are whole or absent: written beside their place, flushed to disk, then renamed.
 
-A checkpoint is a folder `step-00000120` with model.safetensors, state.pt (optimiser, random states, extra
-state; read with weights_only, so that no file can run code) and manifest.json (settings, history, sizes).
+A checkpoint is a folder `step-00000120` with
+
+    model.safetensors   the weights
+    state.pt            optimizer, random states, extra state; read with weights_only, so it can run no code
+    manifest.json       settings, history, and the SHA-256 of each of the files above
+    manifest.sha256     the SHA-256 of the manifest
+
+so that a bit that flips anywhere in it is noticed.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,75 +20,105 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 
 PLAIN = (torch.Tensor, int, float, bool, str, type(None))
 
 
 def write_checkpoint(
-    run_dir: Path, step: int, model: torch.nn.Module, state: dict, manifest: dict, *, keep: int
+    run_dir: Path,
+    step: int,
+    weights: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    *,
+    keep: int,
 ) -> Path:
-    """Write one checkpoint atomically, then drop all but the `keep` newest; return its folder."""
+    """Write one checkpoint atomically, then drop all but the `keep` newest; return its folder.
+
+    Raises:
+        OSError: it could not be written; names the folder. Earlier checkpoints stay as they were.
+    """
     final = folder_of(run_dir, step)
-    for leftover in run_dir.glob(".step-*"):  # a process killed while saving leaves one behind
-        shutil.rmtree(leftover)
-    if final.exists() and is_complete(final):
-        return final
-    partial = run_dir / f".step-{step:08d}.{os.getpid()}"
-    partial.mkdir(parents=True)
-    save_model(model, str(partial / "model.safetensors"))
-    torch.save(state, partial / "state.pt")
-    sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-    text = json.dumps({"step": step, "files": sizes, **manifest}, indent=1)
-    (partial / "manifest.json").write_text(text, encoding="utf-8")
-    for file in (*partial.iterdir(), partial):
-        _flush(file)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
-    _flush(run_dir)
-    for old in [path for path in checkpoints(run_dir) if is_complete(path)][:-keep]:
-        shutil.rmtree(old)
+    partial = run_dir / f".{final.name}.{os.getpid()}"
+    try:
+        for leftover in run_dir.glob(".step-*"):  # a process that was killed while saving leaves one behind
+            shutil.rmtree(leftover)
+        if is_whole(final):
+            return final
+        partial.mkdir(parents=True)
+        save_file(dict(weights), partial / "model.safetensors")
+        torch.save(dict(state), partial / "state.pt")
+        digests = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+        text = json.dumps({"step": step, "files": digests, **manifest}, indent=1)
+        (partial / "manifest.json").write_text(text, encoding="utf-8")
+        (partial / "manifest.sha256").write_text(_sha256(partial / "manifest.json"), encoding="ascii")
+        for path in (*partial.iterdir(), partial):
+            _flush(path)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        _flush(run_dir)
+    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as their own errors
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(
+            f"the checkpoint {final} could not be written: {error}. Earlier checkpoints are untouched; "
+            "make room, then call resume()"
+        ) from error
+    written = checkpoints(run_dir)
+    if len(written) > keep:  # damaged ones do not count
+        for old in [path for path in written if is_whole(path)][:-keep]:
+            shutil.rmtree(old)
     return final
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step lives."""
+    """Return where the checkpoint of a step lives."""
     return run_dir / f"step-{step:08d}"
 
 
-def read_checkpoint(path: Path, model: torch.nn.Module) -> dict[str, Any]:
-    """Load the weights into `model` and return the optimiser and random states (`state.pt`)."""
-    load_model(model, str(path / "model.safetensors"))
-    return torch.load(path / "state.pt", weights_only=True, map_location="cpu")
+def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the weights, and the optimizer and random states."""
+    weights = load_file(path / "model.safetensors")
+    return weights, torch.load(path / "state.pt", weights_only=True, map_location="cpu")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Read settings, history and sizes of a checkpoint."""
+    """Return settings, history and digests of a checkpoint."""
     return json.loads((path / "manifest.json").read_text(encoding="utf-8"))
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """All finished checkpoint folders of a run, oldest first (damaged ones too)."""
+    """Return all checkpoint folders of a run, oldest first (damaged ones too)."""
     return sorted(run_dir.glob("step-????????"))
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """Newest complete checkpoint; a damaged one is passed over with a warning that names it."""
-    for path in reversed(checkpoints(run_dir)):
-        if is_complete(path):
+    """Return the newest whole checkpoint, None if there is none; warn of each damaged one passed over.
+
+    Raises:
+        ValueError: there are checkpoints, and all of them are damaged.
+    """
+    paths = checkpoints(run_dir)
+    for path in reversed(paths):
+        if is_whole(path):
             return path
-        warnings.warn(f"{path} is incomplete and was passed over: delete it", stacklevel=2)
+        warnings.warn(f"{path} is damaged and was passed over: delete it", stacklevel=2)
+    if paths:
+        names = ", ".join(path.name for path in paths)
+        raise ValueError(f"no checkpoint in {run_dir} is whole ({names}): delete them to start afresh")
     return None
 
 
-def is_complete(path: Path) -> bool:
-    """Whether the manifest is readable and every file has the size that it states."""
+def is_whole(path: Path) -> bool:
+    """Whether the manifest is as it was written, and every file has the SHA-256 that it states."""
     try:
-        sizes = read_manifest(path)["files"]
-    except (OSError, ValueError, KeyError):
+        digest = (path / "manifest.sha256").read_bytes().decode("ascii")
+        if _sha256(path / "manifest.json") != digest:
+            return False
+        return all(_sha256(path / name) == digest for name, digest in read_manifest(path)["files"].items())
+    except (OSError, ValueError):
         return False
-    return all((path / name).is_file() and (path / name).stat().st_size == n for name, n in sizes.items())
 
 
 def plain_copy(name: str, value: Any) -> Any:
@@ -95,6 +132,11 @@ def plain_copy(name: str, value: Any) -> Any:
         kind = type(value).__name__
         raise TypeError(f"{name} is a {kind}; a checkpoint holds tensors, numbers, text, lists and dicts")
     return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

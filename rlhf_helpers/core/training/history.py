@@ -1,4 +1,4 @@
-"""The record of a run: one row of numbers a step."""
+"""The record of a run: one row of numbers per step."""
 
 import csv
 import os
@@ -43,7 +43,7 @@ class History(Sequence):
         return f"History({len(self)} rows, last {self.rows[-1] if self.rows else None})"
 
     def to_frame(self) -> "pd.DataFrame":
-        """Rows as a DataFrame, one column a metric, NaN where a row lacks it."""
+        """Rows as a DataFrame, one column per metric, NaN where a row lacks it."""
         import pandas as pd
 
         return pd.DataFrame(self.rows)

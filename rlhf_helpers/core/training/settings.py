@@ -2,15 +2,15 @@
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import numpy as np
 import torch
 
 from rlhf_helpers.core.tensors import require_number
-from rlhf_helpers.core.training.parallel import process_state
+from rlhf_helpers.core.training.distributed import process_state
 
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = (None, "no", "bf16")
@@ -21,8 +21,8 @@ RANK_STRIDE = 100_003
 class TrainingSettings:
     """What every loop of the course shares; a bad value raises ValueError naming field, rule and value.
 
-    A step of the loop, an update (one micro-batch) and an optimiser step are three different things: see
-    `Engine`. `warmup_steps` counts optimiser steps, `checkpoint_every` counts steps of the loop.
+    A step of the loop holds one or more updates (each the work on one batch), and each update ends with one
+    optimizer step: see `engine`. `warmup_steps` counts optimizer steps, `checkpoint_every` steps of the loop.
     """
 
     learning_rate: float = 1e-5  # peak value; fine-tuning an aligned model wants small steps
@@ -31,12 +31,13 @@ class TrainingSettings:
     schedule: str = "linear"  # decay to zero after warm-up; "constant" when the length is unknown
     warmup_steps: int = 0  # Adam's variance estimate is poor in its first steps: start them small
     max_grad_norm: float | None = 1.0  # one bad batch must not undo the run; None switches clipping off
-    accumulation_steps: int = 1  # micro-batches per optimiser step: large batches in little memory
+    accumulation_steps: int = 1  # micro-batches per optimizer step: large batches in little memory
     mixed_precision: str | None = None  # None: bf16 where a GPU computes it natively, else full precision
+    shard: bool = False  # several GPUs: each holds its part of weights, gradients and optimizer state
     gradient_checkpointing: bool = False  # recompute activations: about 30 % slower, far less memory
     seed: int = 0  # order of the data, dropout, sampling
     checkpoint_every: int = 0  # steps between checkpoints; 0 writes none
-    keep_checkpoints: int = 2  # the newest few; two, so that a damaged one is no disaster
+    keep_checkpoints: int = 2  # the newest few; two, so that one damaged checkpoint is not fatal
     run_dir: str | Path | None = None  # where checkpoints live
     progress: bool = True  # a bar on the main process, gone when the loop ends
 
@@ -44,7 +45,7 @@ class TrainingSettings:
         """Refuse values that would train wrongly or not at all."""
         first, second = self.betas
         norm, least_one, least_zero = self.max_grad_norm, "be a whole number >= 1", "be a whole number >= 0"
-        has_place = self.checkpoint_every == 0 or self.run_dir is not None
+        has_folder = self.checkpoint_every == 0 or self.run_dir is not None
         rules = [
             ("learning_rate", "be finite and >= 0", 0 <= self.learning_rate < math.inf),
             ("weight_decay", "be finite and >= 0", 0 <= self.weight_decay < math.inf),
@@ -57,11 +58,18 @@ class TrainingSettings:
             ("warmup_steps", least_zero, _whole(self.warmup_steps, 0)),
             ("seed", least_zero, _whole(self.seed, 0)),
             ("checkpoint_every", least_zero, _whole(self.checkpoint_every, 0)),
-            ("run_dir", "name a folder when checkpoint_every > 0", has_place),
+            ("run_dir", "name a folder when checkpoint_every > 0", has_folder),
         ]
         for field, rule, holds in rules:
             if not holds:
                 raise ValueError(f"TrainingSettings.{field} must {rule}; got {getattr(self, field)!r}")
+
+    def for_single_steps(self) -> Self:
+        """Return these settings for a class that is called step by step.
+
+        The rate stays constant: there is no last step, so nothing to decay towards.
+        """
+        return replace(self, schedule="constant", warmup_steps=0, accumulation_steps=1, checkpoint_every=0)
 
 
 def _whole(value: object, least: int) -> bool:
@@ -69,7 +77,7 @@ def _whole(value: object, least: int) -> bool:
 
 
 def learning_rate_factor(optimizer_step: int, settings: TrainingSettings, total: int | None) -> float:
-    r"""Fraction of the peak learning rate at one optimiser step, counted from 0.
+    r"""Fraction of the peak learning rate at one optimizer step, counted from 0.
 
     Warm-up over w steps: (k + 1) / (w + 1). Then, with n steps in all, linear: (n - k) / (n - w); cosine:
     (1 + cos(pi (k - w) / (n - w))) / 2; constant: 1. No step of the run has factor 0: each one learns.
@@ -97,30 +105,11 @@ def set_seed(seed: int) -> int:
     return rank_seed
 
 
-def get_random_state(device: torch.device) -> dict[str, Any]:
-    """State of every random generator of this process, as tensors, numbers and lists."""
-    kind, keys, *rest = np.random.get_state()
-    state = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
-    state["torch"] = torch.get_rng_state()
-    if device.type in ("cuda", "mps"):
-        state["device"] = getattr(torch, device.type).get_rng_state()
-    return state
-
-
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put back what `get_random_state` returned."""
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if "device" in state and device.type in ("cuda", "mps"):
-        getattr(torch, device.type).set_rng_state(state["device"])
-
-
 def require_fields(settings: TrainingSettings, *names: str, whole: bool = False, **limits: float) -> None:
     """Refuse fields outside their limits (see `require_number`), or not whole; ValueError names the field."""
     for name in names:
-        value, told = getattr(settings, name), f"{type(settings).__name__}.{name}"
-        require_number(told, value, **limits)
+        value = getattr(settings, name)
+        field = f"{type(settings).__name__}.{name}"
+        require_number(field, value, **limits)
         if whole and not isinstance(value, int):
-            raise ValueError(f"{told} must be a whole number, got {value!r}")
+            raise ValueError(f"{field} must be a whole number, got {value!r}")

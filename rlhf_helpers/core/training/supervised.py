@@ -4,26 +4,28 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from rlhf_helpers.core.text import encode_pair, encode_prompt, encode_response
+from rlhf_helpers.core.models import usable_positions
+from rlhf_helpers.core.text import encode_pair, encode_prompt, encode_response, naming
+from rlhf_helpers.core.training.batches import micro_batches, offline_steps
 from rlhf_helpers.core.training.engine import Engine
 from rlhf_helpers.core.training.history import History
 from rlhf_helpers.core.training.settings import TrainingSettings
 
 RESPONSE_KEYS = ("completion", "response", "chosen")
-WINDOW = 16  # optimiser steps whose rows are sorted by length together
 
 Rows = Sequence[dict[str, Any]] | Callable[[int], Sequence[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """Tokenised rows end to end in one array: row i is tokens[starts[i]:starts[i + 1]]."""
+    """Tokenized rows end to end in one array: row i is tokens[starts[i]:starts[i + 1]]."""
 
     tokens: np.ndarray
     starts: np.ndarray
@@ -46,49 +48,86 @@ class EncodedRows:
 
 
 def sft(
-    model: torch.nn.Module, tokenizer: Any, rows: Rows, settings: TrainingSettings,
-    *, epochs: int = 1, batch_size: int = 16, prompt_weight: float = 0.0, max_length: int | None = None,
-    bucket: bool = True, resume: bool = False,
-) -> History:  # fmt: skip
-    """Maximise the likelihood of the responses: loss = sum_t w_t (-log p(y_t | y_<t)) / sum_t w_t.
+    model: torch.nn.Module,
+    tokenizer: Any,
+    rows: Rows,
+    settings: TrainingSettings,
+    *,
+    epochs: int = 1,
+    batch_size: int = 16,
+    prompt_weight: float = 0.0,
+    max_length: int | None = None,
+    bucket: bool = True,
+    resume: bool = False,
+) -> History:
+    """Maximize the likelihood of the responses: loss = sum_t w_t (-log p(y_t | y_<t)) / sum_t w_t.
 
     w_t is 1 (the row's `weight`, where it has one) on response tokens, the closing EOS included: without it
     a model never learns to stop; `prompt_weight` on prompt tokens, 0 on padding. The sums run over the whole
-    batch of an optimiser step, batch_size x accumulation_steps rows over all processes, so long answers are
-    not diluted by short ones.
+    batch of an optimizer step, batch_size x accumulation_steps rows over all processes, so that short
+    answers do not weigh more per token than long ones. Source: Ouyang et al. 2022, section 3.5.
 
-    rows: dicts with prompt and completion, response or chosen; a list, a datasets.Dataset, anything with
-    len and [i], or a function epoch -> such rows (as many each epoch) for data made on the fly.
-    bucket: batches of rows of similar length, in seeded random order: less padding, the same rows an epoch.
-    resume: continue from the newest checkpoint of settings.run_dir, if there is one.
-    Returns a row a step: loss, token_accuracy (response tokens), learning_rate, grad_norm.
-    Raises ValueError naming the row for a missing or empty field. Source: Ouyang et al. 2022, section 3.5.
+    Args:
+        rows: dicts with prompt and completion, response or chosen; a list, a datasets.Dataset, anything
+            with len and [i], or a function epoch -> such rows (as many each epoch) for data made on the fly.
+        bucket: batches of rows of similar length, in seeded random order: less padding, the same rows.
+        resume: continue from the newest checkpoint of settings.run_dir, if there is one.
+
+    Returns:
+        One row per step: loss, token_accuracy (response tokens), learning_rate, grad_norm.
+
+    Raises:
+        ValueError: a missing or empty field; names the row.
     """
     _check_arguments(tokenizer, epochs, batch_size, prompt_weight)
-    group = batch_size * settings.accumulation_steps
-    limit = max_length or getattr(model.config, "max_position_embeddings", None)
-    encoded = encode_rows(tokenizer, rows(0) if callable(rows) else rows, max_length=limit)
-    per_epoch = -(-len(encoded) // group)
-    facts = {"epochs": epochs, "batch_size": batch_size, "prompt_weight": prompt_weight, "bucket": bucket}
-    facts |= {"rows": len(encoded), "max_length": limit, "data_checksum": encoded.checksum}
-    was_training = model.training
-    sizes = {"total_steps": epochs * per_epoch, "updates_per_step": settings.accumulation_steps}
-    engine = Engine(model, settings, **sizes, must_match=facts)
+    limit = max_length or usable_positions(model)
+    encoded_of = encoded_by_epoch(tokenizer, rows, max_length=limit)
+    first = encoded_of(0)
+    # Rows of one optimizer step, over all micro-batches and processes.
+    size = batch_size * settings.accumulation_steps
+    was_training = model.training  # the engine switches to train mode
+    engine = Engine(
+        model,
+        settings,
+        total_steps=epochs * math.ceil(len(first) / size),
+        resume_must_match={
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "prompt_weight": prompt_weight,
+            "bucket": bucket,
+            "rows": len(first),
+            "max_length": limit,
+            "data_checksum": first.checksum,
+        },
+    )
     if resume:
         engine.resume()
-    plan = None
-    for step in engine.steps():
-        epoch, place = divmod(step, per_epoch)
-        if plan is None or place == 0:
-            if callable(rows) and epoch > 0:
-                encoded = encode_rows(tokenizer, rows(epoch), max_length=limit)
-                if (count := len(encoded)) != facts["rows"]:
-                    told = f"rows({epoch}) returned {count} rows, rows(0) {facts['rows']}"
-                    raise ValueError(f"{told}: give as many each epoch")
-            plan = epoch_batches(encoded.lengths, group, seed=[settings.seed, epoch], bucket=bucket)
-        engine.log(_train_step(engine, encoded, plan[place], prompt_weight, tokenizer.pad_token_id))
+    # Each epoch has its own seeded order, a function of (seed, epoch) alone.
+    for epoch, indices in offline_steps(engine, lambda epoch: encoded_of(epoch).lengths, size, bucket=bucket):
+        metrics = sft_update(
+            engine, encoded_of(epoch), indices, prompt_weight=prompt_weight, pad_id=tokenizer.pad_token_id
+        )
+        engine.log(metrics)
     model.train(was_training)
     return engine.history
+
+
+def encoded_by_epoch(tokenizer: Any, rows: Rows, *, max_length: int | None) -> Callable[[int], EncodedRows]:
+    """Return epoch -> its tokenized rows; those that are the same in all epochs are tokenized once."""
+    first = encode_rows(tokenizer, rows(0) if callable(rows) else rows, max_length=max_length)
+
+    @lru_cache(maxsize=1)  # the loop asks twice, for the lengths and for the rows
+    def encoded_of(epoch: int) -> EncodedRows:
+        if epoch == 0 or not callable(rows):
+            return first
+        encoded = encode_rows(tokenizer, rows(epoch), max_length=max_length)
+        if len(encoded) != len(first):  # the number of steps is planned
+            raise ValueError(
+                f"rows({epoch}) returned {len(encoded)} rows, rows(0) {len(first)}: give as many each epoch"
+            )
+        return encoded
+
+    return encoded_of
 
 
 def _check_arguments(tokenizer: Any, epochs: int, batch_size: int, prompt_weight: float) -> None:
@@ -100,49 +139,49 @@ def _check_arguments(tokenizer: Any, epochs: int, batch_size: int, prompt_weight
         raise ValueError(f"{type(tokenizer).__name__} has no pad token: load_model adds one")
 
 
-def _train_step(
-    engine: Engine, encoded: EncodedRows, group: np.ndarray, prompt_weight: float, pad_id: int
+def sft_update(
+    engine: Engine, encoded: EncodedRows, indices: np.ndarray, *, prompt_weight: float, pad_id: int
 ) -> dict[str, float]:
-    """All updates of one optimiser step, each loss scaled so that their mean is that of the whole group."""
-    parts = engine.settings.accumulation_steps
-    rank, ranks = engine.accelerator.process_index, engine.accelerator.num_processes
-    weight_sum, response_sum = token_weights(encoded, group, prompt_weight)
-    share, losses, hits = parts * ranks, [], []
-    for part in np.array_split(group, parts):
-        mine = part[rank::ranks]
-        tensors = collate(encoded, mine if len(mine) else group[:1], prompt_weight, pad_id)
+    """Make one optimizer step on the rows of a batch; return its loss and token accuracy before the step."""
+    # Of the whole batch, before it is cut: every token weighs the same in whichever part it ends up.
+    total_weight, response_tokens = token_weights(encoded, indices, prompt_weight)
+    loss_sum = correct_sum = 0.0
+    for local, row_weight in micro_batches(engine, indices):
+        tensors = collate(encoded, local, prompt_weight, pad_id)
         ids, mask, weights, is_response = (t.to(engine.device, non_blocking=True) for t in tensors)
-        if not len(mine):  # a small last batch leaves some process idle: it computes with weight 0
-            weights, is_response = weights * 0, is_response * 0
-        loss, hit = sft_loss(engine.model, ids, mask, weights, is_response)
-        engine.update(loss * (share / weight_sum), rows=group.tolist())
-        losses.append(loss.detach() * (ranks / weight_sum))
-        hits.append(hit * (ranks / response_sum))
-    return {"loss": torch.stack(losses).sum().item(), "token_accuracy": torch.stack(hits).sum().item()}
+        # One forward; padding goes through the model but has weight 0.
+        nll, correct = token_nll(engine.model, ids, mask)
+        # row_weight is 0 on a process that has no row of this micro-batch and runs the forward only to stay
+        # in sync.
+        loss = row_weight * (weights * nll).sum() / total_weight
+        engine.backward(loss, rows=indices.tolist())
+        loss_sum += loss.item()
+        correct_sum += row_weight * (correct & is_response).sum().item()
+    engine.optimizer_step()
+    return {"loss": engine.sum(loss_sum), "token_accuracy": engine.sum(correct_sum) / response_tokens}
 
 
-def sft_loss(
-    model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, weights: torch.Tensor,
-    is_response: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Weighted sum of -log p over a right-padded batch, and how many response tokens were ranked first.
+def token_nll(
+    model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return -log p of tokens 1 to T - 1 of a right-padded batch (B, T), and which were ranked first.
 
-    input_ids, attention_mask (B, T); weights, is_response (B, T - 1), aligned with tokens 1 to T - 1.
-    Both are sums: the caller divides by the total weight of the whole batch.
+    Both are (B, T - 1), padding included: the caller weights it 0.
     """
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
+    # In float32 at least: the sum over a vocabulary loses digits in bf16.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels = input_ids[:, 1:]
-    nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(weights)
+    nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
     with torch.no_grad():
-        right = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) >= logits.amax(-1)
-    return (nll * weights).sum(), (right * is_response).sum()
+        correct = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) >= logits.amax(-1)
+    return nll, correct
 
 
 def encode_rows(
     tokenizer: Any, rows: Sequence[dict[str, Any]], *, max_length: int | None = None
 ) -> EncodedRows:
-    """Tokenise every row once; ValueError names the row whose prompt or response is missing or empty."""
+    """Tokenize every row once; ValueError names the row whose prompt or response is missing or empty."""
     if len(rows) == 0:
         raise ValueError("there are no rows to train on")
     tokens: list[int] = []
@@ -150,11 +189,12 @@ def encode_rows(
     starts, prompt_lengths, weights = [0], [], []
     for index in range(len(rows)):
         prompt, response, weight = _checked(rows[index], index)
-        if prompt not in known:  # a world has fewer prompts than rows; their template is the slow part
-            known[prompt] = encode_prompt(tokenizer, prompt)
-        prompt_ids, response_ids = known[prompt], encode_response(tokenizer, response)
-        if not prompt_ids or len(prompt_ids) + len(response_ids) > (max_length or math.inf):
-            prompt_ids, response_ids = encode_pair(tokenizer, prompt, response, max_length=max_length)
+        with naming(f"row {index}"):
+            if prompt not in known:  # a world has fewer prompts than rows; their template is the slow part
+                known[prompt] = encode_prompt(tokenizer, prompt)
+            prompt_ids, response_ids = known[prompt], encode_response(tokenizer, response)
+            if not prompt_ids or len(prompt_ids) + len(response_ids) > (max_length or math.inf):
+                prompt_ids, response_ids = encode_pair(tokenizer, prompt, response, max_length=max_length)
         tokens += [*prompt_ids, *response_ids]
         starts.append(len(tokens))
         prompt_lengths.append(len(prompt_ids))
@@ -178,48 +218,42 @@ def _checked(row: dict[str, Any], index: int) -> tuple[str, str, float]:
     return row["prompt"], row[key], weight
 
 
-def epoch_batches(lengths: np.ndarray, group: int, *, seed: list[int], bucket: bool) -> list[np.ndarray]:
-    """Cut a seeded permutation of the rows into groups of `group`; the last may be smaller.
-
-    With `bucket`, windows of 16 groups are sorted by length before the cut and the groups shuffled after it.
-    """
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(lengths))
-    if not bucket:
-        return [order[i : i + group] for i in range(0, len(order), group)]
-    windows = (order[i : i + WINDOW * group] for i in range(0, len(order), WINDOW * group))
-    windows = [window[np.argsort(lengths[window], kind="stable")] for window in windows]
-    groups = [window[i : i + group] for window in windows for i in range(0, len(window), group)]
-    return [groups[i] for i in rng.permutation(len(groups))]
-
-
-def token_weights(encoded: EncodedRows, group: np.ndarray, prompt_weight: float) -> tuple[float, int]:
-    """Total weight and number of response tokens of a group; the first token of a row is never predicted."""
-    lengths, prompts = encoded.lengths[group], np.maximum(encoded.prompt_lengths[group], 1)
+def token_weights(encoded: EncodedRows, indices: np.ndarray, prompt_weight: float) -> tuple[float, int]:
+    """Total weight and number of response tokens of these rows; a row's first token is never predicted."""
+    lengths, prompts = encoded.lengths[indices], np.maximum(encoded.prompt_lengths[indices], 1)
     responses = lengths - prompts
-    weighted = float((responses * encoded.weights[group]).sum())
+    # A row's weight counts its response tokens, prompt_weight the tokens of its prompt.
+    weighted = float((responses * encoded.weights[indices]).sum())
     return weighted + prompt_weight * int((prompts - 1).sum()), int(responses.sum())
 
 
 def collate(
-    encoded: EncodedRows, group: np.ndarray, prompt_weight: float, pad_id: int
+    encoded: EncodedRows, indices: np.ndarray, prompt_weight: float, pad_id: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Right-padded input_ids and attention_mask (B, T), weights and is_response (B, T - 1)."""
-    starts, lengths = encoded.starts[group, None], encoded.lengths[group, None]
-    places = np.arange(lengths.max())
-    real = places < lengths
-    ids = np.where(real, encoded.tokens[np.where(real, starts + places, 0)], pad_id)
-    is_response = (real & (places >= encoded.prompt_lengths[group, None]))[:, 1:]
-    weights = np.where(is_response, encoded.weights[group, None], prompt_weight * real[:, 1:])
+    starts, lengths = encoded.starts[indices, None], encoded.lengths[indices, None]
+    # Positions from the start of each row; those behind its end are padding.
+    positions = np.arange(lengths.max())
+    real = positions < lengths
+    ids = np.where(real, encoded.tokens[np.where(real, starts + positions, 0)], pad_id)
+    is_response = (real & (positions >= encoded.prompt_lengths[indices, None]))[:, 1:]
+    weights = np.where(is_response, encoded.weights[indices, None], prompt_weight * real[:, 1:])
     arrays = ids, real.astype(np.int64), weights.astype(np.float32), is_response
     return tuple(torch.from_numpy(array) for array in arrays)
 
 
 def memory_efficient_training(
-    model: torch.nn.Module, data: Rows, batch_size: int = 1,
-    *, tokenizer: Any = None, learning_rate: float = 1e-5, epochs: int = 1, accumulation_steps: int = 8,
-    seed: int = 0, progress: bool = True,
-) -> torch.nn.Module:  # fmt: skip
+    model: torch.nn.Module,
+    data: Rows,
+    batch_size: int = 1,
+    *,
+    tokenizer: Any = None,
+    learning_rate: float = 1e-5,
+    epochs: int = 1,
+    accumulation_steps: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> torch.nn.Module:
     """Fine-tune in little memory: bf16 autocast on a GPU, recomputed activations, small micro-batches.
 
     Gradients of `accumulation_steps` micro-batches of `batch_size` rows are averaged, so the result is that
@@ -230,8 +264,11 @@ def memory_efficient_training(
     from rlhf_helpers.core.models import tokenizer_for
 
     settings = TrainingSettings(
-        learning_rate=learning_rate, accumulation_steps=accumulation_steps, gradient_checkpointing=True,
-        seed=seed, progress=progress,
-    )  # fmt: skip
+        learning_rate=learning_rate,
+        accumulation_steps=accumulation_steps,
+        gradient_checkpointing=True,
+        seed=seed,
+        progress=progress,
+    )
     sft(model, tokenizer or tokenizer_for(model), data, settings, epochs=epochs, batch_size=batch_size)
     return model

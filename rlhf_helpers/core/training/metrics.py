@@ -1,0 +1,28 @@
+"""Means of metrics over the micro-batches and processes of a step."""
+
+from collections.abc import Mapping
+
+import torch
+
+from rlhf_helpers.core.training.engine import Engine
+
+
+class MeanMetrics:
+    """Weighted means: sum(weights x values) / sum(weights) for each name, whatever the sizes of the parts."""
+
+    def __init__(self) -> None:
+        """Start with no metric."""
+        self._totals: dict[str, list[float]] = {}
+
+    def add(self, values: Mapping[str, torch.Tensor], weights: torch.Tensor) -> None:
+        """Add one micro-batch: numbers of the same shape as `weights`, per row or per token."""
+        for name, value in values.items():
+            total = self._totals.setdefault(name, [0.0, 0.0])
+            total[0] += (value.detach() * weights).sum().item()
+            total[1] += weights.sum().item()
+
+    def means(self, engine: Engine | None = None) -> dict[str, float]:
+        """Return name -> mean, over all processes where an engine is given; no entry for a weight of 0."""
+        if engine is not None and engine.accelerator.num_processes > 1:
+            self._totals = {name: [engine.sum(x) for x in total] for name, total in self._totals.items()}
+        return {name: total / weight for name, (total, weight) in self._totals.items() if weight}

@@ -1,0 +1,162 @@
+"""PPO under the hands-on guide's names: a class that keeps its state from call to call."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf_helpers.core.generation import Rollout, rollout_from_text
+from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
+from rlhf_helpers.core.training import History
+from rlhf_helpers.policy_optimization.on_policy import PolicyRun, log_step, make_batch, start_run
+from rlhf_helpers.policy_optimization.ppo import (
+    PPOSettings,
+    kl_controller,
+    new_value_head,
+    ppo,
+    ppo_targets,
+    ppo_update,
+    update_kl_coef,
+)
+from rlhf_helpers.policy_optimization.rollouts import score
+
+
+class PPOTrainer:
+    """PPO under the hands-on guide's names; settings as flat keywords, clip_epsilon for cliprange.
+
+    `train` is the real thing: it samples its own responses. `train_step` updates on a batch from outside.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        ref_model: torch.nn.Module | None = None,
+        reward_model: RewardFn | torch.nn.Module | None = None,
+        tokenizer: Any = None,
+        learning_rate: float = PPOSettings.learning_rate,
+        clip_epsilon: float = PPOSettings.cliprange,
+        **changes: Any,
+    ) -> None:
+        """Make a value head and remember the rest; `model` is trained in place.
+
+        Args:
+            ref_model: None for a frozen copy.
+            reward_model: a reward model or a RewardFn; not needed where train_step is always given rewards.
+            changes: further fields of `PPOSettings`.
+
+        Raises:
+            TypeError: an unknown keyword.
+            ValueError: a bad value.
+        """
+        self.settings = PPOSettings(learning_rate=learning_rate, cliprange=clip_epsilon, **changes)
+        self.model, self.ref_model, self.reward_model = model, ref_model, reward_model
+        self.tokenizer = tokenizer_for(model) if tokenizer is None else tokenizer
+        self.value_head = new_value_head(model)
+        self.controller = kl_controller(self.settings)
+        self._run: PolicyRun | None = None  # of `train_step`: its optimizer lasts from call to call
+
+    def train(self, prompts: Sequence[str], *, steps: int | None = None, **options: Any) -> History:
+        """Run `ppo` on prompts, `steps` turns; options: loss_fn, ptx_rows and those of `RunOptions`.
+
+        With fewer prompts than prompts_per_step all of them are taken in each turn.
+        """
+        fewer = min(self.settings.prompts_per_step, max(1, len(prompts)))
+        settings = replace(self.settings, steps=steps or self.settings.steps, prompts_per_step=fewer)
+        options = {"ref_model": self.ref_model, "value_head": self.value_head, **options}
+        reward_fn = require_reward(self.reward_model)
+        return ppo(self.model, self.tokenizer, prompts, reward_fn, settings, **options)
+
+    def train_step(
+        self,
+        prompts: Sequence[str] | Rollout,
+        responses: Sequence[str] | None = None,
+        rewards: Sequence[float] | Tensor | None = None,
+    ) -> dict[str, float]:
+        """Make one PPO step, epochs x minibatches updates, on given responses; return the row of `ppo`.
+
+        Text from outside was not sampled by the policy: its log-probs are recomputed, so the first ratio is 1
+        although the batch is off-policy. Such a step raises the likelihood of what was rewarded above the
+        batch's average. It is not an estimate of the policy gradient, and `objective/kl` is not a KL either.
+        Constant learning rate; optimizer and KL coefficient last from call to call.
+
+        Args:
+            prompts: texts, with one response each, or a `Rollout`, whose sampled ids and log-probs are kept.
+            rewards: one finite number per response; None asks the reward model.
+
+        Raises:
+            ValueError: not as many responses and rewards as prompts, or fewer than two tokens in all.
+        """
+        if self._run is None:
+            self._run = self._start_run()
+        run, rollout = self._run, prompts
+        if not isinstance(rollout, Rollout):
+            temperature = self.settings.temperature
+            texts = prompts, responses or []
+            rollout = rollout_from_text(self.model, self.tokenizer, *texts, temperature=temperature)
+        scores = given_or_asked(rewards, self.reward_model, rollout)
+        batch = make_batch(run, rollout, scores, list(range(len(rollout))))
+        targets = ppo_targets(run, batch, self.value_head, kl_coef=self.controller.value)
+        metrics = ppo_update(run, batch, targets, self.value_head)
+        metrics["objective/kl_coef"] = self.controller.value
+        update_kl_coef(run, batch, self.controller)
+        log_step(run, batch, targets.kl_shaped_rewards.sum(-1), metrics)
+        run.engine.step += 1  # another order of minibatches next time
+        return dict(run.engine.history[-1])
+
+    def _start_run(self) -> PolicyRun:
+        options = {"value_head": self.value_head, "ref_model": self.ref_model}
+        settings = self.settings.for_single_steps()
+        return start_run(self.model, self.tokenizer, None, self.reward_model, settings, **options)
+
+
+def require_reward(reward_model: RewardFn | torch.nn.Module | None) -> RewardFn:
+    """Return the reward as a function; ValueError where there is none."""
+    if reward_model is None:
+        raise ValueError("there is no reward_model: give one to PPOTrainer, or rewards to train_step")
+    return as_reward_fn(reward_model)
+
+
+def given_or_asked(
+    rewards: Sequence[float] | Tensor | None,
+    reward_model: RewardFn | torch.nn.Module | None,
+    rollout: Rollout,
+) -> Float[Tensor, "B"]:
+    """Return the rewards as given, or ask the reward model for them; ValueError unless (B,) and finite."""
+    if rewards is None:
+        return score(require_reward(reward_model), rollout)
+    scores = torch.as_tensor(rewards, dtype=torch.float32, device=rollout.old_logps.device)
+    if scores.shape != (len(rollout),) or not scores.isfinite().all():
+        raise ValueError(f"rewards must be {len(rollout)} finite numbers, one per response, got {rewards!r}")
+    return scores
+
+
+def robust_ppo_training(
+    model: torch.nn.Module,
+    ref_model: torch.nn.Module | None,
+    reward_model: RewardFn | torch.nn.Module,
+    data: Mapping[str, Sequence[str]] | Sequence[str],
+    max_kl: float = 0.01,
+    *,
+    tokenizer: Any = None,
+    **changes: Any,
+) -> History:
+    """Train `model` in place by PPO with the safeguards that keep it from diverging; return the history.
+
+    New samples in each step. The updates of a step end once the policy is max_kl nats per token from the one
+    that sampled (early_stop_kl), before that update is made. The ratio is per token and against the sampler,
+    the KL per token and against the reference, in the reward. All means are masked, advantages whitened,
+    values and gradients clipped. `F.kl_div` of gathered log-probs is not a KL.
+
+    Args:
+        data: prompts, or a mapping with `prompts`.
+        changes: fields of `PPOSettings`.
+
+    Raises:
+        TypeError, ValueError: as `PPOTrainer` and `ppo`. Lesson 2.
+    """
+    prompts = data["prompts"] if isinstance(data, Mapping) else data
+    changes = {"epochs": 4, **changes, "early_stop_kl": max_kl}
+    return PPOTrainer(model, ref_model, reward_model, tokenizer, **changes).train(prompts)
