@@ -266,13 +266,6 @@ def space_tokenizer():
     )
 
 
-def pytest_collection_modifyitems(items):
-    """Under `-n`, keep the tests of a file in one process, but not those that run a whole lesson each."""
-    for item in items:
-        if not (item.get_closest_marker("xdist_group") or item.get_closest_marker("whole_lesson")):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
-
-
 # ---- for the tests of the loops; import them from tests.conftest
 
 

@@ -82,11 +82,9 @@ class GuardedNotebook(IPyNbFile):
 
     def collect(self):
         for cell in super().collect():
-            guarded = GuardedCell.from_parent(
+            yield GuardedCell.from_parent(
                 self, name=cell.name, cell_num=cell.cell_num, cell=cell.cell, options=cell.options
             )
-            guarded.add_marker(pytest.mark.xdist_group(self.path.name))  # the cells share a kernel
-            yield guarded
 
 
 class Lessons(pytest.File):

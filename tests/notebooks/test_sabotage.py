@@ -64,7 +64,6 @@ def test_every_lesson_has_its_sabotage():
     assert {path.name for path in LESSONS.glob("*.ipynb")} <= set(SABOTAGE)
 
 
-@pytest.mark.whole_lesson
 @pytest.mark.parametrize("lesson", SABOTAGE)
 def test_a_flipped_sign_fails_an_assert_of_the_lesson(lesson):
     path = LESSONS / lesson

@@ -104,7 +104,6 @@ def printed_by(cell):
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
-@pytest.mark.whole_lesson
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.name)
 def test_the_solved_lesson_runs_and_reuses_no_name(path):
     notebook = nbformat.read(path, as_version=4)

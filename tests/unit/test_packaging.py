@@ -135,7 +135,7 @@ def test_ci_runs_the_readmes_test_command():
     command = " && ".join(steps).replace('"$python"', "python3.11")
     assert command.startswith("python3.11 -m venv .venv && ")
     assert " && .venv/bin/pip install -r requirements.txt && " in command
-    assert command.endswith(" && .venv/bin/python -m pytest -n 2 --dist loadgroup")
+    assert command.endswith(" && .venv/bin/python -m pytest -n 2")
     assert f"\n{command}\n" in (ROOT / "README.md").read_text(encoding="utf8")
 
 
