@@ -291,6 +291,31 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+def run_in_two_processes(worker: Path, *arguments: object, timeout: float) -> None:
+    """Run a script under torchrun in two gloo processes on this CPU; fail where it fails or hangs."""
+    import subprocess
+    import sys
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
+    done = subprocess.run(
+        [sys.executable, *launch, f"--master_port={port}", str(worker), *map(str, arguments)],
+        env={
+            **os.environ,
+            "ACCELERATE_USE_CPU": "true",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parents[1]),  # this checkout, whatever is installed
+        },
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 class Killed(BaseException):
     """What ends a run in its midst: nothing may catch it."""
 

@@ -62,9 +62,7 @@ class OnPolicySettings(TrainingSettings):
     epochs: int = 1  # passes over the samples of a step; above 1 the loss should clip the ratio
     minibatches: int = 1  # per pass, shuffled; one optimizer step each
     max_new_tokens: int = 64  # a response that is cut here has not ended, and is scored as it stands
-    temperature: float = (
-        1.0  # for sampling, reference and update: if they differed, the first ratio would not be 1
-    )
+    temperature: float = 1.0  # of sampling, reference and update: else the first ratio would not be 1
     kl_coef: float = 0.05  # what one nat of KL to the reference costs, in units of the score
     entropy_coef: float = 0.0  # bonus for one nat of entropy at a token: a little keeps exploration alive
     missing_eos_penalty: float = 0.0  # taken off the score of a response that did not end
@@ -313,11 +311,10 @@ def log_step(run: PolicyRun, batch: Batch, rewards: Float[Tensor, "B"], metrics:
 
     rewards: what the loop maximized: scores minus penalties and, where it is part of the reward, the KL.
     """
-    settings, done = run.settings, run.engine.step + 1
+    settings = run.settings
     group = settings.samples_per_prompt if run.prompts is not None else 1
     row = rollout_metrics(batch.rollout, batch.scores, rewards, batch.ref_logps, samples_per_prompt=group)
     row |= metrics
-    due = done == settings.steps or (settings.eval_every and done % settings.eval_every == 0)
-    if run.eval_fn is not None and due:
+    if run.eval_fn is not None and run.engine.is_due(settings.eval_every or settings.steps):
         row |= run.eval_fn(run.policy)
     run.engine.log(row)

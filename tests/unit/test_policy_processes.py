@@ -1,14 +1,12 @@
 """Policy loops in two processes against one: what is equal, and what each process does on its own share."""
 
 import importlib.util
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.conftest import run_in_two_processes
 
 WORKER = Path(__file__).with_name("policy_worker.py")
 
@@ -17,16 +15,7 @@ WORKER = Path(__file__).with_name("policy_worker.py")
 def runs(tiny_llama_dir, tmp_path_factory):
     """What one process found, and what each of two found."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
-    done = subprocess.run(
-        [sys.executable, *launch, f"--master_port={port}", str(WORKER), str(tiny_llama_dir), str(folder)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_two_processes(WORKER, tiny_llama_dir, folder, timeout=300)
     spec = importlib.util.spec_from_file_location("policy_worker", WORKER)
     worker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(worker)

@@ -4,10 +4,8 @@ import copy
 import importlib
 import json
 import math
-import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -36,6 +34,7 @@ from rlhf_helpers.core.training.supervised import (
     encode_rows,
     token_weights,
 )
+from tests.conftest import run_in_two_processes
 
 WORKER = Path(__file__).with_name("training_worker.py")
 sys.path.insert(0, str(WORKER.parent))
@@ -485,18 +484,7 @@ def test_tied_weights_survive_a_checkpoint(tmp_path):
 
 
 def test_two_processes_equal_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
-    run = subprocess.run(
-        [sys.executable, *launch, f"--master_port={port}", str(WORKER), "two", str(tmp_path)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_in_two_processes(WORKER, "two", tmp_path, timeout=600)
     assert (tmp_path / "rank0").read_text() == "2 True 7 2"  # two ranks, resumed bit for bit, two rows each
     assert (tmp_path / "rank1").read_text() == "2 True 100010 2"
     engine, (model, history) = worker.engine_run(), worker.sft_run()

@@ -2,10 +2,6 @@
 
 import importlib.util
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +10,7 @@ import torch
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.training.distributed import full_weights
 from rlhf_helpers.reward_model import load_reward_model
+from tests.conftest import run_in_two_processes
 
 WORKER = Path(__file__).with_name("two_processes_worker.py")
 spec = importlib.util.spec_from_file_location(WORKER.stem, WORKER)
@@ -25,25 +22,7 @@ spec.loader.exec_module(worker)
 def run(tiny_llama_dir, tmp_path_factory):
     """Return the folder of a run, and what each of its two processes wrote: histories, and final weights."""
     out = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
-    root = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, *launch, f"--master_port={port}", str(WORKER), str(tiny_llama_dir), str(out)],
-        env={
-            **os.environ,
-            "ACCELERATE_USE_CPU": "true",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": root,
-        },
-        capture_output=True,
-        text=True,
-        timeout=400,  # processes that wait for each other for ever
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_two_processes(WORKER, tiny_llama_dir, out, timeout=400)
     return out, [
         (json.loads((out / f"history{rank}.json").read_text()), torch.load(out / f"weights{rank}.pt"))
         for rank in (0, 1)

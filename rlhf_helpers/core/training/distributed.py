@@ -107,11 +107,16 @@ def local_part(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the whole weights on the CPU, tied ones once; every process must ask for them."""
+    return {name: whole(tensor).cpu().clone() for name, tensor in _untied_weights(model).items()}
+
+
+def _untied_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights as they lie in this process, tied ones under their first name alone."""
     weights, seen = {}, set()
     for name, tensor in model.state_dict().items():
         storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).data_ptr()
         if storage not in seen or not storage:
-            weights[name] = whole(tensor).cpu().clone()
+            weights[name] = tensor
         seen.add(storage)
     return weights
 
@@ -122,8 +127,8 @@ def load_full_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor
     Raises:
         ValueError: weights are missing, unknown or of another shape; names them, and changes nothing.
     """
-    own = model.state_dict()
-    mine = {name: tensor.shape for name, tensor in full_weights(model).items()}
+    own = _untied_weights(model)
+    mine = {name: tensor.shape for name, tensor in own.items()}  # of a sharded weight, the whole one's
     theirs = {name: tensor.shape for name, tensor in weights.items()}
     if wrong := sorted(name for name in mine | theirs if mine.get(name) != theirs.get(name)):
         raise ValueError(f"the checkpoint and the model differ in {wrong[:5]}")
