@@ -15,18 +15,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from rlhf_helpers.core.models import require_cache, usable_positions
-from rlhf_helpers.core.tensors import batches_by_length, pad_left, pad_right, require_number, token_logps
+from rlhf_helpers.core.shared_prompts import Pair, answer_outputs, outputs_at
+from rlhf_helpers.core.tensors import batches_by_length, pad_left, pad_right, require_number
 from rlhf_helpers.core.text import decode_responses, encode_pair, encode_prompt, end_id, naming
 from rlhf_helpers.core.training.distributed import sum_over_shards
 
 # Finished rows leave the batch once they are this share of it; each time the cache is copied.
 DROP_SHARE = 0.25
+ANSWERS_PER_FORWARD = 16  # scored together; all processes hold equally many, and so make as many passes
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +74,14 @@ class Rollout:
     def response_ids(self) -> Int[Tensor, "B T"]:
         """The response columns of input_ids."""
         return self.input_ids[:, -self.response_mask.shape[1] :]
+
+    @property
+    def token_pairs(self) -> list[Pair]:
+        """Token ids of prompt and response of each row, without padding."""
+        width, pairs = self.response_mask.shape[1], []
+        for ids, real in zip(self.input_ids.cpu(), self.attention_mask.bool().cpu(), strict=True):
+            pairs.append((ids[:-width][real[:-width]].tolist(), ids[-width:][real[-width:]].tolist()))
+        return pairs
 
     @property
     def response_lengths(self) -> Int[Tensor, "B"]:
@@ -234,8 +245,7 @@ def response_logits(
 ) -> Float[Tensor, "B T V"]:
     """Compute the logits that predict the last `response_length` columns: already shifted, (B, T, V).
 
-    Positions come from the attention mask, so left padding changes nothing. Keeps gradients. Only the columns
-    asked for are multiplied by the vocabulary, which is most of the memory.
+    Positions come from the attention mask, so left padding changes nothing. Keeps gradients.
     """
     return response_outputs(model, input_ids, attention_mask, response_length=response_length)[0]
 
@@ -246,23 +256,20 @@ def response_outputs(
     attention_mask: Int[Tensor, "B L"],
     *,
     response_length: int,
-    states: bool = False,
-) -> tuple[Float[Tensor, "B T V"], Float[Tensor, "B T d"] | None]:
-    """Compute `response_logits` and, with `states`, the last hidden states they come from, for a value head.
+) -> tuple[Float[Tensor, "B T V"], Float[Tensor, "B T d"]]:
+    """Compute `response_logits` and the last hidden states they come from.
 
     The state of column t has read the prompt and the response up to t - 1: the value of it knows no more.
     """
-    require_cache(model)
-    outputs = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=_positions(attention_mask),
-        use_cache=False,
-        logits_to_keep=response_length + 1,
-        output_hidden_states=states,
-    )
-    before = slice(-response_length - 1, -1)
-    return outputs.logits[:, before], outputs.hidden_states[-1][:, before] if states else None
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": _positions(attention_mask),
+    }
+    rows, length = input_ids.shape
+    columns = torch.arange(length - response_length - 1, length - 1, device=input_ids.device)
+    places = length * torch.arange(rows, device=input_ids.device)[:, None] + columns
+    return outputs_at(model, inputs, places)
 
 
 def rollout_logps(model: nn.Module, rollout: Rollout, *, temperature: float = 1.0) -> Float[Tensor, "B T"]:
@@ -271,10 +278,14 @@ def rollout_logps(model: nn.Module, rollout: Rollout, *, temperature: float = 1.
     With the policy that sampled, and its temperature, these are old_logps: the ratio is 1. Scores the sampled
     ids: text decoded and tokenised again may be other ids.
     """
+    return rollout_outputs(model, rollout, temperature=temperature)[0]
+
+
+def rollout_outputs(model: nn.Module, rollout: Rollout, **wanted: Any) -> list[Float[Tensor, "B T"]]:
+    """Compute log-probs, entropies or values of a rollout's tokens, as `answer_outputs` does; (B, T) each."""
+    outputs = answer_outputs(model, rollout.token_pairs, answers_per_forward=ANSWERS_PER_FORWARD, **wanted)
     width = rollout.response_mask.shape[1]
-    logits = response_logits(model, rollout.input_ids, rollout.attention_mask, response_length=width)
-    logps = token_logps(logits, rollout.response_ids, temperature=temperature)
-    return torch.where(rollout.response_mask, logps, 0.0)
+    return [F.pad(output, (0, width - output.shape[1])) for output in outputs]
 
 
 def sequence_logps(
@@ -324,7 +335,6 @@ def _decode(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sample over one batch: response ids, log-probs and mask (B, steps), ended (B,)."""
     device, pad_id = next(model.parameters()).device, tokenizer.pad_token_id
-    ids, mask = pad_left(prompt_rows, pad_id, device=device)
     count = len(prompt_rows)
     out_ids = torch.full((count, steps), pad_id, device=device)
     out_logps = torch.zeros(count, steps, device=device)
@@ -336,18 +346,24 @@ def _decode(
     rows = torch.arange(count, device=device)  # where each row of the running batch belongs
     running = torch.ones(count, dtype=torch.bool, device=device)
     cache = DynamicCache(config=model.config)
-    positions = _positions(mask)
-    mask = torch.cat([mask, mask.new_ones(count, steps)], dim=1)
+    # A prompt that is sampled several times is read once; its keys and values are copied to every sample.
+    distinct = {row: index for index, row in enumerate(dict.fromkeys(map(tuple, prompt_rows)))}
+    source = torch.tensor([distinct[tuple(row)] for row in prompt_rows], device=device)
+    ids, mask = pad_left(list(distinct), pad_id, device=device)
+    positions, width = _positions(mask), mask.shape[1]
+    mask = torch.cat([mask, mask.new_ones(len(mask), steps)], dim=1)
     for step in range(steps):
-        seen = mask.shape[1] - steps + step
         logits = model(
             input_ids=ids,
-            attention_mask=mask[:, :seen],
+            attention_mask=mask[:, : width + step],
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
+        if step == 0:
+            cache.batch_select_indices(source)
+            logits, mask, positions = logits[source], mask[source], positions[source]
         tokens, logps = _pick(logits.float() / temperature, None if noise is None else noise[:, step])
         out_ids[rows, step] = torch.where(running, tokens, pad_id)
         out_logps[rows, step] = torch.where(running, logps, 0.0)

@@ -232,12 +232,17 @@ def require_cache(model: nn.Module) -> None:
     Raises:
         ValueError: Names the kind of model.
     """
-    model = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    model = transformer_of(model)
     if model is not None and "past_key_values" not in inspect.signature(model.forward).parameters:
         raise ValueError(
             f"{type(model).__name__} takes no past_key_values: sampling and scoring here need a key-value "
             "cache, which recurrent models (Mamba, RWKV) do not have; choose a model with attention"
         )
+
+
+def transformer_of(model: nn.Module) -> PreTrainedModel | None:
+    """Return the Hugging Face model inside wrappers (LoRA, DDP); None if there is none."""
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
 
 
 def usable_positions(model: nn.Module) -> int | None:

@@ -11,8 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from rlhf_helpers.core.generation import Rollout, response_logits
-from rlhf_helpers.core.tensors import batches_by_length, pad_left, pad_right, token_logps
+from rlhf_helpers.core.generation import Rollout
+from rlhf_helpers.core.shared_prompts import Pair, answer_outputs
+from rlhf_helpers.core.tensors import batches_by_length
 from rlhf_helpers.core.text import (
     encode_answers,
     encode_pair,
@@ -25,7 +26,6 @@ from rlhf_helpers.core.text import (
 
 Rows = Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
 Data = Union[Rows, "DPODataset"]  # rows, or rows that are tokenized already
-Encoded = tuple[list[int], list[int]]  # token ids of a prompt, and of a response with its EOS
 COLUMNS = {
     "pairs": ("prompt", "chosen", "rejected"),
     "unpaired": ("prompt", "completion", "label"),
@@ -58,12 +58,11 @@ class DPODataset(Dataset):
     ) -> None:
         """Check and tokenize; `kind` None: read from the first row's columns; max_length: `encode_pair`'s."""
         self.rows, self.kind = _checked(rows, kind)
-        self.pad_id = tokenizer.pad_token_id
         self.ref_logps: list[Tensor] | None = None  # a (K,) tensor per row
         self.reference: str | None = None  # fingerprint of the model that gave ref_logps
         self.weights = [1.0] * len(self.rows)
         others = _mismatched(self.rows) if self.kind == "unpaired" else []
-        self.sequences: list[list[Encoded]] = []
+        self.sequences: list[list[Pair]] = []
         for index, row in enumerate(self.rows):
             prompt, answers = row["prompt"], _answers(row, self.kind)
             with naming(f"row {index}"):
@@ -83,7 +82,6 @@ class DPODataset(Dataset):
         ref_logps: Float[Tensor, "B"],
         *,
         group: int,
-        pad_id: int,
     ) -> "DPODataset":
         """Pair the best with the worst of each `group` samples in succession, which answer one prompt.
 
@@ -93,13 +91,9 @@ class DPODataset(Dataset):
         grid = scores.view(-1, group)
         firsts = group * torch.arange(len(grid), device=grid.device)
         pairs = torch.stack([firsts + grid.argmax(-1), firsts + grid.argmin(-1)], 1)
-        width = rollout.response_mask.shape[1]
-        ids = []
-        for row, real in zip(rollout.input_ids, rollout.attention_mask.bool(), strict=True):
-            prompt_ids, response_ids = row[:-width][real[:-width]], row[-width:][real[-width:]]
-            ids.append((prompt_ids.tolist(), response_ids.tolist()))
+        ids = rollout.token_pairs
         data = cls.__new__(cls)
-        data.kind, data.pad_id, data.reference = "pairs", pad_id, None
+        data.kind, data.reference = "pairs", None
         data.rows, data.sequences = [], []
         for best, worst in pairs.tolist():
             texts = rollout.prompts[best], rollout.responses[best], rollout.responses[worst]
@@ -147,21 +141,15 @@ class DPODataset(Dataset):
         ref_logps = torch.empty(len(flat))
         with torch.no_grad():
             for batch in batches_by_length([len(p) + len(r) for p, r in flat], batch_size):
-                ref_logps[batch] = sum_logps(model, [flat[i] for i in batch], self.pad_id)[0].float().cpu()
+                ref_logps[batch] = sum_logps(model, [flat[i] for i in batch])[0].float().cpu()
         self.ref_logps = list(ref_logps.split([len(row) for row in self.sequences]))
         self.reference = name
 
 
-def sum_logps(
-    model: nn.Module, sequences: Sequence[Encoded], pad_id: int
-) -> tuple[Float[Tensor, "N"], Int[Tensor, "N"]]:
+def sum_logps(model: nn.Module, sequences: Sequence[Pair]) -> tuple[Float[Tensor, "N"], Int[Tensor, "N"]]:
     """One forward over all sequences: log p(response | prompt) in nats, EOS included, and response tokens."""
-    device = next(model.parameters()).device
-    prompt_ids, prompt_mask = pad_left([p for p, _ in sequences], pad_id, device=device)
-    ids, mask = pad_right([r for _, r in sequences], pad_id, device=device)
-    both = torch.cat([prompt_ids, ids], 1), torch.cat([prompt_mask, mask], 1)
-    logits = response_logits(model, *both, response_length=ids.shape[1])
-    return torch.where(mask.bool(), token_logps(logits, ids), 0.0).sum(-1), mask.sum(-1)
+    (logps,) = answer_outputs(model, sequences)
+    return logps.sum(-1), torch.tensor([len(answer) for _, answer in sequences], device=logps.device)
 
 
 def fingerprint(model: nn.Module) -> str:

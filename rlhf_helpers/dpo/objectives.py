@@ -109,7 +109,7 @@ def pair_logps(
     """Return log-probs and token counts of the chosen, then of the rejected answers, from one forward."""
     chosen = [data.sequences[index][0] for index in indices]
     rejected = [data.sequences[index][1] for index in indices]
-    return sum_logps(model, chosen + rejected, data.pad_id)
+    return sum_logps(model, chosen + rejected)
 
 
 def reference_free_losses(
@@ -142,7 +142,7 @@ def kto_losses(
     reference_point: Float[Tensor, ""],
 ) -> tuple[Float[Tensor, "B"], Metrics]:
     """KTO on single answers, desirable or not, against the reference point z0, logged as `kl`."""
-    policy_logps, _ = sum_logps(model, [data.sequences[index][0] for index in indices], data.pad_id)
+    policy_logps, _ = sum_logps(model, [data.sequences[index][0] for index in indices])
     device = policy_logps.device
     ref_logps = data.ref_logps_of(indices, device)[:, 0]
     desirable = torch.tensor([bool(data.rows[index]["label"]) for index in indices], device=device)
@@ -161,7 +161,7 @@ def kto_losses(
 @torch.no_grad()
 def mismatched_log_ratios(model: nn.Module, data: DPODataset, indices: Sequence[int]) -> Float[Tensor, "B"]:
     """Return log(pi / ref) of another prompt's answer to the prompt of each row, what KTO measures KL on."""
-    logps, _ = sum_logps(model, [data.sequences[index][1] for index in indices], data.pad_id)
+    logps, _ = sum_logps(model, [data.sequences[index][1] for index in indices])
     return logps - data.ref_logps_of(indices, logps.device)[:, 1]
 
 
@@ -171,7 +171,7 @@ def listwise_losses(
     """Plackett-Luce on rankings, best answer first; a ranking's metrics are means over its pairs."""
     sizes = [len(data.sequences[index]) for index in indices]
     flat = [sequence for index in indices for sequence in data.sequences[index]]
-    logps, _ = sum_logps(model, flat, data.pad_id)
+    logps, _ = sum_logps(model, flat)
     parts = logps.split(sizes)
     losses = logps.new_zeros(len(indices))
     metrics: Metrics = []

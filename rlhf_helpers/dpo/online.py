@@ -110,9 +110,7 @@ def online_dpo(
         # Log-probs of the reference now: it may be another one at the next step.
         with torch.no_grad():
             ref_logps = rollout_logps(reference, rollout).sum(-1)
-        data = DPODataset.from_rollout(
-            rollout, final_scores, ref_logps, group=group, pad_id=tokenizer.pad_token_id
-        )
+        data = DPODataset.from_rollout(rollout, final_scores, ref_logps, group=group)
         metrics = _sample_metrics(rollout, scores, ref_logps, data)
         metrics |= online_dpo_update(engine, data, loss_fn)
         if settings.refresh_reference and (step + 1) % settings.refresh_reference == 0:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_helpers.core.generation import Rollout, encode_prompts
+from rlhf_helpers.core.generation import Rollout, encode_prompts, rollout_logps
 from rlhf_helpers.core.models import RewardFn, frozen_copy
 from rlhf_helpers.core.policy_losses import approx_kl, clip_fraction
 from rlhf_helpers.core.tensors import masked_mean
@@ -22,7 +22,6 @@ from rlhf_helpers.core.training import Engine, MeanMetrics, TrainingSettings
 from rlhf_helpers.core.training.settings import require_fields
 from rlhf_helpers.policy_optimization.rollouts import (
     collect,
-    policy_logps,
     policy_outputs,
     repeat_columns,
     rollout_metrics,
@@ -220,7 +219,7 @@ def make_batch(run: PolicyRun, rollout: Rollout, scores: Float[Tensor, "B"], row
     penalties = settings.missing_eos_penalty * ~rollout.ended
     penalties = penalties + settings.length_penalty * rollout.response_lengths
     with torch.no_grad():
-        ref_logps, _ = policy_logps(run.reference, rollout, temperature=settings.temperature)
+        ref_logps = rollout_logps(run.reference, rollout, temperature=settings.temperature)
     return Batch(rollout, scores, scores - penalties, ref_logps, rows)
 
 

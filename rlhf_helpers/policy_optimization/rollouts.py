@@ -2,21 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_helpers.core.generation import Rollout, generate, response_outputs
+from rlhf_helpers.core.generation import Rollout, generate, rollout_outputs
 from rlhf_helpers.core.models import RewardFn, as_reward_fn
 from rlhf_helpers.core.policy_losses import kl_estimate
-from rlhf_helpers.core.tensors import masked_mean, require_shapes, token_entropies, token_logps
+from rlhf_helpers.core.tensors import masked_mean, require_shapes
 from rlhf_helpers.core.text import Columns, require_columns
-
-ROWS_PER_FORWARD = 16
 
 
 def collect(
@@ -80,41 +76,10 @@ def policy_outputs(
     """Log-probs and entropies of the sampled tokens, with a value_head their values too: each (B, T).
 
     V_t is read where y_t is about to be chosen: it has seen the prompt and y_<t. Entropies in nats, without
-    gradient unless asked for. All are 0 on padding. Rows of similar length go through the model together, so
-    that little of the work is spent on padding.
+    gradient unless asked for. All are 0 on padding.
     """
-    order = rollout.attention_mask.sum(-1).argsort(stable=True)
-    width = rollout.response_mask.shape[1]
-    parts = []
-    for rows in order.split(ROWS_PER_FORWARD):
-        part = without_padding(rollout[rows])
-        mask, (ids, attention) = part.response_mask, (part.input_ids, part.attention_mask)
-        logits, states = response_outputs(
-            model, ids, attention, response_length=mask.shape[1], states=value_head is not None
-        )
-        columns = [token_logps(logits, part.response_ids, temperature=temperature)]
-        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-            columns.append(token_entropies(logits, mask, temperature=temperature))
-        if value_head is not None:
-            columns.append(value_head(states).float())
-        parts.append([F.pad(torch.where(mask, x, 0.0), (0, width - mask.shape[1])) for x in columns])
-    back = order.argsort()
-    return tuple(torch.cat(column)[back] for column in zip(*parts, strict=True))
-
-
-def without_padding(rollout: Rollout) -> Rollout:
-    """Drop the columns that are padding in every row."""
-    width = rollout.response_mask.shape[1]
-    prompt_width = rollout.input_ids.shape[1] - width
-    longest = int(rollout.response_lengths.max())
-    first = prompt_width - int(rollout.attention_mask[:, :prompt_width].sum(-1).max())
-    return replace(
-        rollout,
-        input_ids=rollout.input_ids[:, first : prompt_width + longest],
-        attention_mask=rollout.attention_mask[:, first : prompt_width + longest],
-        response_mask=rollout.response_mask[:, :longest],
-        old_logps=rollout.old_logps[:, :longest],
-    )
+    asked = {"entropies": True, "entropy_gradient": entropy_gradient, "value_head": value_head}
+    return tuple(rollout_outputs(model, rollout, temperature=temperature, **asked))
 
 
 def sequence_kl(rollout: Rollout, ref_logps: Float[Tensor, "B T"]) -> Float[Tensor, "B"]:

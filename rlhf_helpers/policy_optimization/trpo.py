@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_helpers.core.generation import Rollout, response_logits
+from rlhf_helpers.core.generation import Rollout
 from rlhf_helpers.core.models import RewardFn
 from rlhf_helpers.core.policy_losses import approx_kl, rloo_advantages
+from rlhf_helpers.core.shared_prompts import outputs_at, pack_answers
 from rlhf_helpers.core.tensors import masked_mean, masked_sum, require_number, require_shapes
 from rlhf_helpers.core.training import History
 from rlhf_helpers.core.training.settings import require_fields
@@ -25,7 +26,7 @@ from rlhf_helpers.policy_optimization.on_policy import (
     start_run,
 )
 from rlhf_helpers.policy_optimization.reinforce import PolicyLoss, RLOOSettings
-from rlhf_helpers.policy_optimization.rollouts import policy_outputs, sequence_kl, without_padding
+from rlhf_helpers.policy_optimization.rollouts import policy_outputs, sequence_kl
 
 Vector = Float[Tensor, "N"]
 Product = Callable[[Tensor], Tensor]
@@ -116,7 +117,7 @@ def trpo_update(
     gradient = _flat([p.grad for p in parameters], parameters)
     run.engine.optimizer.zero_grad(set_to_none=True)  # Adam has no part in this step
     # Curvature and KL on every k-th response: a product with F costs two backward passes.
-    few = without_padding(batch.rollout[:: -(-len(batch.rollout) // settings.fisher_rows)])
+    few = batch.rollout[:: -(-len(batch.rollout) // settings.fisher_rows)]
     with eager_attention(run.policy):
         fisher = fisher_product(run.policy, parameters, few, settings.temperature)
 
@@ -141,7 +142,7 @@ def fisher_product(
     Schulman et al. 2015, appendix C.1. Lesson 2.
     """
     logps = _vocabulary_logps(model, rollout, temperature)
-    kl = _exact_kl(logps.detach(), logps, rollout.response_mask)
+    kl = _exact_kl(logps.detach(), logps)
     slopes = torch.autograd.grad(kl, parameters, create_graph=True, materialize_grads=True)
     slope = _flat(slopes, parameters)
 
@@ -246,7 +247,7 @@ def _line_search(
         for parameter, value, piece in zip(parameters, before, pieces, strict=True):
             parameter.copy_(value + fraction * piece.view_as(value))
         new = _vocabulary_logps(run.policy, few, settings.temperature)
-        kl = _exact_kl(old, new, few.response_mask).item()
+        kl = _exact_kl(old, new).item()
         # Both conditions: close enough, and better than before.
         if kl <= settings.max_kl:
             gain = start - _surrogate(run, batch, advantages, loss_fn, learn=False)["loss"]
@@ -260,15 +261,15 @@ def _line_search(
 
 
 def _vocabulary_logps(model: torch.nn.Module, rollout: Rollout, temperature: float) -> Tensor:
-    """Log-prob of every token of the vocabulary at every position of the responses, (B, T, V)."""
-    width = rollout.response_mask.shape[1]
-    logits = response_logits(model, rollout.input_ids, rollout.attention_mask, response_length=width)
+    """Log-prob of every token of the vocabulary at each of the N places of the responses, (N, V)."""
+    (packed,) = pack_answers(model, rollout.token_pairs)
+    logits, _ = outputs_at(model, packed.inputs, packed.before)
     return torch.log_softmax(logits.float() / temperature, dim=-1)
 
 
-def _exact_kl(old: Tensor, new: Tensor, mask: Tensor) -> Tensor:
-    """KL(old || new) of next-token distributions (B, T, V), mean over real tokens."""
-    return masked_mean((old.exp() * (old - new)).sum(-1), mask)
+def _exact_kl(old: Tensor, new: Tensor) -> Tensor:
+    """KL(old || new) of next-token distributions (N, V), mean over tokens."""
+    return (old.exp() * (old - new)).sum(-1).mean()
 
 
 def _flat(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:

@@ -29,6 +29,7 @@ from rlhf_helpers.core.models import (
     tokenizer_for,
     usable_positions,
 )
+from rlhf_helpers.core.shared_prompts import pack_answers, split_prompts, takes_block_mask
 from rlhf_helpers.core.tensors import as_bool_mask, batches_by_length, pad_right, require_shapes
 from rlhf_helpers.core.text import encode_answers, naming
 from rlhf_helpers.core.training.distributed import full_weights, save_pretrained, whole
@@ -92,21 +93,34 @@ class RewardModel(nn.Module):
         return self.trunk.config
 
     def forward(
-        self, input_ids: Int[Tensor, "B T"], attention_mask: Shaped[Tensor, "B T"] | None = None
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Shaped[Tensor, "B T"] | None = None,
+        **packed: Tensor,
     ) -> Float[Tensor, "B"]:
         """Rewards (B,), float32, of token ids padded on the right, on the left, or both.
 
         Without a mask it is inferred: every pad token is padding (so pad must not be EOS: `load_encoder` sees
         to that). Rows are first moved to start at position 0: padding changes no reward. Raises ValueError
         where shapes differ, the mask is not 0/1, or a row holds no real token.
+
+        packed: where several answers share a row (`rewards_of`), position_ids, and for each answer the place
+        where it ends.
         """
-        rewards = self._judge(self._read(input_ids, attention_mask))
+        rewards = self._judge(self._read(input_ids, attention_mask, **packed))
         return rewards.sum(-1)  # of one column; a squeezed view would not do under fully_shard
 
     def _read(
-        self, input_ids: Int[Tensor, "B T"], attention_mask: Shaped[Tensor, "B T"] | None
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Shaped[Tensor, "B T"] | None,
+        ends: Int[Tensor, "n"] | None = None,
+        **positions: Tensor,
     ) -> Float[Tensor, "B d"]:
-        """One hidden state per row, in float32."""
+        """One hidden state per row, or per end of an answer, in float32."""
+        if ends is not None:
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **positions}
+            return self.trunk(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[ends].float()
         require_shapes("B T", input_ids=input_ids)
         if attention_mask is None:
             attention_mask = input_ids != self.tokenizer.pad_token_id
@@ -143,9 +157,20 @@ class RewardModel(nn.Module):
         return self.encode_answers(prompt, [response])[0]
 
     def rewards_of(self, sequences: Sequence[Sequence[int]]) -> Float[Tensor, "B"]:
-        """One forward over token sequences (from `encode`), padded here; keeps the gradient."""
+        """One forward over token sequences (from `encode`), padded here; keeps the gradient.
+
+        What several of them begin with, their prompt, is read once (`core.shared_prompts`).
+        """
+        return self(**self._batch(sequences))
+
+    def _batch(self, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Lay out sequences for `forward`; they share rows only where the head reads the end of each."""
+        if self.pooling == "last" and takes_block_mask(self.trunk):
+            (packed,) = pack_answers(self.trunk, split_prompts(sequences))
+            in_order = torch.tensor(packed.answers).argsort().to(self.trunk.device)
+            return {**packed.inputs, "ends": packed.ends[in_order]}
         ids, mask = pad_right(sequences, self.tokenizer.pad_token_id, device=self.trunk.device)
-        return self(ids, mask)
+        return {"input_ids": ids, "attention_mask": mask}
 
     @torch.no_grad()
     def score(
@@ -178,12 +203,15 @@ class RewardModel(nn.Module):
         for row, prompt in enumerate(prompts):
             rows.setdefault(prompt, []).append(row)
         sequences: list[list[int]] = [[]] * len(prompts)
+        longest = [0] * len(prompts)
         for prompt, own in rows.items():
             with naming(f"row {own[0]}"):
                 answers = self.encode_answers(prompt, [responses[row] for row in own])
             for row, ids in zip(own, answers, strict=True):
                 sequences[row] = ids
-        batches = batches_by_length(map(len, sequences), batch_size)
+                longest[row] = max(map(len, answers))
+        # By the longest answer to their prompt, so that answers to one prompt stay together.
+        batches = batches_by_length(longest, batch_size)
         with eval_mode(self):
             parts = [read([sequences[row] for row in batch]) for batch in batches]
         return torch.cat(parts)[torch.tensor([row for batch in batches for row in batch]).argsort()]

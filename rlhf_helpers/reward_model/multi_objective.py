@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rlhf_helpers.core.models import load_encoder
-from rlhf_helpers.core.tensors import pad_right, require_number
+from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.preference_data.collection import collect_comparisons
 from rlhf_helpers.reward_model.model import RewardModel
 from rlhf_helpers.world.annotators import Annotator
@@ -80,10 +80,13 @@ class MultiObjectiveRewardModel(RewardModel):
         self.options = {"objectives": list(self.objectives), "weights": self._weights}
 
     def forward(
-        self, input_ids: Int[Tensor, "B T"], attention_mask: Shaped[Tensor, "B T"] | None = None
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Shaped[Tensor, "B T"] | None = None,
+        **packed: Tensor,
     ) -> tuple[Float[Tensor, "B"], dict[str, Float[Tensor, "B"]]]:
         """(rewards (B,), dict objective -> (B,) in the order of `objectives`); masks as in `RewardModel`."""
-        rewards = self._judge(self._read(input_ids, attention_mask))
+        rewards = self._judge(self._read(input_ids, attention_mask, **packed))
         columns = zip(self.objectives, rewards.unbind(1), strict=True)
         return self._combine(rewards), {name: column.clone() for name, column in columns}  # no views: FSDP
 
@@ -97,8 +100,9 @@ class MultiObjectiveRewardModel(RewardModel):
 
     def objective_rewards_of(self, sequences: Sequence[Sequence[int]]) -> Float[Tensor, "B K"]:
         """The reward of each objective for token sequences from `encode`; keeps the gradient."""
-        ids, mask = pad_right(sequences, self.tokenizer.pad_token_id, device=self.trunk.device)
-        _, by_objective = self(ids, mask)  # through `forward`, where a sharded model is gathered
+        _, by_objective = self(
+            **self._batch(sequences)
+        )  # through `forward`, where a sharded model is gathered
         return torch.stack(list(by_objective.values()), 1)
 
     @torch.no_grad()

@@ -527,14 +527,14 @@ def test_pairs_are_the_best_and_the_worst_sample_with_their_sampled_ids(tiny):
     rollout = generate(model, tokenizer, ["Hello"] * 3 + ["Why?"] * 3, max_new_tokens=6, seed=0)
     scores = torch.tensor([0.1, 0.9, 0.5, 2.0, 1.0, 1.5])
     logps = rollout.old_logps.sum(-1)
-    data = DPODataset.from_rollout(rollout, scores, logps, group=3, pad_id=tokenizer.pad_token_id)
+    data = DPODataset.from_rollout(rollout, scores, logps, group=3)
     assert [(row["prompt"], row["chosen"], row["rejected"]) for row in data.rows] == [
         ("Hello", rollout.responses[1], rollout.responses[0]),
         ("Why?", rollout.responses[3], rollout.responses[4]),
     ]
     assert data[1]["ref_chosen_logps"] == pytest.approx(logps[3].item())
     flat = [sequence for row in data.sequences for sequence in row]
-    found, lengths = data_module.sum_logps(model, flat, tokenizer.pad_token_id)
+    found, lengths = data_module.sum_logps(model, flat)
     torch.testing.assert_close(found.detach(), logps[[1, 0, 3, 4]], atol=1e-4, rtol=0)
     assert lengths.tolist() == rollout.response_lengths[[1, 0, 3, 4]].tolist()
 
