@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from rlhf_helpers.alignment_eval.report import AlignmentReportGenerator, markdown_table
+from rlhf_helpers.core.lora import has_adapter, merged_copy
 from rlhf_helpers.core.models import tokenizer_for
 from rlhf_helpers.core.text import end_id, opening_ids
 
@@ -65,8 +66,8 @@ def save_policy(
         raise FileExistsError(f"{folder} exists: name another folder, or {mend}")
     rows = pd.DataFrame([_measured(*item) for item in metrics.items()], index=list(metrics))
     tokenizer = copy.deepcopy(tokenizer or tokenizer_for(model))
-    if hasattr(model, "merge_and_unload"):
-        model = copy.deepcopy(model).merge_and_unload()
+    if has_adapter(model):
+        model = merged_copy(model)
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise TypeError(f"save_policy needs a Hugging Face causal LM, got {type(model).__name__}")
 

@@ -28,8 +28,8 @@ Conversation = str | Mapping[str, Any]
 class ChatSettings:
     """Settings of each stage, for the tiny assistant; their own numbers of steps and epochs are not used."""
 
-    sft: TrainingSettings = field(default_factory=lambda: TrainingSettings(learning_rate=3e-4))
-    policy: RLOOSettings = field(default_factory=lambda: RLOOSettings(learning_rate=1e-3))
+    sft: TrainingSettings = field(default_factory=lambda: TrainingSettings(tiny_learning_rate=3e-4))
+    policy: RLOOSettings = field(default_factory=lambda: RLOOSettings(tiny_learning_rate=1e-3))
     pairs: DPOSettings = field(default_factory=DPOSettings)
     thumbs: DPOSettings = field(default_factory=lambda: DPOSettings(loss="kto", beta=0.1))
     sft_batch_size: int = 16

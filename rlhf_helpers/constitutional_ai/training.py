@@ -50,11 +50,11 @@ class ConstitutionalSettings:
     rounds: int = 3  # revisions of a draft at most
     drafts_per_prompt: int = 4  # to be revised, then imitated
     pairs_per_prompt: int = 2  # of samples of the imitator, each pair two new ones, to be compared
-    sft: TrainingSettings = field(default_factory=lambda: TrainingSettings(learning_rate=1e-3))
+    sft: TrainingSettings = field(default_factory=TrainingSettings)
     sft_epochs: int = 3
     reward: RewardSettings = field(default_factory=RewardSettings)
     policy: RLOOSettings | DPOSettings = field(
-        default_factory=lambda: RLOOSettings(learning_rate=1e-3, steps=12)
+        default_factory=lambda: RLOOSettings(tiny_learning_rate=1e-3, steps=12)
     )
     max_new_tokens: int = 64
     seed: int = 0  # of sampling; training has its own

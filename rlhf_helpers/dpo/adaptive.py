@@ -58,7 +58,7 @@ def adaptive_dpo_training(
     target_kl: float = 2.0,
     *,
     beta: float = 0.1,
-    learning_rate: float = 3e-4,
+    learning_rate: float | None = None,
     epochs: int = 3,
     progress: bool = True,
     **changes: Any,
@@ -74,7 +74,7 @@ def adaptive_dpo_training(
         model: trained in place.
         data: pairs, as in `DPODataset`.
         target_kl: nats per response, of the policy's own samples: at 0.01 the policy may hardly move.
-        learning_rate: 3e-4 for "tiny", 1e-6 for models of 100 M parameters and more.
+        learning_rate: None: by the size of the model.
         changes: further fields of `DPOSettings`.
 
     Returns:

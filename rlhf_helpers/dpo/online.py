@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlhf_helpers.core.generation import Rollout, encode_prompts, generate, rollout_logps
+from rlhf_helpers.core.lora import has_adapter, reference_model
 from rlhf_helpers.core.models import RewardFn, as_reward_fn, frozen_copy
 from rlhf_helpers.core.text import Columns, require_columns
 from rlhf_helpers.core.training import Engine, History
@@ -18,7 +19,7 @@ from rlhf_helpers.core.training.distributed import full_weights, load_full_weigh
 from rlhf_helpers.core.training.settings import require_fields
 from rlhf_helpers.dpo.data import DPODataset, fingerprint
 from rlhf_helpers.dpo.objectives import OBJECTIVES, LossFn
-from rlhf_helpers.dpo.training import DPOSettings, dpo_update, reference_of
+from rlhf_helpers.dpo.training import DPOSettings, dpo_update
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,11 @@ def online_dpo(
     columns = dict(columns or {})
     require_columns(prompts, columns)
     # A prompt that is too long is refused now, not at the step that draws it.
-    encode_prompts(model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens)
-    reference = reference_of(model, ref_model)
-    if settings.refresh_reference and ref_model is not None:
-        reference = frozen_copy(ref_model)  # it will be overwritten, and the caller's must not be
+    lengths = {"max_new_tokens": settings.max_new_tokens, "max_length": settings.max_length}
+    encode_prompts(model, tokenizer, prompts, **lengths)
+    reference = reference_model(model, ref_model, lora=settings.lora)
+    if settings.refresh_reference:
+        reference = own_reference(reference, model, settings)
     engine = _start(model, settings, prompts, reference)
     if resume:
         engine.resume()
@@ -119,6 +121,19 @@ def online_dpo(
             metrics |= eval_fn(model)
         engine.log(metrics)
     return engine.history
+
+
+def own_reference(reference: nn.Module, model: nn.Module, settings: OnlineDPOSettings) -> nn.Module:
+    """Return a reference that may be overwritten: a copy, since the caller's must not be.
+
+    Raises:
+        ValueError: with LoRA, where the reference is the model without its adapters.
+    """
+    if settings.lora or has_adapter(model):
+        raise ValueError(
+            "refresh_reference must be 0 with LoRA: merge the adapters and train new ones instead"
+        )
+    return frozen_copy(reference)
 
 
 def online_dpo_update(engine: Engine, data: DPODataset, loss_fn: LossFn | None = None) -> dict[str, float]:

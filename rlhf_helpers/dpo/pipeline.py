@@ -16,7 +16,7 @@ class DPOPipeline:
     """
 
     def __init__(
-        self, model_name: str = "tiny", beta: float = 0.1, learning_rate: float = 1e-5, **changes: Any
+        self, model_name: str = "tiny", beta: float = 0.1, learning_rate: float | None = None, **changes: Any
     ) -> None:
         """Load model and tokenizer; raises what `load_model` and `DPOTrainer` raise."""
         self.model, self.tokenizer = load_model(model_name)

@@ -19,7 +19,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlhf_helpers.core.generation import Rollout, generate, rollout_logps, sequence_logps
-from rlhf_helpers.core.models import frozen_copy, load_model, tokenizer_for, usable_positions
+from rlhf_helpers.core.lora import reference_model
+from rlhf_helpers.core.models import load_model, tokenizer_for, usable_positions
 from rlhf_helpers.core.policy_losses import AdaptiveKLController, FixedKLController, rloo_advantages
 from rlhf_helpers.core.preference_losses import dpo_loss
 from rlhf_helpers.core.tensors import batches_by_length
@@ -31,7 +32,7 @@ from rlhf_helpers.core.training import (
     micro_batches,
     offline_steps,
 )
-from rlhf_helpers.core.training.distributed import full_weights, load_full_weights, save_pretrained
+from rlhf_helpers.core.training.distributed import full_weights, load_full_weights, save_model
 from rlhf_helpers.core.training.settings import require_fields
 from rlhf_helpers.dpo.data import Data, DPODataset
 from rlhf_helpers.dpo.objectives import OBJECTIVES, LossFn, batch_losses, mismatched_log_ratios
@@ -48,7 +49,7 @@ class DPOSettings(TrainingSettings):
     "slic", "orpo", "simpo": pairs without one; "kto": unpaired rows; "listwise": rankings.
     """
 
-    learning_rate: float = 3e-4  # for the tiny assistant; a model of 100 M parameters wants about 1e-6
+    tiny_learning_rate: float = 3e-4
     schedule: str = "linear"  # the data are fixed, so there is an end to anneal towards
     loss: str = "dpo"
     beta: float = 0.1  # larger stays closer to the reference; another scale in each loss, see its docstring
@@ -66,7 +67,6 @@ class DPOSettings(TrainingSettings):
     epochs: int = 1
     batch_size: int = 16  # rows per micro-batch; KTO takes its reference point from them, so more than one
     eval_every: int = 0  # steps between evaluations of val_rows; 0: at the end of each epoch
-    max_length: int | None = None  # tokens of prompt and response together; None: the model's context
 
     def __post_init__(self) -> None:
         """Refuse values that would train wrongly or not at all."""
@@ -351,19 +351,6 @@ def prepare_data(
     return data
 
 
-def reference_of(model: nn.Module, ref_model: nn.Module | None) -> nn.Module:
-    """Return ref_model, or a frozen copy of `model`.
-
-    It must be made before an engine shards the model, which cannot be copied then.
-
-    Raises:
-        ValueError: ref_model is `model`.
-    """
-    if ref_model is model:
-        raise ValueError("ref_model is the model that is trained, so KL would stay 0; give a frozen_copy")
-    return frozen_copy(model) if ref_model is None else ref_model
-
-
 class DPOTrainer:
     """Trains `model` in place on preferences by any loss of `DPOSettings`; flat keywords win over settings.
 
@@ -377,7 +364,8 @@ class DPOTrainer:
     the policy's own samples; the loss that is logged does not contain it.
 
     Args:
-        ref_model: None: a frozen copy of `model` as it is given, if the loss or a KL needs one. Its log-probs
+        ref_model: None: a frozen copy of `model` as it is given or, with LoRA, `model` without its
+            adapters, if the loss or a KL needs one. Its log-probs
             are computed once per data set: hand in a `DPODataset` to keep them from call to call.
         loss_fn: your own loss, called as the loss named in the settings is: for "dpo"
             loss_fn(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=)
@@ -402,7 +390,7 @@ class DPOTrainer:
         self.settings = replace(settings or DPOSettings(), **changes)
         self.model, self.tokenizer, self.loss_fn = model, tokenizer or tokenizer_for(model), loss_fn
         needed = ref_model is not None or self.settings.needs_reference
-        self.ref_model = reference_of(model, ref_model) if needed else None
+        self.ref_model = reference_model(model, ref_model, lora=self.settings.lora) if needed else None
         self._restart(self.settings)
 
     def _restart(self, settings: DPOSettings) -> None:
@@ -501,10 +489,9 @@ class DPOTrainer:
     def _log_probs(self, model: nn.Module, *texts: Sequence[str]) -> PerRow:
         return sequence_logps(model, self.tokenizer, *texts, max_length=self.settings.max_length)[0].sum(-1)
 
-    def save_model(self, folder: str | Path) -> None:
-        """Write policy and tokenizer as a Hugging Face folder: `core.models.load_model(folder)` reads it."""
-        save_pretrained(self.model, folder)
-        self.tokenizer.save_pretrained(folder)
+    def save_model(self, folder: str | Path, *, merge: bool = False) -> None:
+        """Write policy and tokenizer as a Hugging Face folder (`core.training.distributed.save_model`)."""
+        save_model(self.model, folder, tokenizer=self.tokenizer, merge=merge)
 
     def load_model(self, folder: str | Path) -> None:
         """Put saved weights into the policy; the reference stays, optimizer and beta start anew.

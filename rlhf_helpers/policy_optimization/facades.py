@@ -36,7 +36,7 @@ class PPOTrainer:
         ref_model: torch.nn.Module | None = None,
         reward_model: RewardFn | torch.nn.Module | None = None,
         tokenizer: Any = None,
-        learning_rate: float = PPOSettings.learning_rate,
+        learning_rate: float | None = None,
         clip_epsilon: float = PPOSettings.cliprange,
         **changes: Any,
     ) -> None:

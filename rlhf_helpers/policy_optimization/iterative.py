@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from rlhf_helpers.core.generation import Rollout
-from rlhf_helpers.core.models import RewardFn, frozen_copy
+from rlhf_helpers.core.lora import reference_model
+from rlhf_helpers.core.models import RewardFn
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.core.text import require_columns
 from rlhf_helpers.core.training import History
@@ -57,7 +58,7 @@ def iterative_rlhf(
     require_number("prompts_per_round", prompts_per_round, at_least=1)
     require_columns(prompts, {})
     # One reference for all rounds: a new one each time would let the policy drift without limit.
-    reference = frozen_copy(model) if ref_model is None else ref_model
+    reference = reference_model(model, ref_model, lora=settings.lora)
     history = History()
     rollouts: list[Rollout] = []
     for number in range(rounds):

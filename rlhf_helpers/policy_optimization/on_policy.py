@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_helpers.core.generation import Rollout, encode_prompts, rollout_logps
-from rlhf_helpers.core.models import RewardFn, frozen_copy
+from rlhf_helpers.core.lora import reference_model
+from rlhf_helpers.core.models import RewardFn
 from rlhf_helpers.core.policy_losses import approx_kl, clip_fraction
 from rlhf_helpers.core.tensors import masked_mean
 from rlhf_helpers.core.text import Columns, require_columns
@@ -32,7 +33,8 @@ from rlhf_helpers.policy_optimization.rollouts import (
 class RunOptions(TypedDict, total=False):
     """What every on-policy loop takes besides its settings, all optional.
 
-    ref_model: what KL is measured against; None: a frozen copy of the model as it is given.
+    ref_model: what KL is measured against; None: a frozen copy of the model as it is given, or,
+        with LoRA, the model without its adapters.
     columns: name -> one entry per prompt, repeated for each sample and handed to the reward.
     eval_fn: model -> metrics (held-out score, capability), every eval_every steps and after the last.
     resume: continue from the newest checkpoint of settings.run_dir; give the models as at the start.
@@ -53,7 +55,7 @@ class OnPolicySettings(TrainingSettings):
     `accumulation_steps` cuts a minibatch into as many micro-batches: the same update, less memory.
     """
 
-    learning_rate: float = 3e-4  # for the tiny assistant; a model of 100 M parameters wants about 1e-6
+    tiny_learning_rate: float = 3e-4
     schedule: str = "constant"  # the samples change with the policy: there is no end to anneal towards
     steps: int = 60  # turns of the loop
     prompts_per_step: int = 16  # more prompts: less noise per step, and longer steps
@@ -147,16 +149,15 @@ def start_run(
         ValueError: prompts or columns of the wrong shape, a reference that is the trained model, a
             checkpoint of another run.
     """
-    if ref_model is policy:
-        raise ValueError("ref_model is the model that is trained, so KL would stay 0; give a frozen_copy")
     same = {"loop": type(settings).__name__, **(resume_must_match or {})}
     if prompts is not None:
         require_columns(prompts, dict(columns or {}))
         # A prompt that is too long is refused now, not at the step that draws it.
-        encode_prompts(policy, tokenizer, prompts, max_new_tokens=settings.max_new_tokens)
+        lengths = {"max_new_tokens": settings.max_new_tokens, "max_length": settings.max_length}
+        encode_prompts(policy, tokenizer, prompts, **lengths)
         same["prompts"] = hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16]
     # Copied before the engine, which may spread the weights over processes: those cannot be copied.
-    reference = frozen_copy(policy) if ref_model is None else ref_model
+    reference = reference_model(policy, ref_model, lora=settings.lora)
     # A fingerprint: a resumed run must not take the trained model for its reference.
     total = sum(p.detach().double().sum().item() for p in reference.parameters())
     same["reference"] = f"{total:.8g}"

@@ -6,7 +6,8 @@ from typing import Any, Unpack
 
 import torch
 
-from rlhf_helpers.core.models import RewardFn, frozen_copy, load_model
+from rlhf_helpers.core.lora import reference_model
+from rlhf_helpers.core.models import RewardFn, load_model
 from rlhf_helpers.core.training import History
 from rlhf_helpers.policy_optimization.grpo import GRPOSettings, grpo
 from rlhf_helpers.policy_optimization.on_policy import OnPolicySettings, RunOptions
@@ -23,7 +24,6 @@ METHODS: dict[str, tuple[Callable[..., History], type[OnPolicySettings]]] = {
     "trpo": (trpo, TRPOSettings),
     "rejection_sampling": (rejection_sampling, RejectionSamplingSettings),
 }
-SMALL = 10_000_000  # parameters: up to here the tiny assistant's learning rate is right
 
 
 class PolicyOptimizationPipeline:
@@ -38,9 +38,8 @@ class PolicyOptimizationPipeline:
     ) -> None:
         """Load the model; its frozen copy is the reference for as long as the pipeline lives.
 
-        reward_model: a reward model or a RewardFn. changes: fields of the method's settings; learning_rate is
-        by default the settings' own for models of up to 10 M parameters, and 1e-6 for larger ones. Raises
-        ValueError for an unknown method or bad value, TypeError for an unknown keyword or no reward.
+        reward_model: a reward model or a RewardFn. changes: fields of the method's settings.
+        Raises ValueError for an unknown method or bad value, TypeError for an unknown keyword or no reward.
         """
         if method not in METHODS:
             raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
@@ -48,10 +47,9 @@ class PolicyOptimizationPipeline:
             raise TypeError("PolicyOptimizationPipeline needs reward_model: a reward model or a RewardFn")
         self.loop, kind = METHODS[method]
         self.model, self.tokenizer = load_model(model_name)
-        large = sum(p.numel() for p in self.model.parameters()) > SMALL
-        self.settings = kind(**({"learning_rate": 1e-6} if large else {}) | changes)
+        self.settings = kind(**changes)
         self.reward_model, self.method = reward_model, method
-        self.ref_model, self.done = frozen_copy(self.model), 0
+        self.ref_model, self.done = reference_model(self.model, lora=self.settings.lora), 0
         self._kept = {"value_head": new_value_head(self.model)} if method == "ppo" else {}
 
     def train_epoch(

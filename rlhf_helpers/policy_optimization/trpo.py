@@ -36,6 +36,7 @@ Product = Callable[[Tensor], Tensor]
 class TRPOSettings(RLOOSettings):
     """Settings of TRPO; learning_rate, epochs and minibatches have no part in it: max_kl sets the step."""
 
+    learning_rate: float | None = 3e-4  # not used
     mixed_precision: str | None = "no"  # second derivatives in bf16 are noise
     max_kl: float = 0.01  # radius of the trust region, nats per token
     cg_iterations: int = 5  # each costs one backward pass through the gradient of the KL

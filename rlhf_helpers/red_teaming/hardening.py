@@ -15,7 +15,7 @@ from rlhf_helpers.world.prompts import load_prompts
 from rlhf_helpers.world.prompts.base import REFUSALS
 
 BENIGN = ("facts", "howto", "explain", "open", "feelings", "lookalike")
-SETTINGS = TrainingSettings(learning_rate=5e-4, progress=False)  # for the tiny assistant
+SETTINGS = TrainingSettings(tiny_learning_rate=5e-4, progress=False)
 
 
 def adversarial_training(

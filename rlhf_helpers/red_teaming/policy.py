@@ -24,7 +24,12 @@ from rlhf_helpers.world.prompts import load_prompts
 from rlhf_helpers.world.prompts.requests import CANARIES
 
 ATTACKER = RLOOSettings(
-    learning_rate=1e-3, steps=12, prompts_per_step=4, samples_per_prompt=12, max_new_tokens=40, progress=False
+    tiny_learning_rate=1e-3,
+    steps=12,
+    prompts_per_step=4,
+    samples_per_prompt=12,
+    max_new_tokens=40,
+    progress=False,
 )
 
 

@@ -104,10 +104,10 @@ class RewardEnsemble(nn.Module):
         self.normalise(prompts, responses)
         return histories
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ensemble.json and each member's own folder, member-0, member-1, ..."""
+    def save_pretrained(self, folder: str | Path, *, merge: bool = False) -> None:
+        """Write ensemble.json and each member's own folder, member-0, member-1, ...; merge: as in members."""
         for index, member in enumerate(self.members):
-            member.save_pretrained(Path(folder) / f"member-{index}")
+            member.save_pretrained(Path(folder) / f"member-{index}", merge=merge)
         facts = {name: getattr(self, name) for name in ("aggregate", "penalty", "centres", "scales")}
         (Path(folder) / ENSEMBLE_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 

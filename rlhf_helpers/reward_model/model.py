@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rlhf_helpers.core.generation import eval_mode
+from rlhf_helpers.core.lora import has_adapter, merged_copy
 from rlhf_helpers.core.models import (
     ScalarHead,
     load_encoder,
@@ -32,7 +33,7 @@ from rlhf_helpers.core.models import (
 from rlhf_helpers.core.shared_prompts import pack_answers, split_prompts, takes_block_mask
 from rlhf_helpers.core.tensors import as_bool_mask, batches_by_length, pad_right, require_shapes
 from rlhf_helpers.core.text import encode_answers, naming
-from rlhf_helpers.core.training.distributed import full_weights, save_pretrained, whole
+from rlhf_helpers.core.training.distributed import full_weights, save_pretrained, whole, writes_files_of
 
 POOLINGS = ("last", "first", "mean")
 HEAD_FILE = "reward_head.safetensors"
@@ -216,7 +217,7 @@ class RewardModel(nn.Module):
             parts = [read([sequences[row] for row in batch]) for batch in batches]
         return torch.cat(parts)[torch.tensor([row for batch in batches for row in batch]).argsort()]
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, merge: bool = False) -> None:
         """Write a Hugging Face folder: config.json, safetensors, tokenizer.
 
         Over a causal trunk with pooling "last" the folder has the layout of the library's classifiers:
@@ -224,30 +225,30 @@ class RewardModel(nn.Module):
         on the right. (A bias that is not 0, which Bradley-Terry never makes it, is kept in the folder but not
         read by the library.) Other poolings, heads that read more than one hidden state and trunks for which
         the library has no such classifier get this package's own layout: the trunk, and the head in its own
-        file. Adapters (LoRA) are merged into a copy of the trunk, which needs its memory once more.
+        file. So do adapters (LoRA): alone with the name of their base model, unless `merge` adds them to
+        a copy of the trunk, which needs its memory once more. Raises ValueError as `save_pretrained`.
         """
         folder, head = Path(folder), self.head.linear
-        trunk = self.trunk
-        if hasattr(trunk, "merge_and_unload"):
-            trunk = copy.deepcopy(trunk).merge_and_unload()
+        trunk = merged_copy(self.trunk) if merge and has_adapter(self.trunk) else self.trunk
         own, config = trunk.config, copy.deepcopy(trunk.config)
         config.num_labels, config.pad_token_id = head.out_features, self.tokenizer.pad_token_id
         config.reward_pooling, config.reward_max_length = self.pooling, self.max_length
         config.reward_kind, config.reward_options = self.kind, self.options
         classifier = None
-        if self.pooling == "last" and self.num_hidden_inputs == 1:
+        if self.pooling == "last" and self.num_hidden_inputs == 1 and not has_adapter(trunk):
             classifier = _as_classifier(trunk, head, config)
+        if classifier is None:
+            tensors = {f"score.{name}": tensor for name, tensor in full_weights(head).items()}
+        if writes_files_of(self):
+            self.tokenizer.save_pretrained(folder)
+            if classifier is None:
+                config.save_pretrained(folder)  # adapters come without
+                save_file(tensors, folder / HEAD_FILE, metadata={"format": "pt"})
         try:
             trunk.config = config
-            if classifier is not None:
-                save_pretrained(classifier, folder)
-            else:
-                save_pretrained(trunk, folder)
-                tensors = {f"score.{name}": tensor for name, tensor in full_weights(head).items()}
-                save_file(tensors, folder / HEAD_FILE, metadata={"format": "pt"})
+            save_pretrained(trunk if classifier is None else classifier, folder)
         finally:
             trunk.config = own
-        self.tokenizer.save_pretrained(folder)
 
     @classmethod
     def from_pretrained(
@@ -264,10 +265,8 @@ class RewardModel(nn.Module):
         """
         trunk, tokenizer = load_encoder(folder, device=device, dtype=dtype)
         weight, bias = _read_head(Path(folder))
-        saved = {
-            name: getattr(trunk.config, f"reward_{name}", None)
-            for name in ("pooling", "max_length", "options")
-        }
+        config, _ = PretrainedConfig.get_config_dict(folder)
+        saved = {name: config.get(f"reward_{name}") for name in ("pooling", "max_length", "options")}
         with torch.random.fork_rng(devices=[]):  # a head is drawn, then overwritten
             model = cls(trunk, tokenizer, **(saved.pop("options") or {}), **saved)
         wanted = model.head.linear.weight.shape

@@ -41,7 +41,6 @@ ObjectiveFn = Callable[[RewardModel, Sequence[PreferenceGroup]], LossesAndMetric
 class RewardSettings(TrainingSettings):
     """How a reward model learns; a bad value raises ValueError naming it."""
 
-    learning_rate: float = 1e-3  # for the tiny assistant; a model of 100 M parameters wants about 1e-5
     schedule: str = "linear"  # the data are fixed, so there is an end to anneal towards
     epochs: int = 2  # a large model overfits after one (Stiennon et al. 2020), the tiny one too (lesson 1)
     batch_size: int = 32  # groups (comparisons of one prompt, or a ranking) per micro-batch
@@ -89,6 +88,7 @@ def train_reward_model(
     """
     if keep_best and (val_rows is None or resume):
         raise ValueError("keep_best needs val_rows, and no resume: checkpoints do not hold the best weights")
+    limit_length(model, settings)
     groups = encode_groups(model, rows, objective)
     val_groups = None if val_rows is None else encode_groups(model, val_rows, objective)
     objective_fn = objective_fn_of(objective, loss_fn)
@@ -122,6 +122,12 @@ def train_reward_model(
     if keep_best:
         load_full_weights(model, best_weights)
     return engine.history
+
+
+def limit_length(model: RewardModel, settings: RewardSettings) -> None:
+    """Lower the model's max_length to the settings'; it stays so: a model should read as in training."""
+    if settings.max_length is not None:
+        model.max_length = min(settings.max_length, model.max_length or settings.max_length)
 
 
 def reward_update(
@@ -212,6 +218,7 @@ class RewardModelTrainer:
             raise TypeError(f"{type(model).__name__} has no encode: train an ensemble by its fit(rows)")
         self.settings = replace(settings or RewardSettings(), **changes)
         self.model = model if device is None else model.to(device)
+        limit_length(model, self.settings)
         self._engine: Engine | None = None
 
     def train(
@@ -246,7 +253,7 @@ def stable_reward_training(
     preference_data: Rows,
     epochs: int = 10,
     *,
-    learning_rate: float = 1e-4,
+    learning_rate: float | None = None,
     validation_fraction: float = 0.2,
     seed: int = 0,
     progress: bool = True,
@@ -259,7 +266,7 @@ def stable_reward_training(
 
     Args:
         preference_data: pairs, as in `RewardModelTrainer`, over at least two prompts.
-        learning_rate: 1e-3 for "tiny", 1e-5 for models of 100 M parameters and more.
+        learning_rate: None: by the size of the model.
         validation_fraction: of the prompts, held out whole: a model that has seen a prompt's answers knows
             too much.
 

@@ -21,7 +21,6 @@ from rlhf_helpers.summarization_rl.facts import summary_facts
 from rlhf_helpers.summarization_rl.rewards import fact_reward, rouge_l
 from rlhf_helpers.world.gold_judge import gold_reward
 
-SMALL = 10_000_000  # parameters: up to here the tiny assistant's learning rates are right
 Rows = Dataset | Sequence[Mapping[str, Any]]
 
 
@@ -33,7 +32,7 @@ class SummarizationRL:
         `fact_reward`.
     max_length: most tokens of a summary, cut to half the model's context so that the article keeps the other
         half (`max_new_tokens` says what holds). Longer articles lose their end, and each call says how many.
-    settings: fields of RLOOSettings; learning_rate is 4e-4 up to 10 M parameters and 1e-6 above.
+    settings: fields of RLOOSettings; tiny_learning_rate is 4e-4.
 
     The reference of the KL is the policy as last given or imitated. Lesson 4. Raises ValueError for
     max_length < 1 or a bad setting, TypeError for an unknown one.
@@ -53,15 +52,14 @@ class SummarizationRL:
             self.tokenizer = tokenizer or found
         context = getattr(self.model.config, "max_position_embeddings", None)
         self.max_new_tokens = min(int(max_length), context // 2) if context else int(max_length)
-        self.large = sum(p.numel() for p in self.model.parameters()) > SMALL
-        own = {"learning_rate": 1e-6 if self.large else 4e-4, "progress": False}
+        own = {"tiny_learning_rate": 4e-4, "progress": False}
         self.settings = RLOOSettings(**{"max_new_tokens": self.max_new_tokens, **own, **settings})
         self.reward_model = fact_reward if reward_model is None else reward_model
         self._reference: nn.Module | None = None
         self._steps = 0
 
     def sft(self, data: Rows, num_epochs: int = 1, *, batch_size: int = 16, **settings: Any) -> History:
-        """Imitate the column reference; settings of TrainingSettings, learning_rate 3e-4 (1e-5 if large).
+        """Imitate the column reference; settings of TrainingSettings, tiny_learning_rate 3e-4.
 
         The policy can become as good as those who wrote the references, with their faults. Raises ValueError
         where the data have no reference.
@@ -70,7 +68,7 @@ class SummarizationRL:
         if "reference" not in columns:
             raise ValueError(f"sft imitates the column reference; these data have prompt, {sorted(columns)}")
         rows = [{"prompt": p, "completion": r} for p, r in zip(prompts, columns["reference"], strict=True)]
-        rate = {"learning_rate": 1e-5 if self.large else 3e-4, "progress": False, "seed": self.settings.seed}
+        rate = {"tiny_learning_rate": 3e-4, "progress": False, "seed": self.settings.seed}
         chosen = TrainingSettings(**rate | settings)
         self._reference = None
         return sft(self.model, self.tokenizer, rows, chosen, epochs=num_epochs, batch_size=batch_size)

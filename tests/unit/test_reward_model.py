@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -264,20 +263,6 @@ class TestFolder:
         again = load_reward_model(tmp_path, device="cpu")
         assert torch.equal(again.score(["tea"], ["water"]), model.score(["tea"], ["water"]))
 
-    @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
-    def test_an_adapter_is_merged_when_saved(self, tiny_llama_dir, tmp_path):
-        torch.manual_seed(0)
-        trunk, _ = load_encoder(tiny_llama_dir, device="cpu")
-        plain = trunk(torch.tensor([[9, 8]])).last_hidden_state
-        lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-        model = RewardModel(get_peft_model(trunk, lora))
-        assert not torch.allclose(trunk(torch.tensor([[9, 8]])).last_hidden_state, plain, atol=1e-3)
-        before = model.score(["tea"], ["water"])
-        model.save_pretrained(tmp_path)
-        assert torch.equal(model.score(["tea"], ["water"]), before), "the model itself is not merged"
-        loaded = load_reward_model(tmp_path, device="cpu")
-        assert_close(loaded.score(["tea"], ["water"]), before, atol=1e-5, rtol=0)
-
     def test_a_narrow_head_for_projected_states(self, checkpoint, tmp_path):
         sizes = {"hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
         folder = checkpoint("opt", **sizes, word_embed_proj_dim=16, do_layer_norm_before=False)
@@ -287,6 +272,13 @@ class TestFolder:
         plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
         ids = torch.tensor([model.encode("tea", "water")])
         assert_close(plain(input_ids=ids).logits[0], model(ids), atol=1e-6, rtol=1e-6)
+
+    def test_the_settings_lower_the_length_that_is_read_for_good(self, tiny_llama_dir):
+        rows = [{"prompt": "tea " * 100, "chosen": "water", "rejected": "no"}] * 2
+        model = create_reward_model(base_model_name=tiny_llama_dir, device="cpu")
+        RewardModelTrainer(model, progress=False, max_length=24).train(rows, epochs=1)
+        assert model.max_length == 24
+        assert len(model.encode("tea " * 100, "water")) == 24
 
     def test_texts_longer_than_the_positions_of_roberta_are_cut(self, checkpoint):
         sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

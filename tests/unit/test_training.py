@@ -22,6 +22,7 @@ from rlhf_helpers.core.training import (
     TrainingSettings,
     learning_rate_factor,
     memory_efficient_training,
+    resolve_learning_rate,
     set_seed,
     sft,
 )
@@ -92,6 +93,10 @@ def llama():
         ("learning_rate", math.nan),
         ("weight_decay", math.inf),
         ("betas", (0.9, 1.0)),
+        ("learning_rate", -1.0),
+        ("tiny_learning_rate", math.inf),
+        ("lora", -1),
+        ("max_length", 1),
         ("schedule", "linaer"),
         ("warmup_steps", -1),
         ("max_grad_norm", 0.0),
@@ -131,6 +136,38 @@ def test_schedule_literal_values(schedule, expected):
     assert rates == pytest.approx([0.1 * factor for factor in expected], abs=1e-12)
     # Adam on a constant gradient moves by the learning rate itself: the logged rates are those applied.
     assert model.weight.item() == pytest.approx(1 - sum(rates), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "tiny_rate", "expected"),
+    [
+        (1_180_929, 3e-4, 3e-4),  # the tiny assistant and a value head: exactly its own rate
+        (135_000_000, 3e-4, 1.764e-5),
+        (500_000_000, 3e-4, 8.042e-6),
+        (7_000_000_000, 3e-4, 1.651e-6),
+        (135_000_000, 1e-3, 5.879e-5),
+        (7_000_000_000, 1e-3, 5.504e-6),
+    ],
+)
+def test_the_learning_rate_falls_with_the_size_of_the_model(parameters, tiny_rate, expected, capsys):
+    with torch.device("meta"):
+        model = nn.Linear(1, parameters, bias=False)
+    settings = quiet(tiny_learning_rate=tiny_rate)
+    assert resolve_learning_rate(settings, model) == pytest.approx(expected, rel=1e-3)
+    assert resolve_learning_rate(quiet(learning_rate=0.5), model) == 0.5, "an explicit rate is not scaled"
+    if parameters < 1_200_000:
+        assert resolve_learning_rate(settings, model) == tiny_rate
+        assert capsys.readouterr().out == ""
+    else:
+        rule = f"= {tiny_rate:g} x (1.2 M / {parameters / 1e6:.4g} M)^0.6"
+        assert rule in capsys.readouterr().out
+
+
+def test_adapters_get_ten_times_the_rate_and_the_run_records_it(tiny):
+    model, tokenizer = tiny
+    rows = [{"prompt": "tea?", "completion": "water"}]
+    history = sft(model, tokenizer, rows, quiet(lora=2, tiny_learning_rate=2e-4), batch_size=1)
+    assert history[0]["learning_rate"] == 2e-3
 
 
 def test_schedule_counts_optimizer_steps_not_updates():

@@ -41,7 +41,9 @@ def preferences(folder, rows=PAIRS, **changes):
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(1.05)  # away from the reference, where KTO's reference point is not 0
-    reference, _ = load_model(folder, device="cpu", dtype=torch.float64)
+    reference = None  # with adapters: the model without them
+    if "lora" not in changes:
+        reference, _ = load_model(folder, device="cpu", dtype=torch.float64)
     trainer = DPOTrainer(model, reference, tokenizer, settings=DPOSettings(**COMMON | changes))
     return model, trainer.train(rows, val_rows=rows[:3])
 
@@ -64,6 +66,7 @@ CASES = {
         folder, UNPAIRED, loss="kto", beta=0.5, **ACCUMULATED, **how
     ),
     "reward accumulated": lambda folder, **how: reward(folder, **ACCUMULATED, **how),
+    "adapters": lambda folder, **how: preferences(folder, lora=2, **how),
     "listwise": lambda folder, **how: preferences(folder, RANKINGS, loss="listwise", **how),
     "reward": lambda folder, **how: reward(folder, **how),
     "separate": lambda folder, **how: reward(folder, kind="separate", **how),
@@ -83,6 +86,8 @@ def main(folder, out):
             if name == "sft":
                 save_pretrained(model, out / way)
                 tokenizer_for(model).save_pretrained(out / way)
+            if name == "adapters":
+                save_pretrained(model, out / f"{name} {way}")
             if name in ("reward", "separate"):
                 model.save_pretrained(out / f"{name} {way}")
     # The assistant's answers end at different lengths: sharded, the processes have to decode on together.
@@ -91,6 +96,8 @@ def main(folder, out):
         model, history = preferences("tiny", shard=shard, **sampled)
         histories[f"sampled {way}"] = history.rows
         weights[f"sampled {way}"] = full_weights(model)
+    adapted, history = preferences("tiny", shard=True, lora=2, **sampled)
+    histories["sampled adapters"], weights["sampled adapters"] = history.rows, full_weights(adapted)
     trainer = DPOTrainer(model, load_model("tiny", device="cpu")[0], shard=True)
     trainer.save_model(out / "saved")
     trainer.load_model(out / "saved")

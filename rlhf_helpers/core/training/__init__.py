@@ -4,7 +4,12 @@ from rlhf_helpers.core.training.batches import micro_batches, offline_steps
 from rlhf_helpers.core.training.engine import Engine
 from rlhf_helpers.core.training.history import History
 from rlhf_helpers.core.training.metrics import MeanMetrics
-from rlhf_helpers.core.training.settings import TrainingSettings, learning_rate_factor, set_seed
+from rlhf_helpers.core.training.settings import (
+    TrainingSettings,
+    learning_rate_factor,
+    resolve_learning_rate,
+    set_seed,
+)
 from rlhf_helpers.core.training.supervised import memory_efficient_training, sft
 
 __all__ = [
@@ -16,6 +21,7 @@ __all__ = [
     "memory_efficient_training",
     "micro_batches",
     "offline_steps",
+    "resolve_learning_rate",
     "set_seed",
     "sft",
 ]

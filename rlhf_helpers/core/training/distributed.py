@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from accelerate.utils import parse_flag_from_env
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from rlhf_helpers.core.lora import has_adapter, merged_copy, save_adapter
+from rlhf_helpers.core.models import tokenizer_for
 
 
 def process_state() -> PartialState:
@@ -72,6 +76,11 @@ def distribute(model: torch.nn.Module, *, shard: bool) -> None:
 def is_distributed(model: torch.nn.Module) -> bool:
     """Whether `distribute` has spread this model, or a part of it, over the processes."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def writes_files_of(model: torch.nn.Module) -> bool:
+    """Whether this process writes the files of `model`: the first one, if it is spread over several."""
+    return not is_distributed(model) or process_state().is_main_process
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
@@ -136,18 +145,42 @@ def load_full_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor
     model.load_state_dict(parts, strict=False)
 
 
-def save_pretrained(model: torch.nn.Module, folder: str | os.PathLike) -> None:
-    """Write config and whole weights as a plain Hugging Face folder.
+def save_model(
+    model: torch.nn.Module, folder: str | os.PathLike, *, tokenizer: Any = None, merge: bool = False
+) -> None:
+    """Write a policy and its tokenizer: `core.models.load_model(folder)` reads them.
+
+    Args:
+        merge: add adapters (LoRA) to the weights, so that any tool reads the folder. False: adapters are
+            written alone, a few MB, with the name of their base model. A model without adapters is always
+            written whole.
+
+    Raises:
+        ValueError: as `save_pretrained`.
+    """
+    if writes_files_of(model):
+        (tokenizer or tokenizer_for(model)).save_pretrained(folder)
+    save_pretrained(model, folder, merge=merge)  # last: it ends with all processes waiting for the first
+
+
+def save_pretrained(model: torch.nn.Module, folder: str | os.PathLike, *, merge: bool = False) -> None:
+    """Write config and whole weights as a plain Hugging Face folder, or adapters alone.
 
     Every process must call it, since each may hold a part of the weights; the first writes.
+
+    Raises:
+        ValueError: as `merged_copy` and `save_adapter`.
     """
-    if not is_distributed(model):
-        model.save_pretrained(folder)
-        return
-    weights = full_weights(model)
-    if process_state().is_main_process:
-        model.save_pretrained(folder, state_dict=weights)
-    process_state().wait_for_everyone()
+    if merge and has_adapter(model):
+        model = merged_copy(model)
+    weights = full_weights(model) if is_distributed(model) else None
+    if writes_files_of(model):
+        if has_adapter(model):
+            save_adapter(model, Path(folder), weights)
+        else:
+            model.save_pretrained(folder, state_dict=weights)
+    if is_distributed(model):
+        process_state().wait_for_everyone()
 
 
 def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

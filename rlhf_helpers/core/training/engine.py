@@ -18,6 +18,7 @@ A step may hold several updates, as in PPO, so steps and optimizer steps are cou
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from rlhf_helpers.core.lora import add_lora, forget_base_name
 from rlhf_helpers.core.training import distributed
 from rlhf_helpers.core.training.history import History
 from rlhf_helpers.core.training.progress import progress_bar
@@ -33,6 +35,7 @@ from rlhf_helpers.core.training.settings import (
     RANK_STRIDE,
     TrainingSettings,
     learning_rate_factor,
+    resolve_learning_rate,
     set_seed,
 )
 
@@ -58,7 +61,7 @@ class Engine:
         extra_state: Mapping[str, Any] | None = None,
         resume_must_match: Mapping[str, Any] | None = None,
     ) -> None:
-        """Seed, place the model, make the optimizer.
+        """Add the adapters, choose the learning rate, seed, place the model, make the optimizer.
 
         Args:
             model: what is trained, in place.
@@ -71,7 +74,11 @@ class Engine:
         Raises:
             ValueError: a schedule without an end, or a model without trainable weights.
         """
-        self.model, self.settings = model, settings
+        self.model = model
+        if settings.lora:
+            add_lora(model, settings.lora)
+        forget_base_name(model)
+        self.settings = replace(settings, learning_rate=resolve_learning_rate(settings, model))
         self.total_steps = total_steps
         self.optimizer_steps_per_step = optimizer_steps_per_step
         self.extra_state = dict(extra_state or {})

@@ -9,12 +9,16 @@ from typing import Self
 import numpy as np
 import torch
 
+from rlhf_helpers.core.lora import has_adapter
+from rlhf_helpers.core.models import say_once
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.core.training.distributed import process_state
 
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = (None, "no", "bf16")
 RANK_STRIDE = 100_003
+TINY_PARAMETERS = 1_200_000  # the tiny assistant and its heads have a little less
+LORA_FACTOR = 10  # adapters start at 0 and want larger steps than weights that are trained already
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,9 @@ class TrainingSettings:
     optimizer step: see `engine`. `warmup_steps` counts optimizer steps, `checkpoint_every` steps of the loop.
     """
 
-    learning_rate: float = 1e-5  # peak value; fine-tuning an aligned model wants small steps
+    learning_rate: float | None = None  # peak value; None: by the size of the model (resolve_learning_rate)
+    tiny_learning_rate: float = 1e-3  # what None means for the tiny assistant; larger models get less
+    lora: int = 0  # rank of the adapters that are trained in place of the weights; 0 trains the weights
     weight_decay: float = 0.0  # pulls matrices towards 0, not towards the reference: off unless asked for
     betas: tuple[float, float] = (0.9, 0.999)  # Adam's memory for the gradient and for its square
     schedule: str = "linear"  # decay to zero after warm-up; "constant" when the length is unknown
@@ -35,6 +41,7 @@ class TrainingSettings:
     mixed_precision: str | None = None  # None: bf16 where a GPU computes it natively, else full precision
     shard: bool = False  # several GPUs: each holds its part of weights, gradients and optimizer state
     gradient_checkpointing: bool = False  # recompute activations: about 30 % slower, far less memory
+    max_length: int | None = None  # tokens of prompt and response together; None: the model's context
     seed: int = 0  # order of the data, dropout, sampling
     checkpoint_every: int = 0  # steps between checkpoints; 0 writes none
     keep_checkpoints: int = 2  # the newest few; two, so that one damaged checkpoint is not fatal
@@ -47,7 +54,10 @@ class TrainingSettings:
         norm, least_one, least_zero = self.max_grad_norm, "be a whole number >= 1", "be a whole number >= 0"
         has_folder = self.checkpoint_every == 0 or self.run_dir is not None
         rules = [
-            ("learning_rate", "be finite and >= 0", 0 <= self.learning_rate < math.inf),
+            ("learning_rate", "be finite and >= 0, or None", 0 <= (self.learning_rate or 0) < math.inf),
+            ("tiny_learning_rate", "be finite and >= 0", 0 <= self.tiny_learning_rate < math.inf),
+            ("lora", least_zero, _whole(self.lora, 0)),
+            ("max_length", "be a whole number >= 2, or None", _whole(self.max_length or 2, 2)),
             ("weight_decay", "be finite and >= 0", 0 <= self.weight_decay < math.inf),
             ("betas", "lie in [0, 1)", 0 <= first < 1 and 0 <= second < 1),
             ("schedule", f"be one of {SCHEDULES}", self.schedule in SCHEDULES),
@@ -74,6 +84,27 @@ class TrainingSettings:
 
 def _whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def resolve_learning_rate(settings: TrainingSettings, model: torch.nn.Module) -> float:
+    """Return settings.learning_rate; where it is None, a rate that suits the size of the model, and say so.
+
+    rate = tiny_learning_rate min(1, 1.2 M / N)^0.6, times 10 where adapters (LoRA) are trained
+
+    N counts all parameters of trunk and heads, frozen ones too, but not the adapters. For RLOO and DPO
+    3e-4 becomes 1.8e-5 at 135 M parameters, 8e-6 at 0.5 B and 1.7e-6 at 7 B.
+    """
+    if settings.learning_rate is not None:
+        return settings.learning_rate
+    count = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
+    count = max(TINY_PARAMETERS, count)  # the tiny assistant gets exactly its own rate
+    rate = settings.tiny_learning_rate * (TINY_PARAMETERS / count) ** 0.6
+    rule = f"{settings.tiny_learning_rate:g} x (1.2 M / {count / 1e6:.4g} M)^0.6"
+    if has_adapter(model):
+        rate, rule = rate * LORA_FACTOR, f"{rule} x {LORA_FACTOR} for LoRA"
+    if rate != settings.tiny_learning_rate:
+        say_once(f"learning rate {rate:.2g} = {rule}; give learning_rate to choose another")
+    return rate
 
 
 def learning_rate_factor(optimizer_step: int, settings: TrainingSettings, total: int | None) -> float:

@@ -80,7 +80,7 @@ def sft(
         ValueError: a missing or empty field; names the row.
     """
     _check_arguments(tokenizer, epochs, batch_size, prompt_weight)
-    limit = max_length or usable_positions(model)
+    limit = max_length or settings.max_length or usable_positions(model)
     encoded_of = encoded_by_epoch(tokenizer, rows, max_length=limit)
     first = encoded_of(0)
     # Rows of one optimizer step, over all micro-batches and processes.
@@ -248,7 +248,7 @@ def memory_efficient_training(
     batch_size: int = 1,
     *,
     tokenizer: Any = None,
-    learning_rate: float = 1e-5,
+    learning_rate: float | None = None,
     epochs: int = 1,
     accumulation_steps: int = 8,
     seed: int = 0,
