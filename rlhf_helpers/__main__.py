@@ -41,6 +41,11 @@ STUDIES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status. Errors that name their mend come without a traceback."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["train"]:  # its flags come from the settings classes, which need torch
+        from rlhf_helpers import train
+
+        return train.main(argv[1:])
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -96,32 +101,6 @@ def _notebooks(arguments: argparse.Namespace) -> int:
     return int(arguments.check and bool(changed))
 
 
-def _train(arguments: argparse.Namespace) -> int:
-    from rlhf_helpers.core.models import load_model
-    from rlhf_helpers.core.training import TrainingSettings, sft
-    from rlhf_helpers.preference_data import read_preferences
-    from rlhf_helpers.reward_model import RewardModelTrainer, create_reward_model
-
-    rows, report = read_preferences(arguments.data, limit=arguments.limit)
-    print(report)
-    if (arguments.out / "model.safetensors").exists():
-        raise FileExistsError(f"{arguments.out} holds a model already; name another --out or remove it first")
-    given = {name: getattr(arguments, name) for name in ("seed", "learning_rate", "warmup_steps")}
-    given = {name: value for name, value in given.items() if value is not None}  # else the default stays
-    size = {"epochs": arguments.epochs, "batch_size": arguments.batch_size}
-    if arguments.task == "sft":
-        model, tokenizer = load_model(arguments.model)
-        history = sft(model, tokenizer, rows, TrainingSettings(**given), **size)
-        tokenizer.save_pretrained(arguments.out)
-    else:
-        model = create_reward_model("basic", base_model_name=arguments.model, seed=arguments.seed)
-        history = RewardModelTrainer(model=model, **size, **given).train(rows)
-    model.save_pretrained(arguments.out)
-    history.save(arguments.out / "history.csv")
-    print(f"{len(history)} steps, last loss {history.last('loss'):.4f}; model and history in {arguments.out}")
-    return 0
-
-
 def _parser() -> argparse.ArgumentParser:
     program = "python -m rlhf_helpers"
     parser = argparse.ArgumentParser(prog=program, description="Commands behind the lessons.")
@@ -154,18 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     notebooks.add_argument("--check", action="store_true", help="write nothing; exit 1 on a difference")
     notebooks.set_defaults(run=_notebooks)
 
-    train = commands.add_parser("train", help="train outside a notebook")
-    train.add_argument("--task", choices=("sft", "reward"), required=True)
-    train.add_argument("--data", required=True, help="a preference file, or a data set's name on the hub")
-    train.add_argument("--out", type=Path, required=True, help="folder for the trained model")
-    train.add_argument("--model", default="tiny", help="'tiny', a local folder or a name on the hub")
-    train.add_argument("--epochs", type=int, default=1)
-    train.add_argument("--batch-size", type=int, default=16)
-    train.add_argument("--learning-rate", type=float, help="default: that of the task's settings")
-    train.add_argument("--warmup-steps", type=int, help="fewer than there are steps, for a small file")
-    train.add_argument("--limit", type=int, help="use only the first rows")
-    train.add_argument("--seed", type=int, default=0)
-    train.set_defaults(run=_train)
+    commands.add_parser("train", help="train your own model on your own data")  # see main
     return parser
 
 

@@ -293,6 +293,12 @@ def weights(model):
 
 def run_in_two_processes(worker: Path, *arguments: object, timeout: float) -> None:
     """Run a script under torchrun in two gloo processes on this CPU; fail where it fails or hangs."""
+    done = launch_two_processes(worker, *arguments, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def launch_two_processes(worker: Path, *arguments: object, timeout: float) -> Any:
+    """Run a script under torchrun in two gloo processes on this CPU; return the completed process."""
     import subprocess
     import sys
 
@@ -300,7 +306,7 @@ def run_in_two_processes(worker: Path, *arguments: object, timeout: float) -> No
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, *launch, f"--master_port={port}", str(worker), *map(str, arguments)],
         env={
             **os.environ,
@@ -313,7 +319,6 @@ def run_in_two_processes(worker: Path, *arguments: object, timeout: float) -> No
         text=True,
         timeout=timeout,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 class Killed(BaseException):

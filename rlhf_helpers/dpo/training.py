@@ -51,20 +51,20 @@ class DPOSettings(TrainingSettings):
 
     tiny_learning_rate: float = 3e-4
     schedule: str = "linear"  # the data are fixed, so there is an end to anneal towards
-    loss: str = "dpo"
+    loss: str = "dpo"  # pairs: also cdpo, robust, ipo, hinge, slic, orpo, simpo; else kto or listwise
     beta: float = 0.1  # larger stays closer to the reference; another scale in each loss, see its docstring
     label_smoothing: float = 0.0  # probability that a label is flipped, for "cdpo" and "robust" alone
     delta: float = 1.0  # "slic": the margin, in nats of log p
     reg_weight: float = 0.1  # "slic": weight of the likelihood of the chosen answer
     gamma: float = 0.5  # "simpo": the margin, in units of the reward
     desirable_weight: float = 1.0  # "kto": with many more undesirable rows, raise it
-    undesirable_weight: float = 1.0
+    undesirable_weight: float = 1.0  # "kto": the same for the undesirable rows
     kl_coef: float = 0.0  # what a nat of KL(policy || reference) costs, on the policy's own samples
     target_kl: float | None = None  # nats per response: beta rises while KL is above it, falls below it
     beta_horizon: float = 10.0  # steps over which beta moves by 20 % at most
     kl_samples: int = 16  # responses per step for either; few make a noisy KL, many a slow step
     max_new_tokens: int = 64  # of these samples
-    epochs: int = 1
+    epochs: int = 1  # passes over the rows; preferences are overfitted soon
     batch_size: int = 16  # rows per micro-batch; KTO takes its reference point from them, so more than one
     eval_every: int = 0  # steps between evaluations of val_rows; 0: at the end of each epoch
 

@@ -59,7 +59,7 @@ class OnPolicySettings(TrainingSettings):
     schedule: str = "constant"  # the samples change with the policy: there is no end to anneal towards
     steps: int = 60  # turns of the loop
     prompts_per_step: int = 16  # more prompts: less noise per step, and longer steps
-    samples_per_prompt: int = 4  # G
+    samples_per_prompt: int = 4  # G; more of them make a better baseline
     epochs: int = 1  # passes over the samples of a step; above 1 the loss should clip the ratio
     minibatches: int = 1  # per pass, shuffled; one optimizer step each
     max_new_tokens: int = 64  # a response that is cut here has not ended, and is scored as it stands
@@ -152,6 +152,10 @@ def start_run(
     same = {"loop": type(settings).__name__, **(resume_must_match or {})}
     if prompts is not None:
         require_columns(prompts, dict(columns or {}))
+        if settings.prompts_per_step > len(prompts):
+            raise ValueError(
+                f"prompts_per_step {settings.prompts_per_step} exceeds the {len(prompts)} prompts"
+            )
         # A prompt that is too long is refused now, not at the step that draws it.
         lengths = {"max_new_tokens": settings.max_new_tokens, "max_length": settings.max_length}
         encode_prompts(policy, tokenizer, prompts, **lengths)

@@ -58,8 +58,7 @@ class PPOSettings(OnPolicySettings):
     lam: float = 0.95  # GAE: 1 trusts the samples alone, 0 the values alone
     whiten_advantages: bool = True  # mean 0, std 1 over the step's tokens
     whiten_rewards: bool = False  # std 1, mean kept
-    # KL from the sampling policy, nats per token; above it the remaining optimizer steps are skipped.
-    early_stop_kl: float | None = None
+    early_stop_kl: float | None = None  # nats per token from the sampler, above which a step ends early
     kl_target: float | None = None  # nats per response from the reference; None keeps kl_coef fixed
     kl_horizon: float = 1000.0  # episodes in which kl_coef may move by a factor of about e^0.2
     ptx_coef: float = 1.0  # weight of the likelihood of ptx_rows, where they are given

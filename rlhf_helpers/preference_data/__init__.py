@@ -1,8 +1,19 @@
-"""Human preferences from wherever they are, as one data set of flat strings with an honest report.
+"""Training data from wherever they are, as one data set of flat strings with an honest report.
 
 Columns follow TRL: prompt, chosen, rejected (and further ones such as margin). Structural faults stop the
 reading with one error that lists them all; what is wrong in meaning is dropped and counted, or, where
 people merely contradict each other, kept and counted.
+
+The way of one record through the files of this folder, here line 7 of a file given to `read_preferences`:
+
+    pairs.jsonl, line 7             {"prompt": [{"role": "user", "content": "2 + 2?"}], "chosen": [...], ...}
+    reading      read_records       ("pairs.jsonl:7", {...}): the record with its place
+    formats      detect_format      CHAT, the format of most records, is used for all of them
+    formats      Format.examples    [{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}], or none and the
+                                    problems with their fixes; an OASST tree gives several
+    conversions  CONVERSIONS        only for examples of another unit (rankings, where pairs are read)
+    tidying      clean_rows         the example is kept, or dropped and counted under its reason
+    tidying      to_dataset         row of the `datasets.Dataset`; the counts go into the LoadReport (report)
 """
 
 import importlib
@@ -14,14 +25,13 @@ from typing import Any
 from datasets import Dataset
 
 from rlhf_helpers.preference_data.conversions import (
-    pairs_of_rankings,
-    pairs_of_ratings,
+    CONVERSIONS,
     pairs_to_unpaired,
     rankings_to_pairs,
     ratings_to_pairs,
     to_conversational,
 )
-from rlhf_helpers.preference_data.formats import Findings, Row, detect_format
+from rlhf_helpers.preference_data.formats import PROMPTS, Findings, Format, Row, detect_format
 from rlhf_helpers.preference_data.reading import Source, read_records
 from rlhf_helpers.preference_data.report import DataIssue, LoadReport, PreferenceDataError
 from rlhf_helpers.preference_data.splits import (
@@ -30,7 +40,7 @@ from rlhf_helpers.preference_data.splits import (
     prompt_folds,
     split_by_prompt,
 )
-from rlhf_helpers.preference_data.tidying import clean_rows, to_dataset
+from rlhf_helpers.preference_data.tidying import COLUMNS, clean_rows, to_dataset
 
 __all__ = [
     "DataIssue",
@@ -43,7 +53,9 @@ __all__ = [
     "prompt_folds",
     "rankings_to_pairs",
     "ratings_to_pairs",
+    "read_demonstrations",
     "read_preferences",
+    "read_prompts",
     "read_rankings",
     "read_ratings",
     "read_unpaired",
@@ -76,8 +88,14 @@ __all__ += [*_LAZY]
 logger = logging.getLogger(__name__)
 
 Reading = tuple[Dataset, LoadReport]
-TO_PAIRS = {"rankings": pairs_of_rankings, "ratings": pairs_of_ratings}
-READERS = {"pairs": "preferences", "rankings": "rankings", "ratings": "ratings", "labels": "unpaired"}
+READERS = {  # unit of the examples -> its reader
+    "pairs": "read_preferences",
+    "rankings": "read_rankings",
+    "ratings": "read_ratings",
+    "labels": "read_unpaired",
+    "demonstrations": "read_demonstrations",
+    "prompts": "read_prompts",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -114,7 +132,7 @@ def read_preferences(source: Source, *, split: str | None = None, limit: int | N
 
     Derived in lesson 1.
     """
-    return _read(source, split, limit, ("pairs", "rankings", "ratings"))
+    return _read(source, split, limit, "pairs")
 
 
 def read_rankings(source: Source, *, split: str | None = None, limit: int | None = None) -> Reading:
@@ -123,32 +141,55 @@ def read_rankings(source: Source, *, split: str | None = None, limit: int | None
     Accepts rows prompt, responses[, ranks] and OASST message trees, where every user turn that assistants
     answered is a ranking, its prompt the conversation down to it. The rest as `read_preferences`.
     """
-    return _read(source, split, limit, ("rankings",))
+    return _read(source, split, limit, "rankings")
 
 
 def read_ratings(source: Source, *, split: str | None = None, limit: int | None = None) -> Reading:
     """Read rows prompt, response, rating (float, higher is better); the rest as `read_preferences`."""
-    return _read(source, split, limit, ("ratings",))
+    return _read(source, split, limit, "ratings")
 
 
 def read_unpaired(source: Source, *, split: str | None = None, limit: int | None = None) -> Reading:
-    """Read rows prompt, completion, label (bool); the rest as `read_preferences`."""
-    return _read(source, split, limit, ("labels",))
+    """Read rows prompt, completion, label (bool), or two of them from each pair; the rest as above."""
+    return _read(source, split, limit, "labels")
 
 
-def _read(source: Source, split: str | None, limit: int | None, units: tuple[str, ...]) -> Reading:
-    """Read, parse in the format that most records have, and clean; the first of `units` is what results."""
+def read_demonstrations(source: Source, *, split: str | None = None, limit: int | None = None) -> Reading:
+    """Read what supervised fine-tuning imitates into columns prompt, completion, with a report.
+
+    Accepts rows prompt, completion, and rows messages, where each answer of the assistant is an example
+    whose prompt is the conversation before it. Of pairs, the chosen answer is read. The rest as
+    `read_preferences`.
+    """
+    return _read(source, split, limit, "demonstrations")
+
+
+def read_prompts(source: Source, *, split: str | None = None, limit: int | None = None) -> Reading:
+    """Read prompts for a policy to answer, with a report; further columns are kept for the reward.
+
+    Accepts any rows with a prompt, a text or messages. The rest as `read_preferences`.
+    """
+    return _read(source, split, limit, "prompts", PROMPTS)
+
+
+def _read(
+    source: Source, split: str | None, limit: int | None, unit: str, form: Format | None = None
+) -> Reading:
+    """Read, parse in `form` (None: the format that most records have), convert to `unit` and clean."""
     name, records, issues = read_records(source, split=split, limit=limit)
-    formats = Counter(form for form in (detect_format(value) for _, value in records) if form)
-    form = formats.most_common(1)[0][0] if formats else None
+    if form is None:
+        formats = Counter(form for form in (detect_format(value) for _, value in records) if form)
+        form = formats.most_common(1)[0][0] if formats else None
+    conversions = CONVERSIONS.get(unit, {})
     if form is None and records:
         place, value = records[0]
         columns = sorted(value) if isinstance(value, Mapping) else type(value).__name__
-        fix = "give prompt, chosen, rejected, or another format that read_preferences names"
+        fix = f"give {', '.join(COLUMNS[unit])}, or another format that {READERS[unit]} names"
         issues.append(DataIssue(place, f"unknown format, the record has {columns}", fix))
-    elif form and form.unit not in units:
-        fix = f"read it with read_{READERS[form.unit]}"
-        issues.append(DataIssue(name, f"holds {form.unit} ('{form.name}'), not {' or '.join(units)}", fix))
+    elif form and form.unit not in (unit, *conversions):
+        wanted = " or ".join((unit, *conversions))
+        fix = f"read it with {READERS[form.unit]}"
+        issues.append(DataIssue(name, f"holds {form.unit} ('{form.name}'), not {wanted}", fix))
     rows: list[Row | None] = []
     noted: Counter[str] = Counter()
     for place, value in records if form else []:
@@ -158,10 +199,9 @@ def _read(source: Source, split: str | None, limit: int | None, units: tuple[str
         noted.update(found.noted)
     if issues or not form:
         raise PreferenceDataError(name, issues)
-    unit = units[0]
     if form.unit != unit:
         noted[form.unit] = len(rows)
-        rows = TO_PAIRS[form.unit](rows, noted)
+        rows = conversions[form.unit](rows, noted)
     kept, dropped, noticed = clean_rows(rows, unit)
     counts = len(records), len(rows), len(kept), dropped, {**noted, **noticed}
     report = LoadReport(name, form.name, unit, *counts)

@@ -50,6 +50,34 @@ def pairs_of_ratings(rows: Iterable[Row], noted: Counter[str]) -> list[Row]:
     return pairs
 
 
+def labels_of_pairs(rows: Iterable[Row | None], noted: Counter[str]) -> list[Row | None]:
+    """Make two labeled completions of each pair; a pair that shares no turn to answer (None) stays one."""
+    labels: list[Row | None] = []
+    for row in rows:
+        labels += [_completion(row, side, label=side == "chosen") for side in ("chosen", "rejected")]
+    return labels
+
+
+def demonstrations_of_pairs(rows: Iterable[Row | None], noted: Counter[str]) -> list[Row | None]:
+    """Make one demonstration of each pair: its chosen answer."""
+    return [_completion(row, "chosen") for row in rows]
+
+
+def _completion(row: Row | None, side: str, **columns: bool) -> Row | None:
+    if row is None:
+        return None
+    further = _further(row, "prompt", "chosen", "rejected")
+    return {"prompt": row["prompt"], "completion": row[side], **columns, **further}
+
+
+# Unit that a reader wants -> units that it can be made of, and how.
+CONVERSIONS = {
+    "pairs": {"rankings": pairs_of_rankings, "ratings": pairs_of_ratings},
+    "labels": {"pairs": labels_of_pairs},
+    "demonstrations": {"pairs": demonstrations_of_pairs},
+}
+
+
 def rankings_to_pairs(rankings: datasets.Dataset) -> datasets.Dataset:
     """Turn rankings (prompt, responses best first[, ranks]) into all their pairs prompt, chosen, rejected.
 
@@ -71,13 +99,7 @@ def ratings_to_pairs(ratings: datasets.Dataset) -> datasets.Dataset:
 
 def pairs_to_unpaired(pairs: datasets.Dataset) -> datasets.Dataset:
     """Turn each pair into two rows prompt, completion, label: chosen is True, rejected False."""
-    rows = []
-    for pair in pairs:
-        further = _further(pair, "prompt", "chosen", "rejected")
-        for key in ("chosen", "rejected"):
-            row = {"prompt": pair["prompt"], "completion": pair[key], "label": key == "chosen"}
-            rows.append(row | further)
-    return to_dataset("pairs", rows)
+    return to_dataset("pairs", labels_of_pairs(pairs, Counter()))
 
 
 def to_conversational(row: Mapping[str, Any]) -> Row:

@@ -1,4 +1,6 @@
-"""The shapes in which preferences are published, and the one text form that they are all brought to.
+"""The formats in which training data are published, and the one text form that they are all brought to.
+
+`FORMATS`, at the end, lists the columns by which each format is recognized.
 
 A format names the columns that a record needs, with their types, and a parser from one record to its
 examples. A parser gives None for a pair that shares no turn to answer, and None as the text of a
@@ -260,8 +262,26 @@ def _rating(row: Row, found: Findings) -> list[Row | None]:
 def _unpaired(row: Row, found: Findings) -> list[Row | None]:
     if row["label"] not in (0, 1):
         found.problem(f"'label' is {row['label']}", "make it true or false")
-    texts = {key: _text(row, key, found) for key in ("prompt", "completion")}
-    return [{**texts, "label": bool(row["label"])}]
+    return [{**_demonstration(row, found)[0], "label": bool(row["label"])}]
+
+
+def _demonstration(row: Row, found: Findings) -> list[Row | None]:
+    return [{key: _text(row, key, found) for key in ("prompt", "completion")}]
+
+
+def _conversation(row: Row, found: Findings) -> list[Row | None]:
+    """One example for each answer of the assistant, whose prompt is the conversation before it."""
+    turns = _messages(row["messages"], "messages", found)
+    answers = [i for i, turn in enumerate(turns) if i and turn["role"] == "assistant"]
+    if not answers:
+        found.problem("'messages' holds no answer of the assistant", "end it with one, or drop the record")
+    if found.problems:
+        return []
+    return [{"prompt": _written(turns[:i]), "completion": turns[i]["content"]} for i in answers]
+
+
+def _prompt(row: Row, found: Findings) -> list[Row | None]:
+    return [{"prompt": _text(row, "prompt", found)}]
 
 
 TEXT, MESSAGES, LIST = (str, "a text"), (list, "a list of messages"), (list, "a list")
@@ -284,27 +304,57 @@ RANKINGS = _format("rankings", "rankings", _ranking, prompt=EITHER, responses=LI
 TREES = _format("OASST trees", "rankings", _tree, prompt=OBJECT)
 RATINGS = _format("ratings", "ratings", _rating, prompt=EITHER, response=EITHER, rating=NUMBER)
 UNPAIRED = _format("unpaired labels", "labels", _unpaired, prompt=EITHER, completion=EITHER, label=LABEL)
+COMPLETIONS = _format(
+    "prompts and completions", "demonstrations", _demonstration, prompt=EITHER, completion=EITHER
+)
+CONVERSATIONS = _format("conversations", "demonstrations", _conversation, messages=MESSAGES)
+PROMPTS = _format("prompts", "prompts", _prompt, prompt=EITHER)  # read_prompts asks for it by name
+
+# What `detect_format` looks for in a record, in this order: columns by name, and in capitals what `_features`
+# says of their values. TREE: the prompt is a message with replies. PROMPT: there is a prompt, perhaps under
+# another name. The rest is the form of chosen or rejected: ANSWER, CONVERSATION (lists of messages), HUMAN,
+# TURNS (texts that begin with "Human: " or "User: "), TEXT.
+FORMATS = (
+    ({"TREE"}, TREES),
+    ({"PROMPT", "ANSWER"}, CHAT),
+    ({"prompt", "CONVERSATION"}, CHAT),
+    ({"ANSWER"}, IMPLICIT_CHAT),
+    ({"CONVERSATION"}, IMPLICIT_CHAT),
+    ({"PROMPT", "TEXT"}, STANDARD),
+    ({"TEXT"}, IMPLICIT),
+    ({"HUMAN"}, TRANSCRIPTS),  # a transcript that repeats the prompt, if there is one
+    ({"prompt", "TURNS"}, STANDARD),  # beside a prompt, "User: ..." may be an answer
+    ({"TURNS"}, TRANSCRIPTS),
+    ({"chosen"}, STANDARD),
+    ({"summaries"}, COMPARISONS),
+    ({"responses"}, RANKINGS),
+    ({"rating"}, RATINGS),
+    ({"label"}, UNPAIRED),
+    ({"completion"}, COMPLETIONS),
+    ({"messages"}, CONVERSATIONS),
+)
 
 
 def detect_format(row: Any) -> Format | None:
     """Name the format that a record's keys and types point to, even when one of its keys is missing."""
-    if not isinstance(row, Mapping):
-        return None
+    features = _features(row) if isinstance(row, Mapping) else set()
+    return next((form for columns, form in FORMATS if columns <= features), None)
+
+
+def _features(row: Row) -> set[str]:
+    """Return a record's columns and the words of `FORMATS` that hold for it."""
+    features = {*row, *(_form_of(row[key]) for key in ("chosen", "rejected") if row.get(key) is not None)}
+    if "prompt" in row or _prompt_names(row):
+        features.add("PROMPT")
     if isinstance(row.get("prompt"), Mapping):
-        return TREES
-    if "chosen" in row or "rejected" in row:
-        sides = [row[key] for key in ("chosen", "rejected") if row.get(key) is not None]
-        asked = "prompt" in row or _prompt_names(row)
-        if any(isinstance(side, list) for side in sides):
-            first = [side[0].get("role") for side in sides if side and isinstance(side[0], Mapping)]
-            whole = "prompt" not in row and "assistant" not in first
-            return IMPLICIT_CHAT if whole or not asked else CHAT
-        turns = [transcript_turns(side) for side in sides if isinstance(side, str)]
-        # Beside a prompt, "User: ..." may be an answer; "Human: ..." is a transcript that repeats the prompt.
-        repeats = all(isinstance(side, str) and side.lstrip().startswith("Human:") for side in sides)
-        if turns and all(turns) and (repeats or "prompt" not in row):
-            return TRANSCRIPTS
-        return STANDARD if asked else IMPLICIT
-    by_key = {"summaries": COMPARISONS, "responses": RANKINGS, "rating": RATINGS}
-    by_key.update(completion=UNPAIRED, label=UNPAIRED)
-    return next((form for key, form in by_key.items() if key in row), None)
+        features.add("TREE")
+    return features
+
+
+def _form_of(side: Any) -> str:
+    if isinstance(side, list):
+        first = side[0] if side and isinstance(side[0], Mapping) else {}
+        return "ANSWER" if first.get("role") == "assistant" else "CONVERSATION"
+    if isinstance(side, str) and transcript_turns(side):
+        return "HUMAN" if side.lstrip().startswith("Human:") else "TURNS"
+    return "TEXT"

@@ -16,6 +16,8 @@ COLUMNS = {
     "rankings": ("prompt", "responses", "ranks"),
     "ratings": ("prompt", "response", "rating"),
     "labels": ("prompt", "completion", "label"),
+    "demonstrations": ("prompt", "completion"),
+    "prompts": ("prompt",),
 }
 REASONS = {"pairs": ("identical", "unshared"), "rankings": ("with fewer than two responses",)}
 
@@ -45,7 +47,7 @@ def clean_rows(rows: list[Row | None], unit: str) -> tuple[list[Row], Counts, Co
     reasons = [_why_dropped(row, unit) for row in rows]
     kept = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
     possible = ("empty", "ambiguous", *REASONS.get(unit, ()))
-    dropped = {reason: reasons.count(reason) for reason in possible}
+    dropped = {reason: reasons.count(reason) for reason in (*possible, *filter(None, reasons))}
     distinct = {str([row[key] for key in COLUMNS[unit]]) for row in kept}
     noted = {"exact duplicates": len(kept) - len(distinct)}
     if unit == "pairs":

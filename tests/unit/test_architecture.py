@@ -22,6 +22,7 @@ LAYERS = [
     {"constitutional_ai", "red_teaming", "safety_alignment", "debate", "interpretability"}
     | {"chatbot_rlhf", "summarization_rl", "code_generation"},
     {"lab"},
+    {"train"},
     {"__main__"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}

@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import json
 import os
 import re
 import stat
@@ -156,21 +155,3 @@ def test_assistant_passes_its_options_on(monkeypatch):
     monkeypatch.setattr("rlhf_helpers.world.assistant.main", lambda **options: seen.update(options))
     assert main(["assistant", "--quick", "--seed", "3"]) == 0
     assert seen == {"quick": True, "seed": 3, "out": None}
-
-
-@pytest.mark.parametrize("task", ["sft", "reward"])
-def test_train_writes_a_model_and_its_history_and_overwrites_nothing(task, tiny_gpt2_dir, tmp_path, capsys):
-    data = tmp_path / "pairs.jsonl"
-    rows = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No idea."} for n in range(4)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
-    out = tmp_path / "model"
-    command = ["train", "--task", task, "--model", str(tiny_gpt2_dir), "--data", str(data), "--out", str(out)]
-    command += ["--epochs", "2", "--batch-size", "2", "--warmup-steps", "1", "--learning-rate", "1e-3"]
-    assert main(command) == 0
-    assert (out / "model.safetensors").exists()
-    assert (out / "history.csv").read_text(encoding="utf8").count("\n") == 1 + 4
-    assert "4 steps, last loss" in capsys.readouterr().out
-    assert main(command) == 1
-    assert "holds a model already" in capsys.readouterr().err
-    assert main([*command[:-1], "nan", "--out", str(tmp_path / "other")]) == 1
-    assert "learning_rate" in capsys.readouterr().err

@@ -531,7 +531,7 @@ def test_two_processes_equal_one(tmp_path):
         for name, (one, rows) in expected.items():
             state = {f"{kind}.{name}.{k}": v for k, v in one.state_dict().items()}
             torch.testing.assert_close({k: found[k] for k in state}, state, atol=1e-9, rtol=0)
-            theirs = History.load(tmp_path / f"{kind}.{name}.csv")
+            theirs = json.loads((tmp_path / f"{kind}.{name}.json").read_text())
             assert len(theirs) == len(rows)
             for a, b in zip(theirs, rows, strict=True):
                 assert a == pytest.approx(b, abs=1e-9)
@@ -540,14 +540,11 @@ def test_two_processes_equal_one(tmp_path):
 # history
 
 
-def test_history_csv_round_trip(tmp_path):
+def test_history_holds_plain_values():
     history = History()
     history.append({"step": 0, "loss": torch.tensor(0.1), "note": "start, here"})
     history.append({"step": np.int64(1), "loss": 1 / 3, "rewards/margins": math.inf, "ended": True})
-    history.save(tmp_path / "history.csv")
-    again = History.load(tmp_path / "history.csv")
-    assert again == history
-    assert [type(v) for v in again[1].values()] == [int, float, float, bool]
+    assert [type(v) for v in history[1].values()] == [int, float, float, bool]
     assert history[0]["loss"] == torch.tensor(0.1).item()
     assert history.last("note") == "start, here"
     assert list(history.to_frame().columns) == ["step", "loss", "note", "rewards/margins", "ended"]

@@ -3,6 +3,7 @@
 from rlhf_helpers.core.training.batches import micro_batches, offline_steps
 from rlhf_helpers.core.training.engine import Engine
 from rlhf_helpers.core.training.history import History
+from rlhf_helpers.core.training.interrupts import RunInterrupted
 from rlhf_helpers.core.training.metrics import MeanMetrics
 from rlhf_helpers.core.training.settings import (
     TrainingSettings,
@@ -16,6 +17,7 @@ __all__ = [
     "Engine",
     "History",
     "MeanMetrics",
+    "RunInterrupted",
     "TrainingSettings",
     "learning_rate_factor",
     "memory_efficient_training",

@@ -29,6 +29,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from rlhf_helpers.core.lora import add_lora, forget_base_name
 from rlhf_helpers.core.training import distributed
 from rlhf_helpers.core.training.history import History
+from rlhf_helpers.core.training.interrupts import RunInterrupted, StopSignals
 from rlhf_helpers.core.training.progress import progress_bar
 from rlhf_helpers.core.training.resume import RunFolder
 from rlhf_helpers.core.training.settings import (
@@ -38,6 +39,7 @@ from rlhf_helpers.core.training.settings import (
     resolve_learning_rate,
     set_seed,
 )
+from rlhf_helpers.core.training.tracking import open_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +91,7 @@ class Engine:
         self.grad_norm: float | None = None
         self.rows: list[int] | None = None  # indices of this process's rows in the present batch
         self._bar = None
+        self._tracker = None
         self._order: dict[tuple[int, int], np.ndarray] = {}
         self._total_optimizer_steps = self._count_optimizer_steps()
         set_seed(settings.seed)
@@ -163,15 +166,21 @@ class Engine:
     def steps(self) -> Iterator[int]:
         """Yield the numbers of the steps still to do; draw the bar and write checkpoints.
 
+        With checkpoint_every, Ctrl-C and SIGTERM end the run after the present step, with a checkpoint.
+
         Raises:
             FileExistsError: run_dir holds checkpoints of an older run, or another run writes there.
             OSError: cannot write to run_dir; raised before the first step.
+            RunInterrupted: a KeyboardInterrupt, after a signal.
         """
         if self.total_steps is None:
             raise ValueError("steps() needs total_steps")
         every = self.settings.checkpoint_every
-        if every:
+        if every or self.settings.log:
             self._folder.open(self.accelerator, resumed=self.step > 0)
+        if self.settings.log and self.accelerator.is_main_process:
+            self._tracker = open_tracker(self.settings.log, self._folder.folder, self.history.rows)
+        signals = StopSignals(once=self.accelerator.num_processes == 1) if every else None
         self._enter_training()
         shown = self.settings.progress and self.accelerator.is_main_process
         self._bar = bar = progress_bar(self.total_steps, start=self.step, shown=shown)
@@ -180,16 +189,27 @@ class Engine:
             while self.step < self.total_steps:
                 yield self.step
                 self.step += 1
-                if every and (self.step - last_save >= every or self.step == self.total_steps):
+                # All processes stop after the same step, whichever of them received the signal.
+                stop = signals is not None and self.sum(signals.received) > 0
+                if every and (self.step - last_save >= every or self.step == self.total_steps or stop):
                     self.save()
                     last_save = self.step
+                if stop and self.step < self.total_steps:
+                    raise RunInterrupted(
+                        f"stopped by a signal after step {self.step} of {self.total_steps}; call again with "
+                        f"resume=True to continue from the checkpoint {self._folder.last}"
+                    )
                 row = self.history[-1] if self.history else {}
                 bar.set_postfix({k: row[k] for k in ("loss", "grad_norm") if k in row}, refresh=False)
                 bar.update()
         finally:
             bar.close()
             self._leave_training()
-            if every:
+            if signals is not None:
+                signals.close()
+            if self._tracker is not None:
+                self._tracker.finish()
+            if self._folder is not None:
                 self._folder.close()
 
     def batch(self, dataset: Sequence[Any], size: int) -> list[Any]:
@@ -320,6 +340,8 @@ class Engine:
             names = [name for name, value in row.items() if isinstance(value, float)]
             values = torch.tensor([row[name] for name in names], dtype=torch.float64, device=self.device)
             row.update(zip(names, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+        if self._tracker is not None:
+            self._tracker.log(self.history[-1], step=self.step)
 
     def save(self) -> Path:
         """Write a checkpoint of everything that the rest of the run depends on; return its folder.

@@ -1,10 +1,6 @@
 """The record of a run: one row of numbers per step."""
 
-import csv
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -59,23 +55,6 @@ class History(Sequence):
         """All metric names, in order of first appearance."""
         return list(dict.fromkeys(key for row in self.rows for key in row))
 
-    def save(self, path: str | Path) -> None:
-        """Write a CSV (empty cell: not in that row), atomically: an old file stays whole until replaced."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=self.keys())
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(partial, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "History":
-        """Read what `save` wrote; floats come back bit for bit, text that looks like a number as a number."""
-        with Path(path).open(newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file)
-            return cls({key: _parse(cell) for key, cell in row.items() if cell != ""} for row in rows)
-
 
 def _plain(key: str, value: object) -> Value:
     if hasattr(value, "item"):
@@ -85,12 +64,3 @@ def _plain(key: str, value: object) -> Value:
     if not isinstance(value, (bool, int, float, str)) or value == "":
         raise TypeError(f"metric {key!r} must be a number or non-empty text; got {value!r}")
     return value
-
-
-def _parse(cell: str) -> Value:
-    if cell in ("True", "False"):
-        return cell == "True"
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(cell)
-    return cell

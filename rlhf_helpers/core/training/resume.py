@@ -26,6 +26,7 @@ FREE_ON_RESUME = (
     "keep_checkpoints",
     "run_dir",
     "progress",
+    "log",
     "shard",
 )
 

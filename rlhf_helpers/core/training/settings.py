@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
 
@@ -13,6 +14,7 @@ from rlhf_helpers.core.lora import has_adapter
 from rlhf_helpers.core.models import say_once
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.core.training.distributed import process_state
+from rlhf_helpers.core.training.tracking import TRACKERS
 
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = (None, "no", "bf16")
@@ -45,14 +47,16 @@ class TrainingSettings:
     seed: int = 0  # order of the data, dropout, sampling
     checkpoint_every: int = 0  # steps between checkpoints; 0 writes none
     keep_checkpoints: int = 2  # the newest few; two, so that one damaged checkpoint is not fatal
-    run_dir: str | Path | None = None  # where checkpoints live
+    run_dir: str | Path | None = None  # where checkpoints and metrics live
+    log: str | None = None  # each step's metrics go to run_dir as "jsonl" or "tensorboard", or to "wandb"
     progress: bool = True  # a bar on the main process, gone when the loop ends
 
     def __post_init__(self) -> None:
         """Refuse values that would train wrongly or not at all."""
         first, second = self.betas
         norm, least_one, least_zero = self.max_grad_norm, "be a whole number >= 1", "be a whole number >= 0"
-        has_folder = self.checkpoint_every == 0 or self.run_dir is not None
+        has_folder = self.run_dir is not None or not (self.checkpoint_every or self.log)
+        installed = self.log in (None, "jsonl") or find_spec(self.log) is not None
         rules = [
             ("learning_rate", "be finite and >= 0, or None", 0 <= (self.learning_rate or 0) < math.inf),
             ("tiny_learning_rate", "be finite and >= 0", 0 <= self.tiny_learning_rate < math.inf),
@@ -68,7 +72,9 @@ class TrainingSettings:
             ("warmup_steps", least_zero, _whole(self.warmup_steps, 0)),
             ("seed", least_zero, _whole(self.seed, 0)),
             ("checkpoint_every", least_zero, _whole(self.checkpoint_every, 0)),
-            ("run_dir", "name a folder when checkpoint_every > 0", has_folder),
+            ("run_dir", "name a folder when checkpoint_every > 0 or log is given", has_folder),
+            ("log", f"be one of {TRACKERS}", self.log in TRACKERS),
+            ("log", f"name a package that is installed (pip install {self.log})", installed),
         ]
         for field, rule, holds in rules:
             if not holds:

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from rlhf_helpers.core.models import usable_positions
+from rlhf_helpers.core.tensors import batches_by_length
 from rlhf_helpers.core.text import encode_pair, encode_prompt, encode_response, naming
 from rlhf_helpers.core.training.batches import micro_batches, offline_steps
 from rlhf_helpers.core.training.engine import Engine
 from rlhf_helpers.core.training.history import History
+from rlhf_helpers.core.training.metrics import MeanMetrics
 from rlhf_helpers.core.training.settings import TrainingSettings
 
 RESPONSE_KEYS = ("completion", "response", "chosen")
@@ -58,6 +60,8 @@ def sft(
     prompt_weight: float = 0.0,
     max_length: int | None = None,
     bucket: bool = True,
+    val_rows: Sequence[dict[str, Any]] | None = None,
+    eval_every: int = 0,
     resume: bool = False,
 ) -> History:
     """Maximize the likelihood of the responses: loss = sum_t w_t (-log p(y_t | y_<t)) / sum_t w_t.
@@ -71,6 +75,7 @@ def sft(
         rows: dicts with prompt and completion, response or chosen; a list, a datasets.Dataset, anything
             with len and [i], or a function epoch -> such rows (as many each epoch) for data made on the fly.
         bucket: batches of rows of similar length, in seeded random order: less padding, the same rows.
+        val_rows: evaluated every eval_every steps, or at the end of each epoch: eval_loss, and so on.
         resume: continue from the newest checkpoint of settings.run_dir, if there is one.
 
     Returns:
@@ -85,11 +90,13 @@ def sft(
     first = encoded_of(0)
     # Rows of one optimizer step, over all micro-batches and processes.
     size = batch_size * settings.accumulation_steps
+    steps_per_epoch = math.ceil(len(first) / size)
+    val_data = None if val_rows is None else encode_rows(tokenizer, val_rows, max_length=limit)
     was_training = model.training  # the engine switches to train mode
     engine = Engine(
         model,
         settings,
-        total_steps=epochs * math.ceil(len(first) / size),
+        total_steps=epochs * steps_per_epoch,
         resume_must_match={
             "epochs": epochs,
             "batch_size": batch_size,
@@ -107,6 +114,8 @@ def sft(
         metrics = sft_update(
             engine, encoded_of(epoch), indices, prompt_weight=prompt_weight, pad_id=tokenizer.pad_token_id
         )
+        if val_data is not None and engine.is_due(eval_every or steps_per_epoch):
+            metrics |= evaluate_sft(model, val_data, batch_size=batch_size, pad_id=tokenizer.pad_token_id)
         engine.log(metrics)
     model.train(was_training)
     return engine.history
@@ -159,6 +168,21 @@ def sft_update(
         correct_sum += row_weight * (correct & is_response).sum().item()
     engine.optimizer_step()
     return {"loss": engine.sum(loss_sum), "token_accuracy": engine.sum(correct_sum) / response_tokens}
+
+
+@torch.no_grad()
+def evaluate_sft(
+    model: torch.nn.Module, encoded: EncodedRows, *, batch_size: int, pad_id: int
+) -> dict[str, float]:
+    """Return eval_loss and eval_token_accuracy: means over the response tokens of rows not trained on."""
+    metrics = MeanMetrics()
+    device = next(model.parameters()).device
+    for indices in batches_by_length(encoded.lengths, batch_size):
+        tensors = collate(encoded, np.array(indices), prompt_weight=0.0, pad_id=pad_id)
+        ids, mask, weights, _ = (tensor.to(device) for tensor in tensors)
+        nll, correct = token_nll(model, ids, mask)
+        metrics.add({"loss": nll, "token_accuracy": correct.float()}, weights)
+    return {f"eval_{name}": value for name, value in metrics.means().items()}
 
 
 def token_nll(
