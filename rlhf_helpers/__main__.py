@@ -31,6 +31,7 @@ _STUDIES_OF = {
     "lesson4.chat": ("chatbot", "personalities"),
     "lesson4.summaries": ("summaries",),
     "lesson4.code": ("code_rewards",),
+    "real_model": ("real_model",),
 }  # fmt: skip
 STUDIES = {
     name: f"rlhf_helpers.lab.studies.{module}:{name}"

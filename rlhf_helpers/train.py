@@ -25,13 +25,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 from datasets import Dataset
 from torch import nn
 
-from rlhf_helpers.core.generation import encode_prompts
-from rlhf_helpers.core.models import RewardFn, as_reward_fn, load_model, tokenizer_for
+from rlhf_helpers.core.models import RewardFn, as_reward_fn, load_model
 from rlhf_helpers.core.training import History, TrainingSettings, sft
 from rlhf_helpers.core.training.checkpoints import checkpoints
-from rlhf_helpers.core.training.distributed import process_state, save_pretrained
+from rlhf_helpers.core.training.distributed import process_state, save_model
 from rlhf_helpers.dpo import DPOSettings, DPOTrainer
-from rlhf_helpers.dpo.objectives import OBJECTIVES
 from rlhf_helpers.policy_optimization import (
     GRPOSettings,
     OnPolicySettings,
@@ -47,10 +45,10 @@ from rlhf_helpers.preference_data import (
     read_demonstrations,
     read_preferences,
     read_prompts,
-    read_rankings,
     read_unpaired,
     split_by_prompt,
 )
+from rlhf_helpers.preference_data.tidying import COLUMNS
 from rlhf_helpers.reward_model import (
     RewardModel,
     RewardSettings,
@@ -72,15 +70,7 @@ class SFTSettings(TrainingSettings):
     epochs: int = 1  # passes over the rows
     batch_size: int = 16  # rows per micro-batch
     prompt_weight: float = 0.0  # weight of a prompt's token in the loss; a response's token weighs 1
-    max_length: int | None = None  # tokens of prompt and response together; none: the model's context
     eval_every: int = 0  # steps between evaluations; 0: at the end of each epoch
-
-
-@dataclass(frozen=True)
-class RewardModelSettings(RewardSettings):
-    """The settings of `train_reward_model` together with the model's own."""
-
-    max_length: int | None = None  # tokens of prompt and response together; none: the model's context
 
 
 Trained = tuple[nn.Module, History]
@@ -95,9 +85,7 @@ def train_sft(model_name: str, rows: Dataset, settings: SFTSettings, **options: 
 
 def train_reward(model_name: str, rows: Dataset, settings: RewardSettings, **options: Any) -> Trained:
     """Train a reward model on comparisons."""
-    model = create_reward_model(
-        base_model_name=model_name, max_length=settings.max_length, seed=settings.seed
-    )
+    model = create_reward_model(base_model_name=model_name, seed=settings.seed)
     return model, train_reward_model(model, rows, settings, **options)
 
 
@@ -119,46 +107,46 @@ def train_policy(
     resume: bool,
 ) -> Trained:
     """Train a policy on its own samples, by the reward that the command names."""
-    prompts, columns = prompts_and_columns(rows.to_dict())
+    columns = rows.to_dict()
+    prompts = columns.pop("prompt")
     reward_fn = load_reward(reward, rows[:2])
     model, tokenizer = load_model(model_name)
-    eval_fn = None
+    options = {"columns": columns, "resume": resume}
     if val_rows is not None:
-        val_prompts, val_columns = prompts_and_columns(val_rows.to_dict())
-        if len(val_prompts) < 2:
-            raise ValueError("an evaluation needs at least 2 prompts, for its standard error; got 1")
-        sampling = {"max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature}
-        # Refuse a prompt that is too long now, not at the first evaluation.
-        encode_prompts(model, tokenizer, val_prompts, max_new_tokens=settings.max_new_tokens)
+        val_columns = val_rows.to_dict()
+        val_prompts = val_columns.pop("prompt")
 
-        def eval_fn(policy: nn.Module) -> dict[str, float]:
+        def evaluate(policy: nn.Module) -> dict[str, float]:
             result = evaluate_policy(
-                policy, tokenizer, val_prompts, reward_fn, seed=settings.seed, columns=val_columns, **sampling
+                policy,
+                tokenizer,
+                val_prompts,
+                reward_fn,
+                seed=settings.seed,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                columns=val_columns,
             )
             return {f"eval_score/{name}": result[name] for name in ("mean", "standard_error")}
 
-    options = {"columns": columns, "eval_fn": eval_fn, "resume": resume}
+        # To compare with; and whatever an evaluation refuses is refused now.
+        say(f"{model_name} before training: {evaluate(model)}")
+        options["eval_fn"] = evaluate
     return model, loop(model, tokenizer, prompts, reward_fn, settings, **options)
 
 
-def prompts_and_columns(rows: dict[str, list[Any]]) -> tuple[list[str], dict[str, list[Any]]]:
-    """Split columns into the prompts and those that only the reward reads."""
-    return rows["prompt"], {name: values for name, values in rows.items() if name != "prompt"}
-
-
-def load_reward(name: str, rows: dict[str, list[Any]]) -> RewardFn:
+def load_reward(name: str, columns: dict[str, list[Any]]) -> RewardFn:
     """Return the reward named on the command line, after one call: it must not fail at the first step.
 
     Args:
         name: the folder of a saved reward model, or module:function.
-        rows: columns of the data, with which the reward is tried; the prompts stand for responses.
+        columns: of the first rows of data, with which it is tried; the prompts stand for responses.
 
     Raises:
         ValueError: there is no such reward, or it raises an error; names it and its line.
     """
-    prompts, columns = prompts_and_columns(rows)
+    prompts = columns.pop("prompt")
     module, _, function = name.partition(":")
-    sys.path.insert(0, os.getcwd())
     try:
         is_folder = Path(name).is_dir()
         reward = load_reward_model(name) if is_folder else getattr(importlib.import_module(module), function)
@@ -176,53 +164,46 @@ def load_reward(name: str, rows: dict[str, list[Any]]) -> RewardFn:
 
 @dataclass(frozen=True)
 class Task:
-    """One way to train: the help line, the settings, the loop, and the rows that it reads."""
+    """One way to train: the help line, the settings, the loop, and the kind of rows that it reads."""
 
     summary: str
     settings: type[TrainingSettings]
     train: Callable[..., Trained]
-    data: str  # an example of a file
-    fixed: dict[str, Any] = field(default_factory=dict)
-
-    def read(self, settings: Any, source: str, **options: Any) -> Dataset:
-        """Read the rows that the task learns from, and print what was found."""
-        kind = OBJECTIVES[settings.loss].kind if self.settings is DPOSettings else self.data
-        rows, report = READERS[kind](source, **options)
-        say(str(report))
-        return rows
+    data: str  # a key of READERS
+    fixed: dict[str, Any] = field(default_factory=dict)  # settings that make the task what it is
 
 
 READERS = {
     "demonstrations": read_demonstrations,
     "pairs": read_preferences,
-    "unpaired": read_unpaired,
-    "rankings": read_rankings,
+    "labels": read_unpaired,
     "prompts": read_prompts,
 }
 _preference_task = partial(Task, settings=DPOSettings, train=train_on_preferences)
 TASKS = {
-    "sft": Task("imitate given answers", SFTSettings, train_sft, "demonstrations"),
-    "reward": Task("train a reward model on pairs", RewardModelSettings, train_reward, "pairs"),
-    "dpo": _preference_task("learn from pairs by DPO, or by another --loss", data="pairs"),
-    "ipo": _preference_task("learn from pairs by IPO", data="pairs", fixed={"loss": "ipo"}),
-    "kto": _preference_task("learn from labeled answers by KTO", data="unpaired", fixed={"loss": "kto"}),
-    "orpo": _preference_task("learn from pairs by ORPO", data="pairs", fixed={"loss": "orpo"}),
-    "simpo": _preference_task("learn from pairs by SimPO", data="pairs", fixed={"loss": "simpo"}),
-    "rloo": Task("raise a reward by RLOO", RLOOSettings, partial(train_policy, rloo), "prompts"),
-    "grpo": Task("raise a reward by GRPO", GRPOSettings, partial(train_policy, grpo), "prompts"),
-    "ppo": Task("raise a reward by PPO", PPOSettings, partial(train_policy, ppo), "prompts"),
+    "sft": Task("Imitate given answers", SFTSettings, train_sft, "demonstrations"),
+    "reward": Task("Train a reward model on pairs", RewardSettings, train_reward, "pairs"),
+    "dpo": _preference_task("Learn from pairs by DPO, or by another --loss", data="pairs"),
+    "ipo": _preference_task("Learn from pairs by IPO", data="pairs", fixed={"loss": "ipo"}),
+    "kto": _preference_task("Learn from labeled answers by KTO", data="labels", fixed={"loss": "kto"}),
+    "orpo": _preference_task("Learn from pairs by ORPO", data="pairs", fixed={"loss": "orpo"}),
+    "simpo": _preference_task("Learn from pairs by SimPO", data="pairs", fixed={"loss": "simpo"}),
+    "rloo": Task("Raise a reward by RLOO", RLOOSettings, partial(train_policy, rloo), "prompts"),
+    "grpo": Task("Raise a reward by GRPO", GRPOSettings, partial(train_policy, grpo), "prompts"),
+    "ppo": Task("Raise a reward by PPO", PPOSettings, partial(train_policy, ppo), "prompts"),
 }
 
 
 def main(argv: Sequence[str]) -> int:
     """Run `train` with these arguments; return its exit status. An error is one message, no traceback."""
-    arguments = train_parser().parse_args(argv)
+    parser = train_parser()
+    arguments = parser.parse_args(argv)
     task = TASKS[arguments.task]
     given = {name: value for name, value in vars(arguments).items() if name in task.settings.__match_args__}
     try:
         settings = task.settings(**{**DEFAULTS, "run_dir": arguments.out, **task.fixed, **given})
     except ValueError as error:
-        arguments.parser.error(str(error))
+        parser.error(str(error))
     try:
         run(task, settings, arguments)
     except KeyboardInterrupt as stop:
@@ -237,16 +218,17 @@ def main(argv: Sequence[str]) -> int:
 def run(task: Task, settings: TrainingSettings, arguments: argparse.Namespace) -> None:
     """Read the data, train, save; every refusal comes before the first step."""
     out = arguments.out
-    if is_main_process() and not arguments.resume and out.is_dir() and any(out.iterdir()):
+    is_first = process_state().is_main_process and not arguments.resume
+    if is_first and out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty: continue its run with --resume, or name another --out")
-    rows = task.read(settings, arguments.data, split=arguments.split, limit=arguments.limit)
+    read = READERS[task.data]
+    rows, report = read(arguments.data, split=arguments.split, limit=arguments.limit)
+    say(report)
     eval_rows = None
     if arguments.eval_data:
-        eval_rows = task.read(settings, arguments.eval_data)
-        if leaked := leaked_prompts(rows, eval_rows):
-            say(
-                f"note: {len(leaked)} prompts of --eval-data are trained on, so eval_ metrics show memory too"
-            )
+        eval_rows, report = read(arguments.eval_data)
+        say(report)
+        say(f"{len(leaked_prompts(rows, eval_rows))} prompts of --eval-data are trained on too")
     elif arguments.eval_share:
         rows, eval_rows = split_by_prompt(rows, test_fraction=arguments.eval_share, seed=settings.seed)
     if arguments.resume and not checkpoints(out):
@@ -255,32 +237,22 @@ def run(task: Task, settings: TrainingSettings, arguments: argparse.Namespace) -
     if task.data == "prompts":
         options["reward"] = arguments.reward
     model, history = task.train(arguments.model, rows, settings, **options)
-    save_model(model, out)
-    measured = {name: round(value, 4) for name, value in history[-1].items() if name.startswith("eval_")}
-    say(f"{len(history)} steps; model and metrics are in {out}" + (f"; {measured}" if measured else ""))
+    if isinstance(model, RewardModel):
+        model.save_pretrained(out)
+    else:
+        save_model(model, out)
+    say(f"{len(history)} steps; the model is in {out}")
+    if eval_rows is not None:
+        measured = {name: value for name, value in history[-1].items() if name.startswith("eval_")}
+        say(f"on the held-out rows: {measured}")
     if isinstance(model, RewardModel):
         command = f"rloo --model {arguments.model} --data PROMPTS --reward {out} --out {out}-rloo"
         say(f"Train a policy on this reward with:\n  {PROGRAM} {command}")
 
 
-def save_model(model: nn.Module, out: Path) -> None:
-    """Write a folder that `load_model` or `load_reward_model` reads."""
-    if isinstance(model, RewardModel):
-        model.save_pretrained(out)
-        return
-    save_pretrained(model, out)
-    if process_state().is_main_process:
-        tokenizer_for(model).save_pretrained(out)
-
-
-def is_main_process() -> bool:
-    """Whether this process speaks for all: the only one, or the first that a launcher started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def say(text: str, **options: Any) -> None:
+def say(text: object, **options: Any) -> None:
     """Print on the main process."""
-    if is_main_process():
+    if process_state().is_main_process:
         print(text, **options)
 
 
@@ -307,12 +279,11 @@ def train_parser() -> argparse.ArgumentParser:
         command = tasks.add_parser(
             name,
             help=task.summary,
-            description=f"{task.summary[0].upper()}{task.summary[1:]}.",
+            description=task.summary,
             usage=f"{PROGRAM} {name} --model MODEL --data FILE --out FOLDER [flags: see --help]",
             epilog=f"example:\n  {example(name)}",
             **options,
         )
-        command.set_defaults(parser=command)
         add_flags(command, task)
         add_settings(command, task)
     return parser
@@ -327,8 +298,11 @@ def example(name: str) -> str:
 
 def add_flags(parser: argparse.ArgumentParser, task: Task) -> None:
     """Add what is no setting: model, data, reward, evaluation, output."""
-    parser.add_argument("--model", required=True, help="'tiny', a local folder or a name on the hub")
-    parser.add_argument("--data", required=True, help=f"a file of {task.data}, or a data set on the hub")
+    parser.add_argument(
+        "--model", required=True, help="'tiny', 'smollm2', a local folder or a name on the hub"
+    )
+    columns = ", ".join(COLUMNS[task.data])
+    parser.add_argument("--data", required=True, help=f"a file or a data set on the hub with {columns}")
     parser.add_argument("--split", help="of a data set on the hub, or the rows' own column `split`")
     parser.add_argument("--limit", type=int, help="read only the first rows")
     parser.add_argument("--out", required=True, type=Path, help="folder for model, metrics and checkpoints")
@@ -350,7 +324,7 @@ def add_flags(parser: argparse.ArgumentParser, task: Task) -> None:
 
 def add_settings(parser: argparse.ArgumentParser, task: Task) -> None:
     """Add a flag for each field of the settings that the task leaves open."""
-    group = parser.add_argument_group("settings of the loop")
+    group = parser.add_argument_group("settings of the loop", "A flag of the form [X] without X means none.")
     notes, hints = field_notes(task.settings), get_type_hints(task.settings)
     for setting in fields(task.settings):
         if setting.name in ("run_dir", *task.fixed):
@@ -365,24 +339,21 @@ def add_settings(parser: argparse.ArgumentParser, task: Task) -> None:
 
 
 def value_options(hint: Any) -> dict[str, Any]:
-    """Return how argparse reads a value of this type; `none` is the None of an optional one."""
+    """Return how argparse reads a value of this type."""
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
-    if get_origin(hint) is tuple:
-        return {"type": float, "nargs": len(get_args(hint)), "metavar": "FLOAT"}
     kinds = get_args(hint) or (hint,)
-    kind = next(kind for kind in kinds if kind is not NoneType)
-
-    def read(text: str) -> Any:
-        return None if text == "none" and NoneType in kinds else kind(text)
-
-    read.__name__ = kind.__name__  # for argparse's error
-    return {"type": read, "metavar": kind.__name__.upper()}
+    options = {"type": kinds[0], "metavar": kinds[0].__name__.upper()}
+    if get_origin(hint) is tuple:
+        options["nargs"] = len(kinds)
+    elif NoneType in kinds:
+        options["nargs"] = "?"  # the flag without a value: None
+    return options
 
 
 def field_notes(settings: type) -> dict[str, str]:
     """Return field -> the comment behind it, which says why it has this default; a subclass's own wins."""
     notes = {}
     for kind in reversed(settings.__mro__[:-1]):
-        notes.update(re.findall(r"^    (\w+): [^#]+ = [^#]+  # (.+)$", inspect.getsource(kind), re.M))
+        notes.update(re.findall(r"^    (\w+): [^#\n]+ = [^#\n]+  # (.+)$", inspect.getsource(kind), re.M))
     return notes

@@ -297,7 +297,7 @@ def run_in_two_processes(worker: Path, *arguments: object, timeout: float) -> No
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def launch_two_processes(worker: Path, *arguments: object, timeout: float) -> Any:
+def launch_two_processes(worker: Path | str, *arguments: object, timeout: float) -> Any:
     """Run a script under torchrun in two gloo processes on this CPU; return the completed process."""
     import subprocess
     import sys

@@ -34,11 +34,23 @@ print(chat([{"role": "user", "content": "What is the capital of France?"}], retu
 
 
 def save_policy(
-    model: PreTrainedModel, folder: str | Path, *, data: str, method: str, seeds: Sequence[int],
-    metrics: Mapping[str, Any], limits: str, tokenizer: Any = None, title: str | None = None,
-    base_model: str | None = None, license: str = "unknown", language: str = "en",
-    settings: Mapping[str, Any] | None = None, max_new_tokens: int = 64, overwrite: bool = False,
-) -> Path:  # fmt: skip
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    data: str,
+    method: str,
+    seeds: Sequence[int],
+    metrics: Mapping[str, Any],
+    limits: str,
+    tokenizer: Any = None,
+    title: str | None = None,
+    base_model: str | None = None,
+    license: str = "unknown",
+    language: str = "en",
+    settings: Mapping[str, Any] | None = None,
+    max_new_tokens: int = 64,
+    overwrite: bool = False,
+) -> Path:
     """Write weights (safetensors), tokenizer, chat template, generation config, README.md; return the folder.
 
     `transformers.pipeline("text-generation", model=folder)` loads it anywhere, without this package, and
@@ -72,9 +84,14 @@ def save_policy(
         raise TypeError(f"save_policy needs a Hugging Face causal LM, got {type(model).__name__}")
 
     front = ModelCardData(
-        license=license, language=language, base_model=base_model, library_name="transformers",
-        pipeline_tag="text-generation", tags=["rlhf"], model_name=title,
-    )  # fmt: skip
+        license=license,
+        language=language,
+        base_model=base_model,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["rlhf"],
+        model_name=title,
+    )
     manifest = AlignmentReportGenerator(model=model, seeds=seeds, settings=settings).manifest
     manifest["parameters"] = f"{sum(p.numel() for p in model.parameters()):,}"
     measured = f"{markdown_table(rows)}\n\nIntervals: 95 %."
@@ -97,9 +114,15 @@ def _write(folder: Path, model: PreTrainedModel, tokenizer: Any, card: str, max_
     generation = copy.deepcopy(model.generation_config)
     generation._from_model_config = False  # else a loader may write it anew from config.json
     generation.update(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, max_length=None,
-        eos_token_id=stops, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        max_length=None,
+        eos_token_id=stops,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # it would stay behind in a stored notebook
     try:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from rlhf_helpers.alignment_eval.statistics import score_interval
+from rlhf_helpers.alignment_eval.statistics import estimates, score_interval
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
 from rlhf_helpers.core.text import Columns, require_columns
@@ -66,118 +66,131 @@ def _points(points: Any) -> Tensor:
 
 
 class MultiObjectiveAlignmentEvaluator:
-    """Policies side by side on several objectives; four ways to choose among them.
+    """Compare policies on several objectives, and choose among them in four ways.
 
-    `evaluate` gives the scores, a row a policy and prompt; the other methods read them: `table` the means,
-    `weighted_sum` one number, `pareto` the front and its hypervolume, `constrained` the best that keeps the
-    limits, `multi_task` families of prompts weighed against each other. A weighted sum finds only points of
-    the convex hull of the front, and trades harm for help at a fixed price; a constraint does not. Intervals
-    are 95 %, over prompts (`score_interval`). Lesson 3.
+    `evaluate` gives the scores, one row per policy and prompt. The other methods read them: `table` gives the
+    means, `weighted_sum` one number, `pareto` the front, `constrained` the best policy that keeps the limits,
+    `multi_task` weighs families of prompts against each other. A weighted sum finds only points on the convex
+    hull of the front and trades harm for help at a fixed rate; a constraint does not. Intervals are 95 %,
+    over prompts (`score_interval`). Lesson 3.
     """
 
     def __init__(
-        self, objectives: Mapping[str, nn.Module | RewardFn] | None = None, *,
-        reference: Mapping[str, float] | None = None, max_new_tokens: int = 64, seed: int = 0,
-    ) -> None:  # fmt: skip
-        """objectives: name -> reward, higher is better; None: the three gold scores of the world.
+        self,
+        objectives: Mapping[str, nn.Module | RewardFn] | None = None,
+        *,
+        max_new_tokens: int = 64,
+        seed: int = 0,
+    ) -> None:
+        """Keep objectives: name -> reward, higher is better; None: the three gold scores of the world.
 
-        reference: of the hypervolume, by name, 0 where none is given. Raises ValueError for no objective, one
-        named as a column of the scores, or a reference of none.
+        Raises:
+            ValueError: there is no objective, or one is named like a column of the scores.
         """
         given = gold_axes() if objectives is None else objectives
-        if not given or set(given) & set(KEYS) or set(reference or ()) - set(given):
-            raise ValueError(f"objectives {list(given)}: one at least, not named {KEYS}, all of {reference}")
+        if not given or set(given) & set(KEYS):
+            raise ValueError(f"objectives {list(given)}: give at least one, none of them named {KEYS}")
         self.objectives = {name: as_reward_fn(reward) for name, reward in given.items()}
-        self.reference = dict.fromkeys(given, 0.0) | dict(reference or {})
-        self.max_new_tokens, self.seed = max_new_tokens, seed
+        self.max_new_tokens = max_new_tokens
+        self.seed = seed
 
     def evaluate(
-        self, policies: Mapping[str, nn.Module], prompts: Sequence[str], *, columns: Columns | None = None,
+        self,
+        policies: Mapping[str, nn.Module],
+        prompts: Sequence[str],
+        *,
+        columns: Columns | None = None,
         families: Sequence[str] | None = None,
-    ) -> pd.DataFrame:  # fmt: skip
-        """Every policy answers every prompt once: columns policy, row (the prompt's), family, the objectives.
+    ) -> pd.DataFrame:
+        """Let every policy answer every prompt once: columns policy, row, family and the objectives.
 
-        families (N,): of the prompts; None: the world's own, "" where it does not know the prompt.
-        columns: of the prompts, for the rewards (base_prompt).
+        Args:
+            policies: name -> model.
+            prompts: (N,).
+            columns: further columns of the prompts, for the rewards (base_prompt).
+            families: (N,); None: the world's own, "" for a prompt that the world does not know.
         """
-        prompts, columns = list(prompts), dict(columns or {})
+        prompts = list(prompts)
+        columns = dict(columns or {})
         families = [_family(prompt) for prompt in prompts] if families is None else list(families)
         require_columns(prompts, columns | {"families": families})
-        frames, options = [], {"max_new_tokens": self.max_new_tokens, "seed": self.seed}
+        frames = []
         for name, model in policies.items():
-            said = generate(model, tokenizer_for(model), prompts, **options).responses
-            scores = {key: reward(prompts, said, **columns).cpu() for key, reward in self.objectives.items()}
-            rows = {"policy": name, "row": range(len(prompts)), "family": families}
-            frames.append(pd.DataFrame(rows | {key: s.double().numpy() for key, s in scores.items()}))
+            rollout = generate(
+                model,
+                tokenizer_for(model),
+                prompts,
+                max_new_tokens=self.max_new_tokens,
+                seed=self.seed,
+            )
+            frame = pd.DataFrame({"policy": name, "row": range(len(prompts)), "family": families})
+            for objective, reward in self.objectives.items():
+                frame[objective] = reward(prompts, rollout.responses, **columns).cpu().double().numpy()
+            frames.append(frame)
         return pd.concat(frames, ignore_index=True)
 
     def table(self, scores: pd.DataFrame) -> pd.DataFrame:
-        """Mean, low and high of every objective, a row a policy."""
-        columns = {}
-        for name in self.objectives:
-            found = scores.groupby("policy", sort=False)[name].agg(_ends)
-            columns |= {f"{name}{end}": found.str[i] for i, end in enumerate(("", " low", " high"))}
-        return pd.DataFrame(columns)
+        """Return value, low, high and n per objective: columns (objective, figure), one row per policy."""
+        return pd.concat({name: _by_policy(scores, scores[name]) for name in self.objectives}, axis=1)
 
     def weighted_sum(self, scores: pd.DataFrame, weights: Mapping[str, float] | None = None) -> pd.DataFrame:
-        """sum_k w_k objective_k / sum_k w_k with its interval, best policy first; None: equal weights.
+        """Return sum_k w_k objective_k / sum_k w_k with its interval, best policy first; None: equal weights.
 
-        Raises ValueError for a weight below 0, of no objective, or a sum of 0.
+        Raises:
+            ValueError: a weight is negative or names no objective, or all of them are 0.
         """
-        weights = dict.fromkeys(self.objectives, 1.0) if weights is None else dict(weights)
-        total = sum(weights.values())
-        if set(weights) - set(self.objectives) or min(weights.values(), default=-1) < 0 or not total > 0:
+        factors = pd.Series(dict.fromkeys(self.objectives, 1.0) if weights is None else weights, dtype=float)
+        if not set(factors.index) <= set(self.objectives) or (factors < 0).any() or factors.sum() == 0:
             raise ValueError(f"weights must be >= 0, not all 0, of {list(self.objectives)}; got {weights}")
-        worth = sum(scores[name] * weight / total for name, weight in weights.items())
-        found = worth.groupby(scores["policy"], sort=False).agg(_ends)
-        frame = pd.DataFrame(found.tolist(), found.index, ["weighted sum", "low", "high"])
-        return frame.sort_values("weighted sum", ascending=False, kind="stable")
+        worth = scores[factors.index] @ (factors / factors.sum())
+        return _by_policy(scores, worth).sort_values("value", ascending=False, kind="stable")
 
     def pareto(self, scores: pd.DataFrame) -> pd.DataFrame:
-        """Means, whether on the front, volume lost without the policy; all in attrs["hypervolume"]."""
-        means = scores.groupby("policy", sort=False)[list(self.objectives)].mean()
-        points, floor = means.to_numpy(), [self.reference[name] for name in self.objectives]
-        whole = hypervolume(points, floor)
-        rest = [np.delete(points, i, axis=0) for i in range(len(points))]
-        lost = [whole - (hypervolume(others, floor) if len(others) else 0.0) for others in rest]
-        frame = means.assign(front=pareto_front(points).numpy(), volume_lost=lost)
-        frame.attrs["hypervolume"] = whole
-        return frame
+        """Return the mean of every objective, and whether the policy is on the front."""
+        means = self._means(scores)
+        return means.assign(front=pareto_front(means.to_numpy()).numpy())
 
     def constrained(self, scores: pd.DataFrame, maximise: str, limits: Mapping[str, float]) -> pd.DataFrame:
-        """Which policies keep mean >= limit for each of `limits`, and the best of these by `maximise`.
+        """Find the policies with mean >= limit for each of `limits`, and the best of these by `maximise`.
 
-        feasible: by the means; sure: by the low ends of the intervals; best: the feasible policy with the
-        highest mean of `maximise`, at most one. Raises ValueError for a name that is no objective.
+        Returns:
+            The means with two columns: feasible, and best, which holds for at most one policy.
+
+        Raises:
+            ValueError: a name is no objective.
         """
         if unknown := {maximise, *limits} - set(self.objectives):
             raise ValueError(f"{sorted(unknown)} are no objectives; there are {list(self.objectives)}")
-        table, floors = self.table(scores), list(limits.values())
-        frame = table[list(dict.fromkeys([maximise, *limits]))].copy()
-        frame["feasible"] = (table[list(limits)].to_numpy() >= floors).all(axis=1)
-        frame["sure"] = (table[[f"{name} low" for name in limits]].to_numpy() >= floors).all(axis=1)
-        best = frame.loc[frame["feasible"], maximise].idxmax() if frame["feasible"].any() else None
-        return frame.assign(best=frame.index == best)
+        means = self._means(scores)
+        feasible = (means[list(limits)] >= pd.Series(limits)).all(axis=1)
+        best = means.loc[feasible, maximise].idxmax() if feasible.any() else None
+        return means.assign(feasible=feasible, best=means.index == best)
 
     def multi_task(self, scores: pd.DataFrame, name: str, *, by_uncertainty: bool = False) -> pd.DataFrame:
-        """Objective `name` by family of prompts, and over families: sum_f w_f mean_f, with its interval.
+        """Return objective `name` by family of prompts, and its mean over families: sum_f w_f mean_f.
 
-        w_f = 1 / F, every family alike, however few its prompts; or, by_uncertainty, in proportion to n_f /
-        (s_f^2 + s^2) with s_f^2 the variance within the family and s^2 the mean of these: what is measured
-        badly counts less. Weights are common to all policies, in attrs["weights"]. Raises ValueError for a
-        family with fewer than two prompts.
+        w_f = 1 / F: every family counts alike, however few its prompts. by_uncertainty: in proportion to
+        n_f / s_f^2, with s_f^2 the mean variance within the family, so that a family that is measured badly
+        counts less. The weights are common to all policies, in attrs["weights"].
+
+        Raises:
+            ValueError: a family has fewer than two prompts.
         """
         groups = scores.groupby(["policy", "family"], sort=False)[name]
-        means, variances, counts = (groups.agg(how).unstack() for how in ("mean", "var", "count"))
+        counts = groups.count().unstack()
         if (small := ~(counts >= 2).all()).any():
-            raise ValueError(f"families {list(small[small].index)} need at least two prompts a policy")
-        spread = variances.mean() + variances.mean().mean()
-        worth = counts.min() / spread if by_uncertainty and spread.all() else counts.min() * 0 + 1
+            raise ValueError(f"families {list(small[small].index)} need at least two prompts per policy")
+        worth = counts.min() * 0 + 1
+        if by_uncertainty:
+            worth = counts.min() / groups.var().unstack().mean().clip(lower=1e-9)
         weights = worth / worth.sum()
-        total, error = (weights * means).sum(axis=1), (weights**2 * variances / counts).sum(axis=1) ** 0.5
-        frame = means.assign(mean=total, low=total - 1.96 * error, high=total + 1.96 * error)
+        means = groups.mean().unstack()
+        frame = means.assign(mean=means @ weights)
         frame.attrs["weights"] = weights.to_dict()
         return frame
+
+    def _means(self, scores: pd.DataFrame) -> pd.DataFrame:
+        return scores.groupby("policy", sort=False)[list(self.objectives)].mean()
 
 
 def gold_axes() -> dict[str, RewardFn]:
@@ -188,16 +201,19 @@ def gold_axes() -> dict[str, RewardFn]:
             try:
                 return gold_scores(prompts, responses, **columns)[axis]
             except ValueError as error:
-                raise ValueError(f"for foreign prompts give rewards of your own. {error}") from error
+                raise ValueError(
+                    f"for foreign prompts give rewards (or a safety_fn) of your own. {error}"
+                ) from error
 
         return gold_axis
 
     return {axis: one(axis) for axis in AXES}
 
 
-def _ends(scores: pd.Series) -> tuple[float, float, float]:
-    found = score_interval(scores)
-    return found.value, found.low, found.high
+def _by_policy(scores: pd.DataFrame, values: pd.Series) -> pd.DataFrame:
+    """Return the mean of the values of each policy with its interval."""
+    groups = values.groupby(scores["policy"], sort=False)
+    return estimates({policy: score_interval(part) for policy, part in groups})
 
 
 def _family(prompt: str) -> str:

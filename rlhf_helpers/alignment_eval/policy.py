@@ -10,10 +10,10 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from rlhf_helpers.alignment_eval.objectives import gold_axes
 from rlhf_helpers.core.generation import generate, rollout_logps, sequence_logps
 from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
 from rlhf_helpers.world.annotators import Annotator
-from rlhf_helpers.world.gold_judge import gold_scores
 
 # An annotator of the world, or (prompts, responses) -> marks (B,), or a dict of such marks by "preference",
 # "helpfulness" and "harmlessness"; higher is better.
@@ -22,11 +22,18 @@ ANSWERS = ("chosen", "completion", "response")
 
 
 def comprehensive_evaluation(
-    model: nn.Module, test_data: Sequence[Mapping[str, str]] | Mapping[str, Sequence[str]],
-    human_evaluators: Sequence[Evaluator] | None = None, *, ref_model: nn.Module | None = None,
-    reward_model: nn.Module | RewardFn | None = None, safety_fn: RewardFn | None = None,
-    reference_fn: RewardFn | None = None, max_new_tokens: int = 64, seed: int = 0, tokenizer: Any = None,
-) -> dict[str, float]:  # fmt: skip
+    model: nn.Module,
+    test_data: Sequence[Mapping[str, str]] | Mapping[str, Sequence[str]],
+    human_evaluators: Sequence[Evaluator] | None = None,
+    *,
+    ref_model: nn.Module | None = None,
+    reward_model: nn.Module | RewardFn | None = None,
+    safety_fn: RewardFn | None = None,
+    reference_fn: RewardFn | None = None,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    tokenizer: Any = None,
+) -> dict[str, float]:
     """Measure a policy on held-out rows of prompt and answer (chosen, completion or response) [and rejected].
 
     One sample a row, at temperature 1, and each measure that has what it needs (what is better):
@@ -46,7 +53,7 @@ def comprehensive_evaluation(
     prompts, answers, rejected = _read(test_data)
     rollout = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed)
     texts = rollout.responses
-    safety = as_safety_fn(safety_fn or _harmlessness)(prompts, texts)
+    safety = as_safety_fn(safety_fn or gold_axes()["harmlessness"])(prompts, texts)
     result = {
         "perplexity": perplexity(model, tokenizer, prompts, answers),
         "diversity": distinct_n(texts),
@@ -112,23 +119,6 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     return len(set(runs)) / len(runs) if runs else 0.0
 
 
-def self_bleu(texts: Sequence[str]) -> float:
-    """Mean BLEU of each text against all the others, in [0, 1]: 1 says the same thing over and over.
-
-    BLEU-4 of sentences by sacrebleu, with its 13a tokens and exponential smoothing. Counts rewording that
-    `distinct_n` misses; it rises with the number of texts: compare equally many. Zhu et al. 2018. Lesson 3.
-    Raises ValueError for fewer than two texts.
-    """
-    from sacrebleu.metrics import BLEU
-
-    if len(texts) < 2:
-        raise ValueError(f"self_bleu compares texts with each other: give at least two, got {len(texts)}")
-    bleu = BLEU(effective_order=True)
-    others = ([*texts[:i], *texts[i + 1 :]] for i in range(len(texts)))
-    scores = [bleu.sentence_score(text, rest).score for text, rest in zip(texts, others, strict=True)]
-    return sum(scores) / len(scores) / 100
-
-
 def _read(test_data: Any) -> tuple[list[str], list[str], list[str] | None]:
     frame = pd.DataFrame(test_data if isinstance(test_data, Mapping) else list(test_data))
     answer = next((name for name in ANSWERS if name in frame), None)
@@ -142,26 +132,21 @@ def _read(test_data: Any) -> tuple[list[str], list[str], list[str] | None]:
     return columns["prompt"], columns[answer], columns.get("rejected")
 
 
-def _harmlessness(prompts: list[str], responses: list[str]) -> Tensor:
-    try:
-        return gold_scores(prompts, responses)["harmlessness"]
-    except ValueError as error:
-        raise ValueError(f"the world judges only its own prompts; give safety_fn=. {error}") from error
-
-
 def _human_marks(
     evaluators: Sequence[Evaluator], prompts: list[str], responses: list[str], answers: list[str], seed: int
 ) -> dict[str, float]:
-    """The mean over evaluators of what each says, for the questions that somebody answers."""
-    found: dict[str, list[float]] = {}
+    """Return the mean over evaluators of what each says, for the questions that somebody answers."""
+    rows = []
     for number, evaluator in enumerate(evaluators):
-        sides = enumerate((responses, answers))
-        mine, other = (_ask(evaluator, prompts, texts, 2 * (seed + number) + i) for i, texts in sides)
-        if "preference" in mine:
-            mine["human_preference"] = ((mine.pop("preference") - other["preference"]).sign() + 1) / 2
-        for name, marks in mine.items():
-            found.setdefault(name, []).append(marks.mean().item())
-    return {name: sum(values) / len(values) for name, values in found.items()}
+        own_seed = 2 * (seed + number)
+        marks = _ask(evaluator, prompts, responses, own_seed)
+        if "preference" in marks:
+            # The data's answers are marked independently of the samples; a tie counts one half.
+            others = _ask(evaluator, prompts, answers, own_seed + 1)
+            gaps = marks.pop("preference") - others["preference"]
+            marks["human_preference"] = (gaps.sign() + 1) / 2
+        rows.append({name: values.mean().item() for name, values in marks.items()})
+    return pd.DataFrame(rows).mean().to_dict()
 
 
 def _ask(evaluator: Evaluator, prompts: list[str], responses: list[str], seed: int) -> dict[str, Tensor]:

@@ -30,40 +30,50 @@ _STYLE = (
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """A picture for a report: the bytes of a PNG or the path of one, and what it shows in words."""
+    """A picture for a report: the bytes of a PNG, and what it shows in words."""
 
-    png: bytes | str | Path
+    png: bytes
     alt: str
 
     def read(self) -> bytes:
-        """The picture's bytes; raises ValueError where it is no PNG or its alt text is too short."""
-        data = self.png if isinstance(self.png, bytes) else Path(self.png).read_bytes()
-        if not data.startswith(_PNG):
-            raise ValueError(f"a figure must be a PNG, got {data[:8]!r}: see lab.reports.figure_png")
+        """Return the bytes; raises ValueError where they are no PNG or the alt text is too short."""
+        if not self.png.startswith(_PNG):
+            raise ValueError(f"a figure must be a PNG, got {self.png[:8]!r}: see lab.reports.figure_png")
         if len(self.alt.split()) < 5:
             raise ValueError(f"alt={self.alt!r} must say in words what the figure shows (five at least)")
-        return data
+        return self.png
 
 
 class AlignmentReportGenerator:
     """Writes results, pictures and what it takes to get the same numbers again. Lesson 3."""
 
     def __init__(
-        self, title: str = "Alignment report", *, model: nn.Module | None = None, seeds: Sequence[int] = (),
+        self,
+        title: str = "Alignment report",
+        *,
+        model: nn.Module | None = None,
+        seeds: Sequence[int] = (),
         settings: Mapping[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Keep the title and the run manifest: versions, platform, seeds, settings, the model's weights."""
         self.title = title
-        self.manifest = {"python": platform.python_version(), "platform": sys.platform}
-        self.manifest |= {library: version(library) for library in LIBRARIES}
-        self.manifest |= {"seeds": ", ".join(map(str, seeds)) or "not given"}
-        self.manifest |= {"model": "not given" if model is None else weights_fingerprint(model)}
-        self.manifest |= {key: str(value) for key, value in (settings or {}).items()}
+        self.manifest = {
+            "python": platform.python_version(),
+            "platform": sys.platform,
+            **{library: version(library) for library in LIBRARIES},
+            "seeds": ", ".join(map(str, seeds)) or "not given",
+            "model": "not given" if model is None else weights_fingerprint(model),
+            **{key: str(value) for key, value in (settings or {}).items()},
+        }
 
     def generate_alignment_report(
-        self, results: Mapping[str, pd.DataFrame | Mapping[str, Any] | str], *,
-        figures: Sequence[ReportFigure] = (), out: str | Path, overwrite: bool = False,
-    ) -> dict[str, Path]:  # fmt: skip
+        self,
+        results: Mapping[str, pd.DataFrame | Mapping[str, Any] | str],
+        *,
+        figures: Sequence[ReportFigure] = (),
+        out: str | Path,
+        overwrite: bool = False,
+    ) -> dict[str, Path]:
         """Write OUT/alignment_report.html, .md and the Markdown's figures; returns {"html", "markdown"}.
 
         results: heading -> table (its index is shown), mapping name -> value, or a paragraph; numbers with
@@ -143,7 +153,8 @@ def _plain(text: str) -> str:
 
 
 def _pipes(table: pd.DataFrame) -> str:
-    rows = [["", *table.columns], ["---"] + ["---:"] * table.shape[1]]
-    rows += [[name, *row] for name, row in zip(table.index, table.to_numpy().tolist(), strict=True)]
-    cells = [row if i == 1 else [_plain(cell) for cell in row] for i, row in enumerate(rows)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    """Write a table of texts as Markdown, escaped; all columns but the first stand to the right."""
+    shown = table.rename(index=_plain, columns=_plain).map(_plain)
+    rows = [["", *shown.columns], ["---", *["---:"] * len(shown.columns)]]
+    rows += shown.reset_index().to_numpy().tolist()
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

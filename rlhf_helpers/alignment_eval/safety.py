@@ -19,11 +19,12 @@ from scipy import stats
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from rlhf_helpers.alignment_eval.objectives import gold_axes
 from rlhf_helpers.alignment_eval.policy import as_safety_fn
 from rlhf_helpers.core.choices import option_logps
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import TINY, RewardFn, tokenizer_for
-from rlhf_helpers.world.gold_judge import explain, gold_scores
+from rlhf_helpers.world.gold_judge import explain
 from rlhf_helpers.world.prompts import Prompt, best_answer, find_prompt, load_prompts, split_sentences
 from rlhf_helpers.world.prompts.base import REFUSALS
 from rlhf_helpers.world.prompts.social import GROUPS
@@ -44,9 +45,12 @@ def refuses(prompts: Sequence[str], responses: Sequence[str], **columns: Sequenc
 
 
 def counterfactual_gaps(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[str], options: Sequence[Sequence[str]],
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    options: Sequence[Sequence[str]],
     swaps: Sequence[tuple[str, str]],
-) -> Float[Tensor, "B"]:  # fmt: skip
+) -> Float[Tensor, "B"]:
     """How far exchanging two words moves the model's choice among K options: total variation, (B,) in [0, 1].
 
     1/2 sum_k |p(o_k | x) - p(o_k' | x')|   with x', o' the prompt and options with the two words exchanged
@@ -89,25 +93,43 @@ class SafetyMetrics:
     """
 
     HIGHER_IS_BETTER: ClassVar[dict[str, bool]] = {
-        "toxicity": False, "harmlessness": True, "bias": False, "bbq_ambiguous": False,
-        "bbq_disambiguated": False, "factual_accuracy": True, "refusal": True, "over_refusal": False,
+        "toxicity": False,
+        "harmlessness": True,
+        "bias": False,
+        "bbq_ambiguous": False,
+        "bbq_disambiguated": False,
+        "factual_accuracy": True,
+        "refusal": True,
+        "over_refusal": False,
         "consistency": True,
-    }  # fmt: skip
+    }
 
     @classmethod
     def evaluate(
-        cls, model: nn.Module, prompts: Sequence[str] | None = None, metrics: Sequence[str] | None = None,
+        cls,
+        model: nn.Module,
+        prompts: Sequence[str] | None = None,
+        metrics: Sequence[str] | None = None,
         **settings: Any,
-    ) -> dict[str, float]:  # fmt: skip
+    ) -> dict[str, float]:
         """Metric -> value; settings and errors as in `details`, which has the intervals too."""
         return cls.details(model, prompts, metrics, **settings)["value"].to_dict()
 
     @classmethod
     def details(
-        cls, model: nn.Module, prompts: Sequence[str] | None = None, metrics: Sequence[str] | None = None,
-        *, tokenizer: Any = None, safety_fn: RewardFn | None = None, choose: bool | None = None,
-        samples: int = 4, max_new_tokens: int = 64, seed: int = 0, **columns: Sequence[str],
-    ) -> pd.DataFrame:  # fmt: skip
+        cls,
+        model: nn.Module,
+        prompts: Sequence[str] | None = None,
+        metrics: Sequence[str] | None = None,
+        *,
+        tokenizer: Any = None,
+        safety_fn: RewardFn | None = None,
+        choose: bool | None = None,
+        samples: int = 4,
+        max_new_tokens: int = 64,
+        seed: int = 0,
+        **columns: Sequence[str],
+    ) -> pd.DataFrame:
         """A row a metric: value, low, high, prompts (count), measured_on, higher_is_better.
 
         low, high: 95 % percentile bootstrap over prompts (1,000 draws), as answers to one prompt hang
@@ -204,7 +226,7 @@ class _Probe:
         answers = self.answers(texts, self.columns.get("base_prompt", ()), sample=fn is not None)
         each = [i for i, said in enumerate(answers) for _ in said]
         told = {name: [values[i] for i in each] for name, values in self.columns.items()}
-        judge = as_safety_fn(fn or (lambda p, r, **c: gold_scores(p, r, **c)["harmlessness"]))
+        judge = as_safety_fn(fn or gold_axes()["harmlessness"])
         scores = judge([texts[i] for i in each], [a for said in answers for a in said], **told).cpu()
         return scores.view(len(texts), -1)
 

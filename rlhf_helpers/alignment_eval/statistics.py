@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from numpy.typing import ArrayLike
 from scipy import stats
+from statsmodels.stats.proportion import proportion_confint
 
 from rlhf_helpers.preference_data.quality import Estimate, cohen_kappa
 
@@ -18,26 +19,27 @@ from rlhf_helpers.preference_data.quality import Estimate, cohen_kappa
 Judge = Callable[[list[str], list[str], list[str]], Any]
 
 
-def wilson_interval(successes: float, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Give Wilson's interval of a proportion (Wilson 1927); successes may be halves, where ties count half.
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """Give Wilson's 95 % interval of a proportion (Wilson 1927).
 
-    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), 95 % unless told.
+    successes may be halves, where ties count half.
+
+    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
     Raises ValueError unless 0 <= successes <= n and n > 0.
     """
     if not (n > 0 and 0 <= successes <= n):
         raise ValueError(f"wilson_interval needs 0 <= successes <= n and n > 0, got {successes} of {n}")
-    p, z = successes / n, stats.norm.ppf(0.5 + confidence / 2)
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return float(max(0.0, min(p, (centre - half) / scale))), float(min(1.0, max(p, (centre + half) / scale)))
+    p = successes / n
+    low, high = proportion_confint(successes, n, method="wilson")
+    return float(min(p, low)), float(max(p, high))  # 0 of n and n of n are ends, up to rounding
 
 
-def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> tuple[float, float, float]:
-    """Give (mean, low, high) by Student's t on independent values; ValueError unless 2 or more, finite."""
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Give (mean, low, high), 95 % by Student's t, of independent values; ValueError for fewer than two."""
     array = np.asarray(values, dtype=float)
     if array.ndim != 1 or array.size < 2 or not np.isfinite(array).all():
         raise ValueError(f"mean_interval needs at least two finite numbers in a row, got shape {array.shape}")
-    half = stats.t.ppf(0.5 + confidence / 2, array.size - 1) * array.std(ddof=1) / math.sqrt(array.size)
+    half = stats.t.ppf(0.975, array.size - 1) * array.std(ddof=1) / math.sqrt(array.size)
     return float(array.mean()), float(array.mean() - half), float(array.mean() + half)
 
 
@@ -105,14 +107,14 @@ def win_rate(first_scores: ArrayLike, second_scores: ArrayLike, *, seed: int = 0
     return WinRate(found.value, low, high, float(p_value), len(won))
 
 
-def judge_agreement(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> Estimate:
+def judge_agreement(first: ArrayLike, second: ArrayLike) -> Estimate:
     """Cohen's kappa of two judges' verdicts (N,) on the same rows, with a bootstrap interval over rows.
 
     Verdicts are labels: a judge's P(first) > 1/2, say, or "follows the rule". 0 is chance, 1 agreement.
     Lesson 3. Raises what `preference_data.cohen_kappa` does.
     """
     kappa = cohen_kappa(first, second)
-    found = bootstrap_interval(first, second, statistic=_kappa, seed=seed)
+    found = bootstrap_interval(first, second, statistic=_kappa)
     return Estimate(kappa, found.low, found.high, found.n)
 
 
@@ -130,7 +132,7 @@ class PositionBias:
     lean: Estimate
 
 
-def judge_position_bias(judge: Judge, rows: Sequence[Mapping[str, str]], *, seed: int = 0) -> PositionBias:
+def judge_position_bias(judge: Judge, rows: Sequence[Mapping[str, str]]) -> PositionBias:
     """Ask a judge about every row (prompt, first, second) in both orders; see `PositionBias`.
 
     A judge without bias gives p(a, b) = 1 - p(b, a): lean 0, no flips. To average both orders, as `ai_labels`
@@ -140,7 +142,7 @@ def judge_position_bias(judge: Judge, rows: Sequence[Mapping[str, str]], *, seed
     """
     prompts, firsts, seconds = ([row[key] for row in rows] for key in ("prompt", "first", "second"))
     given, swapped = ask_judge(judge, prompts, firsts, seconds), ask_judge(judge, prompts, seconds, firsts)
-    lean = bootstrap_interval((given + swapped) / 2 - 0.5, seed=seed)
+    lean = bootstrap_interval((given + swapped) / 2 - 0.5)
     return PositionBias(share_of((given - 0.5) * (swapped - 0.5) > 0), lean)
 
 
@@ -178,8 +180,6 @@ def calibration(probabilities: ArrayLike, outcomes: ArrayLike, *, bins: int = 10
     Empty bins have no row; frequencies carry Wilson's interval. True probabilities have an ECE above 0 on a
     sample: state N and bins. Brier 1950; Guo et al. 2017. Lesson 3. Raises ValueError for anything else.
     """
-    from sklearn.metrics import brier_score_loss
-
     said, came = _vector("probabilities", probabilities), _vector("outcomes", outcomes)
     if said.shape != came.shape or said.min() < 0 or said.max() > 1 or not np.isin(came, (0, 1)).all():
         raise ValueError(
@@ -192,7 +192,7 @@ def calibration(probabilities: ArrayLike, outcomes: ArrayLike, *, bins: int = 10
     ends = [wilson_interval(f * n, int(n)) for f, n in zip(table["frequency"], table["n"], strict=True)]
     table[["low", "high"]] = ends
     ece = np.average((table["frequency"] - table["probability"]).abs(), weights=table["n"])
-    return Calibration(table, float(ece), float(brier_score_loss(came, said, pos_label=1)))
+    return Calibration(table, float(ece), float(((said - came) ** 2).mean()))
 
 
 def estimates(rows: Mapping[str, Estimate]) -> pd.DataFrame:

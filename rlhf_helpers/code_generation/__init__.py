@@ -4,10 +4,9 @@ import importlib
 from typing import Any
 
 _PARTS = {
-    "evaluation": "compare_safety_methods evaluate_programs pass_at_k program_report safety_agreement "
-    "safety_verdicts sample_programs",
+    "evaluation": "PROGRAMS compare_safety_methods evaluate_programs pass_at_k program_report "
+    "safety_agreement safety_verdicts sample_programs",
     "generator": "FALLBACK Candidate SafeCodeGenerator",
-    "labelled": "PROGRAMS",
     "rewards": "UnitTest UnitTestRunner as_test task_tests unit_test_reward verifiable_reward",
     "safety": "CodeSafetyEvaluator Finding extract_code unsafe_calls",
 }

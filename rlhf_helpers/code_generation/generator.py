@@ -41,21 +41,25 @@ class SafeCodeGenerator:
     """
 
     def __init__(
-        self, base_model: nn.Module | str | Path,
-        safety_evaluator: Callable[[str], float] | None = None, safety_threshold: float = 0.8,
-        *, tokenizer: Any = None, samples: int = 8, max_new_tokens: int = 64, temperature: float = 1.0,
-        seed: int = 0, runner: UnitTestRunner | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        base_model: nn.Module | str | Path,
+        safety_evaluator: Callable[[str], float] | None = None,
+        safety_threshold: float = 0.8,
+        *,
+        samples: int = 8,
+        max_new_tokens: int = 64,
+        seed: int = 0,
+    ) -> None:
         """Load the model where it is given by name, and say what is safe enough."""
         require_number("safety_threshold", safety_threshold, at_least=0, at_most=1)
         require_number("samples", samples, at_least=1)
-        if not isinstance(base_model, nn.Module):
-            base_model, tokenizer = load_model(base_model)
-        self.model, self.tokenizer = base_model, tokenizer or tokenizer_for(base_model)
+        self.model = base_model if isinstance(base_model, nn.Module) else load_model(base_model)[0]
         self.safety_evaluator = safety_evaluator or CodeSafetyEvaluator()
-        self.safety_threshold, self.samples, self.seed = safety_threshold, samples, seed
-        self.options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-        self.runner = runner or UnitTestRunner()
+        self.safety_threshold = safety_threshold
+        self.samples = samples
+        self.max_new_tokens = max_new_tokens
+        self.seed = seed
+        self.runner = UnitTestRunner()
 
     def generate(self, prompt: str, tests: Sequence[Any] | None = None) -> str:
         """One program for a request, the best candidate; `FALLBACK` where each is unsafe or empty."""
@@ -69,8 +73,13 @@ class SafeCodeGenerator:
         tests: what `as_test` reads; only programs that are safe enough are run on them, in the sandbox. The
         same prompt and seed give the same candidates. Raises ValueError for an empty list of tests.
         """
-        seed = self.seed + zlib.crc32(prompt.encode())
-        rollout = generate(self.model, self.tokenizer, [prompt] * self.samples, seed=seed, **self.options)
+        rollout = generate(
+            self.model,
+            tokenizer_for(self.model),
+            [prompt] * self.samples,
+            max_new_tokens=self.max_new_tokens,
+            seed=self.seed + zlib.crc32(prompt.encode()),
+        )
         copies = Counter(extract_code(text) for text in rollout.responses)
         safety = {code: self.evaluate_safety(code) for code in copies}
         run = [code for code in copies if tests is not None and safety[code] >= self.safety_threshold]

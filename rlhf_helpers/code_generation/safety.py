@@ -1,7 +1,8 @@
 """Is a program safe to run? Rules over its syntax tree, the bandit library, and a score that explains itself.
 
 Unsafe here means: it reaches out of its own function, for files, processes, the network, the interpreter, or
-runs text as code. Both methods read the program without running it, so both can be fooled (`labelled`).
+runs text as code. Both methods read the program without running it, so both can be fooled: see
+`evaluation.PROGRAMS`.
 """
 
 import ast
@@ -9,44 +10,18 @@ import functools
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from rlhf_helpers.world.tables import load_table
 
-UNSAFE_NAMES = {"eval", "exec", "compile", "open", "__import__"}
-UNSAFE_MODULES = {"os", "subprocess", "socket"}
-# Besides: ways to the same things that show no such name.
-REACHING_MODULES = UNSAFE_MODULES | {
-    "builtins", "ctypes", "ftplib", "http", "importlib", "io", "multiprocessing", "pathlib", "pickle", "pty",
-    "requests", "runpy", "shutil", "signal", "sys", "tempfile", "threading", "urllib",
-}  # fmt: skip
-RUN_TIME_NAMES = {"getattr", "setattr", "globals", "locals", "vars", "__builtins__"}
-INNER_ATTRIBUTES = {
-    "__base__", "__bases__", "__builtins__", "__code__", "__dict__", "__getattribute__", "__globals__",
-    "__import__", "__loader__", "__mro__", "__reduce__", "__subclasses__",
-}  # fmt: skip
+# What counts as reaching out, and why; besides calls, ways to the same things that show no such name.
+TABLE = load_table("code_generation/code_safety")
+RULES = TABLE["rules"]
 # What one finding of a severity leaves of the score.
 WEIGHTS = {"low": 0.1, "medium": 0.5, "high": 0.9}
-_RULES = {
-    "eval": ("high", "it runs text as code, so what it does cannot be read here"),
-    "exec": ("high", "it runs text as code, so what it does cannot be read here"),
-    "compile": ("high", "it makes code out of text, so what it does cannot be read here"),
-    "__import__": ("high", "it loads a module by a name that may be put together at run time"),
-    "open": ("medium", "it touches a file, which a function of its arguments does not need"),
-    "os": ("high", "it asks something of the operating system"),
-    "subprocess": ("high", "it starts another process"),
-    "socket": ("high", "it reaches for the network"),
-    "import": ("medium", "it imports a module that reaches out of the program"),
-    "run-time name": ("medium", "it looks a name up at run time, so no rule sees which one"),
-    "inner attribute": ("high", "it takes an inner attribute, from which every class can be reached"),
-    "SyntaxError": ("high", "it cannot be read as Python, so nothing shows that it is safe"),
-}
 
 
 @dataclass(frozen=True)
@@ -105,42 +80,37 @@ def _dotted(node: ast.AST) -> str | None:
 def _rule_of(name: str) -> str | None:
     """Which rule a called name falls under: itself, or the module it is an attribute of."""
     module, _, attribute = name.partition(".")
-    return name if name in UNSAFE_NAMES else module if attribute and module in UNSAFE_MODULES else None
+    if name in TABLE["unsafe names"]:
+        return name
+    return module if attribute and module in TABLE["unsafe modules"] else None
 
 
 def _ast_findings(code: str) -> Iterator[Finding]:
     for line, name in unsafe_calls(code):
-        rule = name if name in _RULES else _rule_of(name)
-        yield Finding(line, name, *_RULES[rule], "ast")
+        yield Finding(line, name, *RULES[_rule_of(name) or name], "ast")
     tree = _parsed(code)
     for node in ast.walk(tree) if isinstance(tree, ast.Module) else ():
-        for rule, name in _roundabout(node):
-            yield Finding(node.lineno, f"{rule} {name}", *_RULES[rule], "ast")
-
-
-def _roundabout(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """What reaches out without such a call: (rule, name)."""
-    match node:
-        case ast.alias(name=name) if name.split(".")[0] in REACHING_MODULES:
-            yield "import", name
-        case ast.ImportFrom(module=str() as name) if name.split(".")[0] in REACHING_MODULES:
-            yield "import", name
-        case ast.Name(id=name) if name in RUN_TIME_NAMES:
-            yield "run-time name", name
-        case ast.Attribute(attr=name) if name in INNER_ATTRIBUTES:
-            yield "inner attribute", name
+        match node:
+            case ast.alias(name=name) | ast.ImportFrom(module=str() as name):
+                rule, listed = "import", name.split(".")[0]
+            case ast.Name(id=name):
+                rule, listed = "run-time name", name
+            case ast.Attribute(attr=name):
+                rule, listed = "inner attribute", name
+            case _:
+                continue
+        if listed in TABLE[rule]:
+            yield Finding(node.lineno, f"{rule} {name}", *RULES[rule], "ast")
 
 
 @functools.lru_cache(maxsize=4096)
 def _bandit_findings(code: str) -> tuple[Finding, ...]:
     """What bandit says of a program; nothing where it cannot be read, which the tree's rules report."""
-    loggers = [logging.getLogger(name) for name in ("bandit", "stevedore")]  # stevedore loads its plugins
-    levels = [log.level for log in loggers]
+    shown = logging.root.manager.disable
     with warnings.catch_warnings(action="ignore"), TemporaryDirectory() as folder:
         file = Path(folder) / "program.py"
         file.write_text(code, encoding="utf-8", errors="replace", newline="")
-        for log in loggers:
-            log.setLevel(logging.CRITICAL + 1)  # they would write to the screen what `skipped` says
+        logging.disable()  # bandit and its plugin loader would write to the screen what `skipped` says
         try:
             from bandit.core.config import BanditConfig
             from bandit.core.manager import BanditManager
@@ -150,11 +120,11 @@ def _bandit_findings(code: str) -> tuple[Finding, ...]:
             manager.discover_files([str(file)])
             manager.run_tests()
         finally:
-            for log, level in zip(loggers, levels, strict=True):
-                log.setLevel(level)
-    issues = manager.get_issue_list()
-    rules = ((i, f"{i.test_id} {i.test}", i.severity.lower(), i.text.rstrip(".")) for i in issues)
-    return tuple(Finding(i.lineno, rule, severity, why, "bandit") for i, rule, severity, why in rules)
+            logging.disable(shown)
+    return tuple(
+        Finding(i.lineno, f"{i.test_id} {i.test}", i.severity.lower(), i.text.rstrip("."), "bandit")
+        for i in manager.get_issue_list()
+    )
 
 
 class CodeSafetyEvaluator:
@@ -183,15 +153,7 @@ class CodeSafetyEvaluator:
         costs = {finding.rule: WEIGHTS[finding.severity] for finding in worst.values()}
         return math.prod(1 - cost for cost in costs.values())
 
-    def __call__(self, code: str) -> float:
-        """The score."""
-        return self.score(code)
-
-    def safety_fn(
-        self, prompts: Sequence[str], responses: Sequence[str], **columns: Any
-    ) -> Float[Tensor, "B"]:
-        """The score of each response, (B,): a RewardFn, for whatever wants P(safe)."""
-        return torch.tensor([self.score(extract_code(text)) for text in responses])
+    __call__ = score
 
 
 def extract_code(text: str) -> str:

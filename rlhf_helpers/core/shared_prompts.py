@@ -1,11 +1,12 @@
 """Score answers: a prompt is read once for all its answers, and only answer tokens get logits.
 
-One row of a forward pass holds a prompt and the answers to it, which do not see each other:
+One row of a forward pass holds a prompt and the answers to it, which do not see each other. What space is
+left in a row goes to further prompts with their answers:
 
-    tokens       prompt        answer 1            answer 2            padding
-    part         0             1                   2                   -1
-    positions    0 ... P-1     P ...               P ...
-    sees         itself        prompt and itself   prompt and itself   padding
+    tokens       prompt      answer             answer             next prompt   ...   padding
+    part         0           1                  2                  9                   -1
+    positions    0 ... P-1   P ...              P ...              0 ...
+    sees         itself      prompt and itself  prompt and itself  itself
 
 Every answer token has the position and the context that it would have in a row of its own, so its logits are
 the same up to rounding, and so are the gradients. A block mask says who sees whom. A model that is not known
@@ -14,6 +15,7 @@ to take one (`takes_block_mask`) gets one row per answer instead, by the same co
 All calls go through the forward of the model itself: with sharded weights only that gathers them.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, takewhile
@@ -44,7 +46,11 @@ BLOCK_MASK_MODELS = [
     "phi3",
 ]
 BLOCK_MASK_MODELS += ["qwen2", "qwen3", "smollm3", "stablelm"]
-ANSWERS_PER_ROW = 8  # attention costs the square of a row's length: at some point another row is cheaper
+ANSWERS_PER_PROMPT = 8  # attention costs the square of a row's length: then it is cheaper to read it again
+EQUAL_COST_LENGTH = 768  # 6 x width of the states: of the tiny model; larger models can fill longer rows
+PARTS = (
+    ANSWERS_PER_PROMPT + 1
+)  # part numbers of a prompt and its answers: 0, 1, ..., of the next one 9, 10, ...
 TOKENS_PER_CHUNK = 256  # tokens whose distributions over the vocabulary exist at the same time
 
 
@@ -87,39 +93,76 @@ def pack_answers(
         answers_per_forward: None: all answers in one pass. The number of passes depends on the number of
             answers alone, so processes with equally many make equally many passes, as sharded weights ask.
     """
-    most = ANSWERS_PER_ROW if takes_block_mask(model) else 1
-    order = [index for row in _rows(pairs, range(len(pairs)), most) for index in row]
+    shared = takes_block_mask(model)
+    order = [*chain(*_groups(pairs, range(len(pairs)), shared))]
     size = answers_per_forward or len(order)
     for start in range(0, len(order), size):
-        rows = _rows(pairs, order[start : start + size], most)
+        groups = _groups(pairs, order[start : start + size], shared)
+        rows = _filled_rows(pairs, groups) if shared else [[group] for group in groups]
         yield _packed(pairs, rows, like=next(model.parameters()))
 
 
-def _rows(pairs: Sequence[Pair], indices: Iterable[int], most: int) -> list[list[int]]:
-    """Put answers to the same prompt into a row; rows of similar length follow each other."""
+def _groups(pairs: Sequence[Pair], indices: Iterable[int], shared: bool) -> list[list[int]]:
+    """Put answers to one prompt together; the shortest groups come first."""
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for index in indices:
         by_prompt.setdefault(tuple(pairs[index][0]), []).append(index)
-    rows = [same[i : i + most] for same in by_prompt.values() for i in range(0, len(same), most)]
-    return sorted(rows, key=lambda row: len(pairs[row[0]][0]) + sum(len(pairs[i][1]) for i in row))
+    most = ANSWERS_PER_PROMPT if shared else 1
+    groups = [same[i : i + most] for same in by_prompt.values() for i in range(0, len(same), most)]
+    return sorted(groups, key=lambda group: _length(pairs, group))
 
 
-def _packed(pairs: Sequence[Pair], rows: list[list[int]], *, like: Tensor) -> PackedAnswers:
+def _length(pairs: Sequence[Pair], group: list[int]) -> int:
+    return len(pairs[group[0]][0]) + sum(len(pairs[index][1]) for index in group)
+
+
+def _filled_rows(pairs: Sequence[Pair], groups: list[list[int]]) -> list[list[list[int]]]:
+    """Spread groups over the number of rows at which the work is least: little padding, and no long rows.
+
+    The longest group first, each into the row that is the shortest so far (Graham 1969).
+    """
+    lengths = [_length(pairs, group) for group in groups]
+    # Rows between the length of the longest group and twice that, or a row for each group.
+    widths = [max(lengths) * (1 + eighths / 8) for eighths in range(9)]
+    cheapest, least = [], math.inf
+    for count in {len(groups), *(math.ceil(sum(lengths) / width) for width in widths)}:
+        rows: list[list[list[int]]] = [[] for _ in range(count)]
+        filled = [0] * count
+        for group, length in zip(reversed(groups), reversed(lengths), strict=True):
+            shortest = filled.index(min(filled))
+            rows[shortest].append(group)
+            filled[shortest] += length
+        # The weights cost each place the same, attention as much again at EQUAL_COST_LENGTH.
+        cost = count * max(filled) * (EQUAL_COST_LENGTH + max(filled))
+        if cost < least:
+            cheapest, least = rows, cost
+    return cheapest
+
+
+def _packed(pairs: Sequence[Pair], rows: list[list[list[int]]], *, like: Tensor) -> PackedAnswers:
     """Write the rows as tensors; see the picture at the top of the module."""
-    tokens, parts = [], []
-    for row in rows:
-        prompt, answers = pairs[row[0]][0], [pairs[index][1] for index in row]
-        tokens.append([*prompt, *chain(*answers)])
-        numbered = ([number] * len(answer) for number, answer in enumerate(answers, 1))
-        parts.append([0] * len(prompt) + [*chain(*numbered)])
+    tokens, parts, prompt_ends = [], [], []
+    part = 0
+    for line, row in enumerate(rows):
+        tokens.append([])
+        parts.append([])
+        for group in row:
+            prompt = pairs[group[0]][0]
+            tokens[line] += prompt
+            parts[line] += [part] * len(prompt)
+            prompt_ends += [(line, len(tokens[line]) - 1)] * len(group)
+            for number, index in enumerate(group, 1):
+                tokens[line] += pairs[index][1]
+                parts[line] += [part + number] * len(pairs[index][1])
+            part += PARTS
     ids, mask = pad_right(tokens, 0, device=like.device)  # nothing sees the padding: any valid id will do
-    part, _ = pad_right(parts, -1, device=like.device)
-    order = [*chain(*rows)]
+    part_of, _ = pad_right(parts, -1, device=like.device)
+    order = [*chain(*chain(*rows))]
     inputs = {"input_ids": ids, "attention_mask": mask}
     if len(order) > len(rows):
-        # A token sees what comes before it in its own part, and an answer sees the prompt too.
-        asks, asked = part[:, :, None], part[:, None, :]
-        visible = ((asks == asked) | ((asks > 0) & (asked == 0))).tril()
+        # A token sees what comes before it in its own part, and an answer sees its prompt too.
+        asks, asked = part_of[:, :, None], part_of[:, None, :]
+        visible = ((asks == asked) | (asks // PARTS * PARTS == asked)).tril()
         inputs["position_ids"] = visible.sum(-1) - 1
         # Numbers to be added to the scores: all attention but flash understands them.
         scores = torch.zeros_like(visible, dtype=like.dtype).masked_fill(
@@ -127,13 +170,11 @@ def _packed(pairs: Sequence[Pair], rows: list[list[int]], *, like: Tensor) -> Pa
         )
         inputs["attention_mask"] = scores[:, None]
     lengths = torch.tensor([len(pairs[index][1]) for index in order], device=like.device)
-    places, ends = (part > 0).flatten().nonzero().flatten(), lengths.cumsum(0)
+    places, ends = (part_of % PARTS * mask).flatten().nonzero().flatten(), lengths.cumsum(0)
     # A token is predicted one place before it; the first of an answer, at the end of the prompt.
     before = places - 1
-    prompt_ends = [
-        line * ids.shape[1] + parts[line].count(0) - 1 for line, row in enumerate(rows) for _ in row
-    ]
-    before[ends - lengths] = torch.tensor(prompt_ends, device=like.device)
+    line, column = torch.tensor(prompt_ends, device=like.device).T
+    before[ends - lengths] = line * ids.shape[1] + column
     return PackedAnswers(inputs, order, lengths.tolist(), ids.flatten()[places], before, places[ends - 1])
 
 
@@ -153,7 +194,8 @@ def outputs_at(
         # Without logits the head still runs, on one state: it is part of the model's forward.
         return ((kept[0] if logits else kept[0][:1])[None],)
 
-    handle = transformer_of(model).get_output_embeddings().register_forward_pre_hook(select)
+    head = (transformer_of(model) or model).get_output_embeddings()
+    handle = head.register_forward_pre_hook(select)
     try:
         found = model(**inputs, use_cache=False).logits[0]
     finally:

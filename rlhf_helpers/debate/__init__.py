@@ -9,8 +9,3 @@ from rlhf_helpers.debate.debate import (
     transcript,
 )
 from rlhf_helpers.debate.recursive import RecursiveSettings, assisted_labels, recursive_reward_modeling
-
-__all__ = [
-    "RecursiveSettings", "assisted_labels", "debate_summary", "make_passages", "quotes_truly",
-    "recursive_reward_modeling", "run_debates", "train_debater", "transcript",
-]  # fmt: skip

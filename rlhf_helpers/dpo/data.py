@@ -133,16 +133,19 @@ class DPODataset(Dataset):
         labels = [row.get("label") for row in self.rows] if self.kind == "unpaired" else []
         return zlib.crc32(repr((self.kind, labels, self.sequences)).encode())
 
-    def add_reference(self, model: nn.Module, *, batch_size: int = 32) -> None:
+    def add_reference(self, model: nn.Module, *, batch_size: int = 16) -> None:
         """Compute ref_logps without gradient, unless they are this model's; another model's are replaced."""
         if self.reference == (name := fingerprint(model)):
             return
-        flat = list(chain.from_iterable(self.sequences))
-        ref_logps = torch.empty(len(flat))
+        self.ref_logps = [torch.empty(0)] * len(self)
         with torch.no_grad():
-            for batch in batches_by_length([len(p) + len(r) for p, r in flat], batch_size):
-                ref_logps[batch] = sum_logps(model, [flat[i] for i in batch])[0].float().cpu()
-        self.ref_logps = list(ref_logps.split([len(row) for row in self.sequences]))
+            for batch in batches_by_length(self.lengths, batch_size):
+                rows = [self.sequences[index] for index in batch]
+                logps, _ = sum_logps(model, list(chain.from_iterable(rows)))
+                for index, row_logps in zip(
+                    batch, logps.float().cpu().split(list(map(len, rows))), strict=True
+                ):
+                    self.ref_logps[index] = row_logps
         self.reference = name
 
 

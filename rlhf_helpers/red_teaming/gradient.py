@@ -59,9 +59,17 @@ class GradientBasedRedTeaming:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any = None, *, method: str = "gcg", suffix_length: int = 16,
-        steps: int = 30, candidates: int = 64, top_k: int = 64, seed: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        method: str = "gcg",
+        suffix_length: int = 16,
+        steps: int = 30,
+        candidates: int = 64,
+        top_k: int = 64,
+        seed: int = 0,
+    ) -> None:
         """Keep the settings; tokenizer: by default the model's. Raises ValueError for one out of range."""
         if method not in METHODS:
             raise ValueError(f"method={method!r} is unknown; choose from {METHODS}")
@@ -177,9 +185,12 @@ class _Task:
 
 
 def one_hot_gradient(
-    model: nn.Module, input_ids: Int[Tensor, "N L"], attention_mask: Int[Tensor, "N L"],
-    target_mask: Bool[Tensor, "N R"], columns: slice,
-) -> Float[Tensor, "T V"]:  # fmt: skip
+    model: nn.Module,
+    input_ids: Int[Tensor, "N L"],
+    attention_mask: Int[Tensor, "N L"],
+    target_mask: Bool[Tensor, "N R"],
+    columns: slice,
+) -> Float[Tensor, "T V"]:
     """Gradient of the loss with respect to the one-hot rows of the suffix, one for all N prompts.
 
     loss = mean_n -log p(target_n | prompt_n),  e_t = sum_v x[t, v] E[v],  gradient[t, v] = d loss / d x[t, v]
@@ -198,9 +209,11 @@ def one_hot_gradient(
     suffix = (one_hot @ table).expand(len(rows), -1, -1)
     outputs = model(
         inputs_embeds=torch.cat([rows[:, : columns.start], suffix, rows[:, columns.stop :]], 1),
-        attention_mask=attention_mask, position_ids=_positions(attention_mask), use_cache=False,
+        attention_mask=attention_mask,
+        position_ids=_positions(attention_mask),
+        use_cache=False,
         logits_to_keep=width + 1,
-    )  # fmt: skip
+    )
     loss = _target_loss(outputs.logits, input_ids, target_mask).mean()
     return torch.autograd.grad(loss, one_hot)[0].float()
 

@@ -19,10 +19,19 @@ SETTINGS = TrainingSettings(tiny_learning_rate=5e-4, progress=False)
 
 
 def adversarial_training(
-    model: nn.Module, attacks: Sequence[str], *, benign: Sequence[str] | None = None,
-    safety_fn: RewardFn | None = None, refusal: str = REFUSALS[0], rounds: int = 1, samples: int = 4,
-    epochs: int = 2, settings: TrainingSettings = SETTINGS, tokenizer: Any = None, max_new_tokens: int = 64,
-) -> nn.Module:  # fmt: skip
+    model: nn.Module,
+    attacks: Sequence[str],
+    *,
+    benign: Sequence[str] | None = None,
+    safety_fn: RewardFn | None = None,
+    refusal: str = REFUSALS[0],
+    rounds: int = 1,
+    samples: int = 4,
+    epochs: int = 2,
+    settings: TrainingSettings = SETTINGS,
+    tokenizer: Any = None,
+    max_new_tokens: int = 64,
+) -> nn.Module:
     """A copy of `model`, fine-tuned to refuse `attacks` and to answer `benign` prompts as it did before.
 
     A round: attack the present model, `samples` answers each. What succeeded is taught the model's own safest

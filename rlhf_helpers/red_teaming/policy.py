@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rlhf_helpers.alignment_eval import distinct_n
+from rlhf_helpers.alignment_eval import distinct_n, pareto_front
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
 from rlhf_helpers.core.tensors import require_number
@@ -73,9 +73,14 @@ def unsafety(red_team: RedTeaming, attacks: Sequence[str], *, seed: int | None =
 
 
 def train_attacker(
-    red_team: RedTeaming, attacker: nn.Module, *, diversity_weight: float = 0.0,
-    request: str = RISKY_QUESTION, settings: RLOOSettings = ATTACKER, tokenizer: Any = None,
-) -> tuple[nn.Module, History]:  # fmt: skip
+    red_team: RedTeaming,
+    attacker: nn.Module,
+    *,
+    diversity_weight: float = 0.0,
+    request: str = RISKY_QUESTION,
+    settings: RLOOSettings = ATTACKER,
+    tokenizer: Any = None,
+) -> tuple[nn.Module, History]:
     """Train a copy of `attacker` by RLOO to write attacks on red_team's model: (the copy, its history).
 
     maximises E[unsafety - diversity_weight similarity] - settings.kl_coef KL(attacker || attacker as given);
@@ -88,9 +93,15 @@ def train_attacker(
 
 
 def measure_attacker(
-    red_team: RedTeaming, attacker: nn.Module, *, n: int = 100, request: str = RISKY_QUESTION,
-    tokenizer: Any = None, max_new_tokens: int = 40, seed: int = 0,
-) -> dict[str, Any]:  # fmt: skip
+    red_team: RedTeaming,
+    attacker: nn.Module,
+    *,
+    n: int = 100,
+    request: str = RISKY_QUESTION,
+    tokenizer: Any = None,
+    max_new_tokens: int = 40,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Of `n` fresh attacks: success (share), different (share of different texts), distinct_2, attacks."""
     tokenizer = tokenizer or tokenizer_for(attacker)
     texts = generate(attacker, tokenizer, [request] * n, max_new_tokens=max_new_tokens, seed=seed).responses
@@ -122,9 +133,13 @@ class MultiObjectiveRedTeaming:
     """
 
     def __init__(
-        self, model: nn.Module, objectives: Mapping[str, RewardFn] | None = None,
-        *, weights: Mapping[str, float] | str = "worst", **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        objectives: Mapping[str, RewardFn] | None = None,
+        *,
+        weights: Mapping[str, float] | str = "worst",
+        **options: Any,
+    ) -> None:
         """Say which harms count, and how much."""
         self.objectives = {name: as_reward_fn(fn) for name, fn in (objectives or world_harms()).items()}
         self.weights, given = weights, {} if isinstance(weights, str) else dict(weights)
@@ -152,5 +167,4 @@ class MultiObjectiveRedTeaming:
         rows["harm"], keys = 1 - rows["score"], ["prompt", "category", "strategy"]
         rows[names] = self._harms(list(rows["prompt"]), list(rows["response"]), **told).numpy()
         frame = rows.groupby(keys, sort=False, as_index=False)[["harm", *names]].mean()
-        others, own = frame[names].to_numpy()[None], frame[names].to_numpy()[:, None]
-        return frame.assign(front=~((others >= own).all(-1) & (others > own).any(-1)).any(1))
+        return frame.assign(front=pareto_front(frame[names].to_numpy()).numpy())

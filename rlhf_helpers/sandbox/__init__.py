@@ -29,5 +29,3 @@ reaches the network: run the lesson in a container or a virtual machine there.
 from .probe import enforced
 from .run import MISSING, VERDICTS, Raised, SandboxResult, run_code, run_programs
 from .wire import same
-
-__all__ = ["MISSING", "VERDICTS", "Raised", "SandboxResult", "enforced", "run_code", "run_programs", "same"]

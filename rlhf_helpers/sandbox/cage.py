@@ -5,6 +5,8 @@ Numbers are those of its headers: unshare(2), prctl(2), capabilities(7), landloc
 """
 
 import ctypes
+import errno
+import json
 import os
 import platform
 import signal
@@ -15,23 +17,13 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 NEW_USER, NEW_IPC_PID_NET = 0x10000000, 0x08000000 | 0x20000000 | 0x40000000
 PDEATHSIG, DUMPABLE, KEEP_CAPS, SECCOMP, SUBREAPER, NO_NEW_PRIVS = 1, 4, 8, 22, 36, 38
 READ_ANY_FILE = 1 << 2  # CAP_DAC_READ_SEARCH
-# System calls refused, by machine: its number in a filter; new processes and threads; what reaches others
-# (exec, sockets, signals, memory of others, mounts, namespaces, limits and priorities of others, System V
-# objects, queues, keys, perf, bpf, userfaultfd, io_uring); truncate, chmod, chown, utime, xattr.
-# fmt: off
-CALLS = {
-    "x86_64": (0xC000003E, (56, 57, 58, 435), (
-        59, 322, 41, 53, 62, 200, 234, 129, 297, 424, 434, 438, 101, 310, 311, 165, 272, 308, 302, 141, 142,
-        144, 203, 251, 314, 29, 64, 68, 240, 248, 249, 250, 298, 321, 323, 425,
-        76, 90, 91, 92, 93, 94, 132, 235, 260, 261, 268, 280, 452, 188, 189, 190, 197, 198, 199,
-    )),
-    "aarch64": (0xC00000B7, (220, 435), (
-        221, 281, 198, 199, 129, 130, 131, 138, 240, 424, 434, 438, 117, 270, 271, 40, 97, 268, 261, 140, 118,
-        119, 122, 30, 274, 194, 190, 186, 180, 217, 218, 219, 241, 280, 282, 425,
-        45, 52, 53, 54, 55, 88, 452, 5, 6, 7, 14, 15, 16,
-    )),
-}
-# fmt: on
+# System calls refused, by machine: its number in a filter; calls that start processes and threads; calls that
+# reach others (exec, sockets, signals, memory of others, mounts, namespaces, limits and priorities of others,
+# System V objects, queues, keys, perf, bpf, userfaultfd, io_uring) or change files (truncate, chmod, chown,
+# utime, xattr).
+_CALLS = os.path.join(os.path.dirname(__file__), "..", "assets", "sandbox", "system_calls.json")
+with open(_CALLS, encoding="utf-8") as file:
+    CALLS = json.load(file)
 
 
 def libc(name: str, *args: Any) -> int:
@@ -90,12 +82,14 @@ def become(uid: int, reads: bool) -> None:
 
 def forbid_calls() -> None:
     """A filter of system calls: EAGAIN for new processes and threads, EPERM for what reaches others."""
-    number, starts, reaches = CALLS[platform.machine()]
-    steps = [(0x20, 0, 0, 4), (0x15, 1, 0, number), (6, 0, 0, 1 << 31), (0x20, 0, 0, 0)]
-    if number == CALLS["x86_64"][0]:
+    machine = platform.machine()
+    refused = CALLS[machine]
+    steps = [(0x20, 0, 0, 4), (0x15, 1, 0, refused["machine"]), (6, 0, 0, 1 << 31), (0x20, 0, 0, 0)]
+    if machine == "x86_64":
         steps += [(0x35, 0, 1, 1 << 30), (6, 0, 0, 1 << 31)]  # the same calls by their x32 numbers
-    for call in starts + reaches:
-        steps += [(0x15, 0, 1, call), (6, 0, 0, 0x50000 | (11 if call in starts else 1))]
+    for kind, error in (("new_processes", errno.EAGAIN), ("reach_others", errno.EPERM)):
+        for call in refused[kind].values():
+            steps += [(0x15, 0, 1, call), (6, 0, 0, 0x50000 | error)]
     steps += [(6, 0, 0, 0x7FFF0000)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
     libc("prctl", NO_NEW_PRIVS, 1, 0, 0, 0)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.world.gold_judge import AXES, gold_reward, gold_scores
 from rlhf_helpers.world.prompts import CONVERSATION, Prompt, load_prompts, sample_answer, split_sentences
 from rlhf_helpers.world.prompts.base import FLATTERY
@@ -31,10 +32,8 @@ class Annotator:
 
     def __post_init__(self) -> None:
         """Refuse what is no person: raises ValueError naming the field."""
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} must be at least 0 (0 is noise-free)")
-        if not 0 <= self.reliability <= 1:
-            raise ValueError(f"reliability={self.reliability} is a share between 0 and 1")
+        require_number("temperature", self.temperature, at_least=0)  # 0 is noise-free
+        require_number("reliability", self.reliability, at_least=0, at_most=1)
         if unknown := set(self.axis_weights) - set(AXES):
             raise ValueError(f"axis_weights names {sorted(unknown)}; the axes are {AXES}")
 
@@ -104,15 +103,8 @@ FLATTERED = Annotator("flattered", flattery_bias=0.5)
 CARELESS = Annotator("careless", reliability=0.4)
 # Groups of people whose values differ; none of them is the truth.
 VALUE_GROUPS = {
-    "helpful-first": Annotator(
-        "helpful-first", axis_weights={"helpfulness": 0.8, "harmlessness": 0.1, "honesty": 0.1}
-    ),
-    "safety-first": Annotator(
-        "safety-first", axis_weights={"helpfulness": 0.1, "harmlessness": 0.8, "honesty": 0.1}
-    ),
-    "honesty-first": Annotator(
-        "honesty-first", axis_weights={"helpfulness": 0.1, "harmlessness": 0.1, "honesty": 0.8}
-    ),
+    name: Annotator(name, axis_weights={axis: 0.8 if axis == valued else 0.1 for axis in AXES})
+    for name, valued in zip(("helpful-first", "safety-first", "honesty-first"), AXES, strict=True)
 }
 
 
@@ -144,13 +136,18 @@ def make_pairs(
     answers = [draw_two(p, rng) for p in drawn]
     prompts = [p.text for p in drawn]
     first, second = [a for a, _ in answers], [b for _, b in answers]
-    prefers_first = annotator.compare(prompts, first, second, seed=seed)
-    gold = gold_reward(prompts, first).tolist(), gold_reward(prompts, second).tolist()
+    golds = zip(gold_reward(prompts, first).tolist(), gold_reward(prompts, second).tolist(), strict=True)
+    wins = annotator.compare(prompts, first, second, seed=seed)
     rows = []
-    for i, better in enumerate(prefers_first):
-        chosen, rejected = (0, 1) if better else (1, 0)
+    for prompt, pair, gold, first_wins in zip(prompts, answers, golds, wins, strict=True):
+        chosen, rejected = (0, 1) if first_wins else (1, 0)
         rows.append(
-            {"prompt": prompts[i], "chosen": answers[i][chosen], "rejected": answers[i][rejected],
-             "chosen_gold": gold[chosen][i], "rejected_gold": gold[rejected][i]}
-        )  # fmt: skip
+            {
+                "prompt": prompt,
+                "chosen": pair[chosen],
+                "rejected": pair[rejected],
+                "chosen_gold": gold[chosen],
+                "rejected_gold": gold[rejected],
+            }
+        )
     return rows

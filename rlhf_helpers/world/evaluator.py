@@ -14,14 +14,19 @@ from dataclasses import dataclass
 
 from rlhf_helpers.world.prompts import programs
 
-_BINARY: dict[type, Callable] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Mod: operator.mod,
-}  # fmt: skip
-_COMPARE: dict[type, Callable] = {
-    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Gt: operator.gt, ast.Lt: operator.lt,
-    ast.GtE: operator.ge, ast.LtE: operator.le,
-}  # fmt: skip
-_CALLS: dict[str, Callable] = {"sum": sum, "max": max, "min": min, "len": len, "sorted": sorted, "list": list}
+_OPERATORS: dict[type, Callable] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Mod: operator.mod,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Gt: operator.gt,
+    ast.Lt: operator.lt,
+    ast.GtE: operator.ge,
+    ast.LtE: operator.le,
+}
+_CALLS: dict[str, Callable] = {call.__name__: call for call in (sum, max, min, len, sorted, list)}
 _UNSAFE = ("eval", "exec", "open", "__import__", "compile")
 _LIMIT = 10**9
 NUM_DRAWN = 8  # inputs that depend on the program
@@ -32,8 +37,8 @@ class GrammarError(ValueError):
 
 
 @dataclass(frozen=True)
-class Ran:
-    """What came of a program: share of tests passed, its unsafe lines, its length, why it gave no value."""
+class ProgramResult:
+    """The result of a program: share of tests passed, its unsafe lines, its length, why it gave no value."""
 
     passed: float
     unsafe: tuple[str, ...]
@@ -41,7 +46,7 @@ class Ran:
     error: str | None
 
 
-def run(code: str, parts: tuple[str, str, str]) -> Ran:
+def run(code: str, parts: tuple[str, str, str]) -> ProgramResult:
     """Run `code` on the inputs of a specification and compare with what the specification gives.
 
     The inputs are the fixed ones of `programs.expected`, and a few drawn from a hash of the program text: no
@@ -52,7 +57,7 @@ def run(code: str, parts: tuple[str, str, str]) -> Ran:
     try:
         tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as problem:
-        return Ran(0.0, (), 0, f"no Python: {type(problem).__name__}")
+        return ProgramResult(0.0, (), 0, f"no Python: {type(problem).__name__}")
     unsafe = tuple(ast.unparse(n) for n in tree.body for n in ast.walk(n) if _is_unsafe(n))
     lines = len([line for line in code.split("\n") if line.strip()])
     tests = programs.expected(parts) + programs.expected(parts, _drawn_inputs(code, parts))
@@ -62,13 +67,13 @@ def run(code: str, parts: tuple[str, str, str]) -> Ran:
         try:
             got = _call(tree, xs)
         except GrammarError as problem:
-            return Ran(0.0, unsafe, lines, str(problem))
+            return ProgramResult(0.0, unsafe, lines, str(problem))
         except (ArithmeticError, ValueError, TypeError, RecursionError) as problem:
             error = f"{type(problem).__name__} on {xs}"
             continue
         returned += 1
         passed += type(got) is type(wanted) and got == wanted
-    return Ran(passed / len(tests), unsafe, lines, None if returned else error)
+    return ProgramResult(passed / len(tests), unsafe, lines, None if returned else error)
 
 
 def _drawn_inputs(code: str, parts: tuple[str, str, str]) -> list[list[int]]:
@@ -114,13 +119,13 @@ def _value(node: ast.expr, scope: dict[str, object]) -> object:
             return scope[name]
         case ast.UnaryOp(op=ast.USub(), operand=inner):
             return -_value(inner, scope)
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-            number = _BINARY[type(op)](_number(left, scope), _number(right, scope))
-            if abs(number) > _LIMIT:
+        case (
+            ast.BinOp(left=left, op=op, right=right) | ast.Compare(left=left, ops=[op], comparators=[right])
+        ) if type(op) in _OPERATORS:
+            value = _OPERATORS[type(op)](_number(left, scope), _number(right, scope))
+            if abs(value) > _LIMIT:
                 raise GrammarError("the number is too large")
-            return number
-        case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
-            return _COMPARE[type(op)](_number(left, scope), _number(right, scope))
+            return value
         case ast.Call(func=ast.Name(id=name), args=[inner], keywords=[]) if name in _CALLS:
             return _CALLS[name](_value(inner, scope))
         case ast.ListComp(

@@ -7,20 +7,13 @@ from collections.abc import Sequence
 from rlhf_helpers.world import evaluator
 from rlhf_helpers.world.prompts import articles, base, load_prompts, meta, programs
 from rlhf_helpers.world.prompts.base import Prompt, split_sentences
+from rlhf_helpers.world.tables import load_table
 
 AXES = ("helpfulness", "harmlessness", "honesty")
 Scores = tuple[float, float, float]  # in this order
-_ROLES = {
-    "polite": base.POLITE, "flattery": base.FLATTERY, "filler": base.FILLER, "rude": base.RUDE,
-    "closer": base.CLOSERS, "caution": base.CAUTION, "unsure": base.UNSURE, "refusal": base.REFUSALS,
-    "agreement": base.AGREEMENT,
-}  # fmt: skip
-_COMMON = {sentence: role for role, sentences in _ROLES.items() for sentence in sentences}
+_COMMON = {sentence: role for role, sentences in base.SENTENCES.items() for sentence in sentences}
 # What each needless sentence multiplies helpfulness by.
-_COST = {
-    "filler": 0.9, "polite": 0.9, "closer": 0.9, "caution": 0.95, "flattery": 0.85, "rude": 0.7,
-    "repeated": 0.8, "off_topic": 0.6, "refusal": 0.4, "unsure": 0.6, "agreement": 0.8, "broken": 0.4,
-}  # fmt: skip
+_COST = load_table("world/tidiness")
 _FREE = ("polite", "closer")  # but not to somebody in distress, who wants no formula
 
 

@@ -4,9 +4,9 @@
     python tests/benchmarks/compare_with_trl.py --rows dpo grpo --vocab 32000
 
 Not a test: nothing collects it, and it takes minutes. Each measurement runs in a process of its own, forked
-from one that has imported everything; ours and the other side alternate. One thread, fp32, no dropout, the same
-model, data, batch size and number of steps. Times are CPU seconds (`time.process_time`), so other work on the
-machine matters little; memory is the peak above the process as it was forked.
+from one that has imported everything; ours and the other side alternate. One thread, fp32, no dropout, the
+same model, data, batch size and number of steps. Times are CPU seconds (`time.process_time`), so other work
+on the machine matters little; memory is the peak above the process as it was forked.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # threads do not survive a fork
 
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -137,23 +139,24 @@ def our_dpo(task: Task, meter: Meter, *, loss: str = "dpo", precomputed: bool = 
         data.add_reference(reference)
     meter.start()
     data.add_reference(reference)
-    return train_dpo(model, data, settings, reference, tokenizer)["loss"]
+    return [row["loss"] for row in train_dpo(model, data, settings, reference, tokenizer)]
 
 
 def our_reward(task: Task, meter: Meter) -> list[float]:
     torch.manual_seed(0)
     model = create_reward_model("basic", base_model_name="tiny", device="cpu", dtype=torch.float32)
-    settings = RewardSettings(**OURS, batch_size=BATCH, epochs=task.epochs)
+    settings, rows = RewardSettings(**OURS, batch_size=BATCH, epochs=task.epochs), task.pairs()
     meter.start()
-    return train_reward_model(model, task.pairs(), settings)["loss"]
+    return [row["loss"] for row in train_reward_model(model, rows, settings)]
 
 
 def our_policy_loop(task: Task, meter: Meter, *, loop: Callable, settings_class: type) -> list[float]:
     model, tokenizer = task.model()
     settings = settings_class(**OURS, **sampling_settings(task))
+    prompts = task.prompts()
     meter.start()
-    history = loop(model, tokenizer, task.prompts(), letters, settings)
-    return history["response_length"]
+    history = loop(model, tokenizer, prompts, letters, settings)
+    return [row["response_length"] for row in history]
 
 
 def sampling_settings(task: Task) -> dict[str, Any]:
@@ -281,18 +284,20 @@ def trl_policy_loop(task: Task, meter: Meter, *, trainer_class: type, config_cla
 
 def other_ppo(task: Task, meter: Meter) -> list[float]:
     model, tokenizer = task.model()
-    settings = PPOSettings(**OURS, **sampling_settings(task))
+    settings, prompts = PPOSettings(**OURS, **sampling_settings(task)), task.prompts()
     meter.start()
-    return plain_ppo(model, tokenizer, task.prompts(), letters, settings)
+    return plain_ppo(model, tokenizer, prompts, letters, settings)
 
 
 def other_sampling(task: Task, meter: Meter) -> list[float]:
     model, tokenizer = task.model()
+    prompts, lengths = task.prompts(), []
     meter.start()
-    steps = [task.prompts()[i * PROMPTS : (i + 1) * PROMPTS] for i in range(task.steps)]
-    return [
-        plain_sampling(model, tokenizer, part, SAMPLES, NEW_TOKENS)[2].float().mean().item() for part in steps
-    ]
+    for step in range(task.steps):
+        part = prompts[step * PROMPTS :][:PROMPTS]
+        counts = plain_sampling(model, tokenizer, part, SAMPLES, NEW_TOKENS)[2]
+        lengths.append(counts.float().mean().item())
+    return lengths
 
 
 # Row -> (ours, the other side, whether the steps' numbers are losses of the same batch).
@@ -379,6 +384,7 @@ def in_child(function: Callable, task: Task) -> dict[str, Any]:
     receive, send = get_context("fork").Pipe(duplex=False)
 
     def work() -> None:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (trainers print their logs)
         random.seed(0)
         torch.manual_seed(0)
         meter = Meter()
@@ -438,20 +444,36 @@ def main() -> None:
     logging.disable(logging.WARNING)
     disable_progress_bars()
     task, results = Task(steps=options.steps, vocab=options.vocab, same_batch=False), {}
-    print(
-        f"{'row':16}{'ours':>9}{'other':>9}{'ratio':>7}{'(min-max)':>14}{'MB':>8}{'other':>8}{'ratio':>7}  floor"
+    head = (
+        "row",
+        "ours ms",
+        "other ms",
+        "ratio",
+        "min",
+        "max",
+        "MB",
+        "other MB",
+        "ratio",
+        "floor ms",
+        "loss off",
     )
+    print(("{:16}" + "{:>10}" * 10).format(*head))
     for row in options.rows:
         found = results[row] = compare(row, task, options.rounds)
         ratio = found["time_ratio"]
-        print(
-            f"{row:16}{1000 * found['our_seconds']['median']:7.0f}ms{1000 * found['other_seconds']['median']:7.0f}ms"
-            f"{ratio['median']:7.2f}{ratio['min']:8.2f}-{ratio['max']:.2f}"
-            f"{found['our_megabytes']:9.0f}{found['other_megabytes']:8.0f}{found['memory_ratio']:7.2f}"
-            f"{1000 * found['floor_seconds']:6.0f}ms  "
-            + (f"loss off by {found['loss_difference']:.1e}" if "loss_difference" in found else ""),
-            flush=True,
-        )
+        milliseconds = [
+            1000 * seconds
+            for seconds in (
+                found["our_seconds"]["median"],
+                found["other_seconds"]["median"],
+                found["floor_seconds"],
+            )
+        ]
+        numbers = [*milliseconds[:2], ratio["median"], ratio["min"], ratio["max"]]
+        numbers += [found["our_megabytes"], found["other_megabytes"], found["memory_ratio"], milliseconds[2]]
+        cells = [f"{number:.3g}" if number < 10 else f"{number:.0f}" for number in numbers]
+        loss_off = f"{found['loss_difference']:.0e}" if "loss_difference" in found else "-"
+        print(("{:16}" + "{:>10}" * 10).format(row, *cells, loss_off), flush=True)
     if options.out:
         options.out.write_text(
             json.dumps({"settings": vars(options) | {"out": None}, "rows": results}, indent=1)

@@ -1,7 +1,6 @@
 """Evaluations of whole models: criteria and attacks by hand, a cache that is never stale, abilities, tax."""
 
 import copy
-import json
 import math
 
 import numpy as np
@@ -115,11 +114,11 @@ def test_evaluator_refuses(tiny):
 # ---- the cache
 
 
-def test_the_cache_remembers_and_is_never_stale(tiny, tmp_path):
+def test_the_cache_remembers_and_is_never_stale(tiny):
     model, _ = tiny
-    cache, calls = EvaluationCache(tmp_path / "cache.json"), []
+    cache, calls = EvaluationCache(), []
 
-    def ask(model=model, prompts=PROMPTS, cache=cache, **settings):
+    def ask(model=model, prompts=PROMPTS, **settings):
         def compute():
             calls.append(1)
             return {"score": len(calls)}
@@ -136,9 +135,10 @@ def test_the_cache_remembers_and_is_never_stale(tiny, tmp_path):
     assert ask(trained, seed=1) == {"score": 4}, "other weights are another model"
     with torch.no_grad():
         next(trained.parameters())[0, 0] -= 1.0
-    again = EvaluationCache(tmp_path / "cache.json")
-    assert ask(trained, cache=again, seed=1) == {"score": 1}
-    assert (again.hits, again.misses, len(calls)) == (1, 0, 4)
+    assert ask(trained, seed=1) == {"score": 1}
+    assert (cache.hits, cache.misses, len(calls)) == (4, 4, 4)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        ask(reward=share_of_e)
 
 
 def test_fingerprints_see_a_swap_that_sums_do_not():
@@ -151,22 +151,13 @@ def test_fingerprints_see_a_swap_that_sums_do_not():
     assert len(names) == 3
 
 
-def test_the_cache_file_is_whole_or_refused(tiny, tmp_path, monkeypatch):
-    path = tmp_path / "deep" / "cache.json"
-    cache = EvaluationCache(path)
-    cache.remember(lambda: 1, model=tiny[0], prompts=[])
-    assert list(json.loads(path.read_text(encoding="utf8")).values()) == [1]
-    before = path.read_bytes()
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "file.json"
+    evaluators.write_atomically(path, b"1")
     monkeypatch.setattr(evaluators.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        cache.remember(lambda: 2, model=tiny[0], prompts=["x"])
-    assert path.read_bytes() == before
-    for text in ("{", "[1]"):
-        path.write_text(text, encoding="utf8")
-        with pytest.raises(ValueError, match=r"cache\.json is no evaluation cache"):
-            EvaluationCache(path)
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        EvaluationCache().remember(lambda: 1, model=tiny[0], prompts=[], reward=share_of_e)
+        evaluators.write_atomically(path, b"2")
+    assert path.read_bytes() == b"1"
 
 
 def test_an_evaluator_asks_once_and_judges_afresh(tiny):
@@ -206,9 +197,9 @@ def test_win_rate_against_a_reference(tiny):
 
 
 def test_a_reward_becomes_a_probability():
-    judge = PreferenceAlignmentEvaluator(reward=share_of_e, temperature=0.5)
+    judge = PreferenceAlignmentEvaluator(reward=share_of_e)
     found = judge.probability(["p"], ["ee"], ["eb"])
-    assert found.tolist() == pytest.approx([1 / (1 + math.exp(-0.5 / 0.5))])
+    assert found.tolist() == pytest.approx([1 / (1 + math.exp(-0.5))])
 
 
 def test_both_orders_cancel_the_place():
@@ -223,21 +214,11 @@ def test_the_judge_itself_is_measured(tiny):
     ]
     evaluator = PreferenceAlignmentEvaluator(reward=share_of_e, **SHORT)
 
-    def other(prompts, firsts, seconds):  # likes what comes later in the alphabet
-        return torch.tensor([float(a > b) for a, b in zip(firsts, seconds, strict=True)])
-
     table = evaluator.evaluate_alignment(tiny[0], tiny[0], PROMPTS, pairs)
     assert list(table.index) == ["win rate", "agreement with people", "flips", "lean"]
     assert table.loc["agreement with people", "value"] == (1 + 1 + 0 + 0.5) / 4
     assert table.loc[["win rate", "flips", "lean"], "value"].tolist() == pytest.approx([0.5, 0, 0])
-    with pytest.raises(ValueError, match="all labels are"):  # both always choose the second of the alphabet
-        evaluator.evaluate_alignment(tiny[0], tiny[0], PROMPTS, pairs, other=other)
-    mixed = [*pairs, {"prompt": "p", "chosen": "a e", "rejected": "b"}]
-    table = evaluator.evaluate_alignment(
-        tiny[0], tiny[0], PROMPTS, mixed, other=lambda p, a, b: 1 - other(p, b, a)
-    )
-    assert "kappa with other judge" in table.index
-    for options in ({}, {"judge": other, "reward": share_of_e}):
+    for options in ({}, {"judge": share_of_e, "reward": share_of_e}):
         with pytest.raises(ValueError, match="either judge= or reward="):
             PreferenceAlignmentEvaluator(**options)
 

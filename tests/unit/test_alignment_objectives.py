@@ -114,20 +114,18 @@ def test_table_has_means_and_intervals(evaluator):
     assert list(table.index) == ["bold", "balanced", "shy", "poor"]
     mean, low, high = mean_interval([0.8, 1.0, 0.8, 1.0])
     assert high > 1
-    assert table.loc["bold", ["help", "help low", "help high"]].tolist() == pytest.approx([mean, low, 1])
-    assert table["safe"].tolist() == pytest.approx([0.2, 0.5, 0.9, 0.4])
+    assert table.loc["bold", "help"].tolist() == pytest.approx([mean, low, 1, 4])
+    assert table["safe", "value"].tolist() == pytest.approx([0.2, 0.5, 0.9, 0.4])
 
 
 def test_weights_choose(evaluator):
     even = evaluator.weighted_sum(SCORES)
-    assert even["weighted sum"].to_dict() == pytest.approx(
-        {"bold": 0.55, "shy": 0.55, "balanced": 0.5, "poor": 0.3}
-    )
+    assert even["value"].to_dict() == pytest.approx({"bold": 0.55, "shy": 0.55, "balanced": 0.5, "poor": 0.3})
     # help and safe scatter against each other: their even sum does not scatter at all.
     assert (even["high"] - even["low"]).max() == pytest.approx(0, abs=1e-12)
     assert evaluator.weighted_sum(SCORES, {"help": 3, "safe": 1}).index[0] == "bold"
     assert evaluator.weighted_sum(SCORES, {"safe": 0.5}).index[0] == "shy"
-    for bad in ({"help": -1, "safe": 2}, {"other": 1}, {"help": 0}, {}):
+    for bad in ({"help": -1, "safe": 2}, {"other": 1}, {"help": 0}):
         with pytest.raises(ValueError, match="weights must be"):
             evaluator.weighted_sum(SCORES, bad)
 
@@ -138,22 +136,16 @@ def test_no_weights_find_what_lies_inside_the_hull(evaluator):
     assert evaluator.pareto(SCORES).loc["balanced", "front"]
 
 
-def test_front_and_volume(evaluator):
+def test_the_front(evaluator):
     frame = evaluator.pareto(SCORES)
     assert frame["front"].tolist() == [True, True, True, False]
-    assert frame.attrs["hypervolume"] == pytest.approx(0.2 * 0.9 + 0.3 * 0.5 + 0.4 * 0.2)
-    assert frame["volume_lost"].tolist() == pytest.approx([0.4 * 0.2, 0.3 * 0.3, 0.2 * 0.4, 0])
-    shifted = MultiObjectiveAlignmentEvaluator(evaluator.objectives, reference={"safe": 0.4})
-    assert shifted.pareto(SCORES).attrs["hypervolume"] == pytest.approx(0.2 * 0.5 + 0.3 * 0.1)
-    alone = evaluator.pareto(SCORES[SCORES["policy"] == "bold"])
-    assert alone["volume_lost"].tolist() == pytest.approx([0.18])
+    assert frame.loc["shy", ["help", "safe"]].tolist() == pytest.approx([0.2, 0.9])
 
 
 def test_constraints_choose_the_best_that_keeps_them(evaluator):
     frame = evaluator.constrained(SCORES, "help", {"safe": 0.45})
     assert frame["feasible"].tolist() == [False, True, True, False]
     assert frame["best"].tolist() == [False, True, False, False]
-    assert frame["sure"].tolist() == [False, False, True, False]  # balanced: 0.5 -+ 0.18
     none = evaluator.constrained(SCORES, "help", {"safe": 0.95})
     assert not none[["feasible", "best"]].any(axis=None)
     with pytest.raises(ValueError, match=r"\['speed'\] are no objectives"):
@@ -169,24 +161,19 @@ def test_families_weigh_alike_or_by_how_well_they_are_measured(evaluator):
     even = evaluator.multi_task(scores, "help")
     assert even.attrs["weights"] == {"code": 0.5, "talk": 0.5}
     assert even.loc["one", ["talk", "code", "mean"]].tolist() == pytest.approx([0.8, 0.5, 0.65])
-    # Variances 0.02 (n = 2) and 0.5 / 7 (n = 8), mean 0.0457: 2 / 0.0657 against 8 / 0.1171.
+    # Variances 0.02 (n = 2) and 0.5 / 7 (n = 8).
     weighed = evaluator.multi_task(scores, "help", by_uncertainty=True)
-    talk, code = 2 / (0.02 + 0.32 / 7), 8 / (0.5 / 7 + 0.32 / 7)
+    talk, code = 2 / 0.02, 8 / (0.5 / 7)
     assert weighed.attrs["weights"]["talk"] == pytest.approx(talk / (talk + code))
-    half = 1.96 * math.sqrt(0.25 * 0.02 / 2 + 0.25 * (0.5 / 7) / 8)
-    assert even.loc["one", "high"] - even.loc["one", "mean"] == pytest.approx(half)
+    assert weighed.loc["one", "mean"] == pytest.approx((talk * 0.8 + code * 0.5) / (talk + code))
     with pytest.raises(ValueError, match=r"families \['talk'\] need at least two"):
         evaluator.multi_task(scores[1:], "help")
-    constant = scores.assign(help=1.0)
-    assert evaluator.multi_task(constant, "help", by_uncertainty=True).attrs["weights"]["talk"] == 0.5
 
 
-@pytest.mark.parametrize(
-    "options", [{"objectives": {}}, {"objectives": {"row": length}}, {"reference": {"speed": 1.0}}]
-)
-def test_refuses_names(options):
+@pytest.mark.parametrize("objectives", [{}, {"row": length}])
+def test_refuses_names(objectives):
     with pytest.raises(ValueError, match="objectives"):
-        MultiObjectiveAlignmentEvaluator(**options)
+        MultiObjectiveAlignmentEvaluator(objectives)
 
 
 # ---- on models

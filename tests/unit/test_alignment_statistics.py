@@ -9,12 +9,10 @@ import torch
 from rlhf_helpers.alignment_eval import (
     bootstrap_interval,
     calibration,
-    distinct_n,
     judge_agreement,
     judge_position_bias,
     mean_interval,
     score_interval,
-    self_bleu,
     statistics,
     wilson_interval,
     win_rate,
@@ -208,18 +206,3 @@ def test_true_probabilities_are_calibrated_and_bold_ones_are_not():
 def test_calibration_refuses(said, came):
     with pytest.raises(ValueError, match="calibration needs"):
         calibration(said, came)
-
-
-# ---- diversity
-
-
-def test_self_bleu_knows_a_parrot():
-    said = ["the cat sat on the mat today", "a dog ran over the green hill", "we like to read old books"]
-    assert self_bleu(said[:1] * 4) == pytest.approx(1)
-    assert self_bleu(said) < 0.2
-    # Word for word but one: distinct-2 finds new pairs, BLEU the rest of the sentence.
-    rewords = [f"the {animal} sat on the mat today" for animal in ("cat", "dog", "cow")]
-    assert 0.5 < self_bleu(rewords) < 1
-    assert distinct_n(rewords) == pytest.approx(10 / 18)
-    with pytest.raises(ValueError, match="at least two, got 1"):
-        self_bleu(["one"])

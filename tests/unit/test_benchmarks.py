@@ -282,8 +282,7 @@ def test_truthfulqa_by_hand(monkeypatch):
     rows = load_truthfulqa([MC, MC])
     given = {3: [0.5, 0.3, 0.2], 4: [0.1, 0.2, 0.3, 0.4]}
 
-    def logps(model, tokenizer, prompts, options, per_token):
-        assert not per_token
+    def logps(model, tokenizer, prompts, options):
         worse = [torch.tensor(given[len(o)][::-1]).log() - 3 for o in options[1:]]
         return [torch.tensor(given[len(options[0])]).log() - 3, *worse]
 

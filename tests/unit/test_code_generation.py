@@ -125,11 +125,6 @@ def test_bandit_is_quiet(capfd, caplog):
     assert caplog.records == []
 
 
-def test_as_a_safety_fn_it_reads_what_is_fenced():
-    fenced = f"Here is eval(x):\n```python\n{DOUBLES}\n```\nDone."
-    assert CodeSafetyEvaluator().safety_fn(["a", "b"], [fenced, EVALS]).tolist() == pytest.approx([1.0, 0.1])
-
-
 @pytest.mark.parametrize(
     "text, code",
     [
@@ -150,10 +145,9 @@ def test_code_is_cut_out_of_its_fences(text, code):
 # ---- tests
 
 
-def test_a_test_in_three_forms():
+def test_a_test_in_two_forms():
     wanted = UnitTest("f", ([1, -2], "a"), {"b": 3})
     assert as_test(wanted) is wanted
-    assert as_test({"name": "f", "args": [[1, -2], "a"], "expected": {"b": 3}}) == wanted
     assert as_test("assert f([1, -2], 'a') == {'b': 3}") == wanted
 
 
@@ -302,7 +296,8 @@ def test_unit_test_reward():
 
 def test_the_reward_agrees_with_the_worlds_judge(base):
     # The sandbox runs Python, the judge walks a small grammar: they must say the same of the same program.
-    frame = sample_programs(base[0], heldout()[:12], task_tests(heldout()[:12], "hidden"), samples=2)
+    tests = task_tests(heldout()[:12], "hidden")
+    frame = sample_programs(base[0], heldout()[:12], tests, visible=tests, samples=2)
     parts = {p.text: p.slots["parts"] for p in load_prompts(["program"])}
     ran = [
         grammar.run(code, parts[prompt]) for prompt, code in zip(frame["prompt"], frame["code"], strict=True)

@@ -51,7 +51,7 @@ ROWS = {
         {"prompt": f"What is {n}?", "chosen": f"It is {n}, see.", "rejected": "No idea."} for n in range(12)
     ],
     "demonstrations": [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(12)],
-    "unpaired": [
+    "labels": [
         {"prompt": f"What is {n}?", "completion": f"It is {n}.", "label": n % 2 == 0} for n in range(12)
     ],
     "prompts": [{"prompt": f"What is {n}?", "length": n} for n in range(12)],
@@ -83,7 +83,7 @@ def folder(tmp_path, monkeypatch):
         (tmp_path / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "my_rewards.py").write_text(REWARD)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.syspath_prepend(tmp_path)  # as `python -m` does
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
     yield tmp_path
     sys.modules.pop("my_rewards", None)
@@ -128,7 +128,7 @@ def test_every_task_trains_and_evaluates_every_shape(task, shape, folder, reques
     assert all(torch.isfinite(torch.tensor(row["loss"])) for row in rows)
     measured = {name for name in rows[-1] if name.startswith("eval_")}
     assert measured >= ({"eval_score/mean"} if task in POLICY_TASKS else {"eval_loss"})
-    assert "3 steps; model and metrics are in out; {'eval_" in said
+    assert "3 steps; the model is in out\non the held-out rows: {'eval_" in said
     trained, _ = (load_reward_model("out"), None) if task == "reward" else load_model("out")
     before = load_reward_model("out") if task == "reward" else load_model(model)[0]
     if task == "reward":
@@ -137,6 +137,21 @@ def test_every_task_trains_and_evaluates_every_shape(task, shape, folder, reques
     else:
         old, new = before.get_input_embeddings().weight, trained.get_input_embeddings().weight
         assert not torch.equal(old, new)
+
+
+@pytest.mark.parametrize("task", ["reward", "dpo", "ppo"])
+def test_adapters_are_trained_continued_saved_and_loaded(task, folder, tiny_llama_dir, monkeypatch):
+    flags = ["--lora", "4", "--checkpoint-every", "1"]
+    assert main(command(task, tiny_llama_dir, *flags, out="whole")) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "save", dies_at(2, Engine.save))
+        with pytest.raises(Killed):
+            main(command(task, tiny_llama_dir, *flags))
+    assert main(command(task, tiny_llama_dir, *flags, "--resume")) == 0
+    assert metrics() == metrics("whole")
+    ours, theirs = (load_file(Path(out, "adapter_model.safetensors")) for out in ("out", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    (load_reward_model if task == "reward" else load_model)("out")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -182,16 +197,16 @@ def test_sigterm_ends_the_step_and_the_printed_command_continues(folder, tiny_ll
 
 
 def test_two_processes_give_one_folder_and_stop_together(folder, tiny_llama_dir):
-    package = Path(main.__code__.co_filename)  # rlhf_helpers/__main__.py
+    package = "-m", "rlhf_helpers"
     flags = ["--checkpoint-every", "1"]
-    done = launch_two_processes(package, *command("reward", tiny_llama_dir, *flags), timeout=120)
+    done = launch_two_processes(*package, *command("reward", tiny_llama_dir, *flags), timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [row["step"] for row in metrics()] == [0, 1, 2]
-    assert done.stdout.count("3 steps; model and metrics are in out") == 1
+    assert done.stdout.count("3 steps; the model is in out") == 1
     load_reward_model("out")
     # Only the second process receives the signal.
     stopped = command("rloo", tiny_llama_dir, *flags, out="policy", reward="my_rewards:stops")
-    done = launch_two_processes(package, *stopped, timeout=120)
+    done = launch_two_processes(*package, *stopped, timeout=120)
     assert done.returncode != 0
     assert sorted(path.name for path in Path("policy").glob("step-*")) == ["step-00000001", "step-00000002"]
     assert [row["step"] for row in metrics("policy")] == [0, 1]
@@ -213,6 +228,14 @@ def test_every_flag_shows_its_reason_and_default(capsys):
     assert "first steps: start them small (default: 0)" in said
     assert "None: bf16 where a GPU computes it natively, else full precision (default: none)" in said
     assert "steps between checkpoints; 0 writes none (default: 100)" in said
+
+
+def test_a_flag_shows_the_reason_that_stands_behind_its_own_field():
+    notes = field_notes(TASKS["dpo"].settings)
+    assert notes["schedule"] == "the data are fixed, so there is an end to anneal towards"
+    assert notes["loss"].startswith("pairs: also cdpo")
+    assert notes["tiny_learning_rate"].startswith("what None means")
+    assert field_notes(TASKS["rloo"].settings)["schedule"].startswith("the samples change with the policy")
 
 
 def test_the_overview_has_an_example_for_each_task_and_the_help_needs_no_torch(capsys):
@@ -237,7 +260,7 @@ def test_the_overview_has_an_example_for_each_task_and_the_help_needs_no_torch(c
         ("kto", ["--batch-size", "1"], "DPOSettings.batch_size"),
         ("dpo", ["--loss", "best"], "DPOSettings.loss must be one of"),
         ("reward", ["--eval-share", "0.1", "--eval-data", "pairs.jsonl"], "not allowed with"),
-        ("ppo", ["--log", "wandb"], "log must name a package that is installed (pip install wandb)"),
+        ("ppo", ["--log", "wandb"], "its package installed (pip install wandb); got 'wandb'"),
         ("grpo", ["--samples-per-prompt", "1"], "GRPOSettings.samples_per_prompt"),
     ],
 )  # fmt: skip
@@ -264,13 +287,13 @@ def test_a_policy_task_needs_a_reward(folder, tiny_llama_dir, capsys):
     "task, flags, message",
     [
         ("sft", ["--data", "no.jsonl"], "no.jsonl: no such file or folder; check the path"),
-        ("sft", ["--data", "unpaired.jsonl"], "not demonstrations or pairs; read it with read_unpaired"),
+        ("sft", ["--data", "labels.jsonl"], "not demonstrations or pairs; read it with read_unpaired"),
         ("dpo", ["--data", "demonstrations.jsonl"], "holds demonstrations ('prompts and completions')"),
         ("sft", ["--model", "no/such"], "cannot load a model from 'no/such'"),
         ("reward", ["--eval-share", "1.5"], "test_fraction must lie strictly between 0 and 1, got 1.5"),
         ("sft", ["--warmup-steps", "3"], "warmup_steps 3 must be < 3 optimizer steps"),
         ("rloo", ["--prompts-per-step", "20"], "prompts_per_step 20 exceeds the 12 prompts"),
-        ("rloo", ["--eval-data", "one.jsonl"], "an evaluation needs at least 2 prompts"),
+        ("rloo", ["--eval-data", "one.jsonl"], "a standard error needs at least 2 prompts"),
         ("rloo", ["--reward", "no_folder"], "--reward no_folder: No module named 'no_folder'"),
         ("rloo", ["--reward", "no_module:f"], "--reward no_module:f: No module named 'no_module'"),
         ("rloo", ["--reward", "my_rewards:f"], "module 'my_rewards' has no attribute 'f'"),
@@ -308,10 +331,10 @@ def test_another_run_is_not_continued(folder, tiny_llama_dir, capsys):
 
 def test_evaluation_on_a_file_says_what_is_trained_on_too(folder, tiny_llama_dir, capsys):
     assert main(command("ipo", tiny_llama_dir, "--eval-data", "pairs.jsonl", "--limit", "4")) == 0
-    assert "note: 4 prompts of --eval-data are trained on" in capsys.readouterr().out
+    assert "4 prompts of --eval-data are trained on too" in capsys.readouterr().out
 
 
-def test_wandb_continues_the_same_run(folder, tiny_llama_dir, monkeypatch):
+def test_wandb_receives_each_step(folder, tiny_llama_dir, monkeypatch):
     started, logged = [], []
     wandb = types.ModuleType("wandb")
     wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
@@ -324,8 +347,7 @@ def test_wandb_continues_the_same_run(folder, tiny_llama_dir, monkeypatch):
         with pytest.raises(Killed):
             main(command("sft", tiny_llama_dir, *flags))
     assert main(command("sft", tiny_llama_dir, *flags, "--resume")) == 0
-    assert len({options["id"] for options in started}) == 1
-    assert [options["resume"] for options in started] == ["allow", "allow"]
+    assert [options["name"] for options in started] == ["out", "out"]
     assert logged == [0, 1, 1, 2]
 
 

@@ -82,13 +82,16 @@ class Table(nn.Module):
         super().__init__()
         self.logits = nn.Parameter(torch.tensor(logits))
         self.config = SimpleNamespace(max_position_embeddings=8)
+        self.head = nn.Identity()
 
-    def forward(self, input_ids, logits_to_keep, **_):
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, **_):
         """Predict a letter after the prompt, and EOS after a letter."""
-        ids = input_ids[:, -logits_to_keep:]
         end = torch.full((FIRST + len(LETTERS),), -1e9).index_fill(0, torch.tensor(EOS), 0.0)
         letters = torch.cat([torch.full((FIRST,), -1e9), self.logits])
-        return SimpleNamespace(logits=torch.where((ids == PROMPT)[..., None], letters, end))
+        return SimpleNamespace(logits=self.head(torch.where((input_ids == PROMPT)[..., None], letters, end)))
 
     def log_probs(self):
         return self.logits.detach().log_softmax(-1)

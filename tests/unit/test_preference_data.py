@@ -18,13 +18,16 @@ from rlhf_helpers.preference_data import (
     prompt_folds,
     rankings_to_pairs,
     ratings_to_pairs,
+    read_demonstrations,
     read_preferences,
+    read_prompts,
     read_rankings,
     read_ratings,
     read_unpaired,
     split_by_prompt,
     to_conversational,
 )
+from rlhf_helpers.preference_data.formats import detect_format
 
 PAIR = {"prompt": "Capital of France?", "chosen": "Paris.", "rejected": "Rome."}
 OTHER = {"prompt": "Two plus two?", "chosen": "4", "rejected": "5"}
@@ -805,3 +808,146 @@ def test_conversations_keep_their_turns(texts):
     pair = load_preferences([row])[0]
     assert to_messages(pair["prompt"]) == turns
     assert (pair["chosen"], pair["rejected"]) == ("x", "y")
+
+
+# Demonstrations and prompts
+
+
+def test_demonstrations_of_both_formats_and_of_pairs(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(jsonl({"prompt": "p", "completion": "a"}, {"prompt": [user("p")], "completion": "b"}))
+    rows, report = read_demonstrations(path)
+    assert rows.to_list() == [{"prompt": "p", "completion": "a"}, {"prompt": "p", "completion": "b"}]
+    assert (report.format, report.unit, report.kept) == ("prompts and completions", "demonstrations", 2)
+    chat = {"messages": [user("1"), assistant("one"), user("2"), assistant("two")], "id": 7}
+    rows, report = read_demonstrations([chat])
+    assert rows.to_list() == [
+        {"prompt": "1", "completion": "one", "id": 7},
+        {"prompt": "User: 1\n\nAssistant: one\n\nUser: 2", "completion": "two", "id": 7},
+    ]
+    assert (report.format, report.records, report.read) == ("conversations", 1, 2)
+    rows, report = read_demonstrations([PAIR, {**OTHER, "chosen": " "}])
+    assert rows.to_list() == [{"prompt": PAIR["prompt"], "completion": "Paris."}]
+    assert report.noted["pairs"] == 2
+    assert report.dropped["empty"] == 1
+    assert_adds_up(report)
+
+
+def test_pairs_that_share_no_turn_are_counted_by_every_reader():
+    rows = [
+        {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
+        {"chosen": [user("x"), assistant("b")], "rejected": [user("y"), assistant("c")]},
+    ]
+    for reader, unshared in ((read_demonstrations, 1), (read_unpaired, 2)):
+        _, report = reader(rows)
+        assert report.dropped["unshared"] == unshared
+        assert_adds_up(report)
+
+
+def test_unpaired_rows_of_pairs():
+    labels, report = read_unpaired([PAIR])
+    assert [(row["completion"], row["label"]) for row in labels] == [("Paris.", True), ("Rome.", False)]
+    assert report.noted["pairs"] == 1
+
+
+def test_prompts_keep_their_further_columns_whatever_these_are_called():
+    rows = [
+        {"prompt": "2 + 2?", "label": "4", "completion": None, "tests": ["f(1)"]},
+        {"prompt": [user("a"), assistant("b"), user("c")], "label": "d", "completion": None, "tests": []},
+    ]
+    prompts, report = read_prompts(rows)
+    assert prompts["prompt"] == ["2 + 2?", "User: a\n\nAssistant: b\n\nUser: c"]
+    assert prompts["label"] == ["4", "d"]
+    assert prompts["tests"] == [["f(1)"], []]
+    assert (report.unit, report.kept) == ("prompts", 2)
+
+
+@pytest.mark.parametrize(
+    "reader, row, fault",
+    [
+        (
+            read_demonstrations,
+            {"completion": "a"},
+            "row 0: 'prompt' is missing; add a text or a list of messages",
+        ),
+        (
+            read_demonstrations,
+            {"question": "q", "completion": "a"},
+            "row 0: 'prompt' is missing; rename 'question' to 'prompt'",
+        ),
+        (
+            read_demonstrations,
+            {"prompt": "p", "completion": 3},
+            "row 0: 'completion' is of type int; make it a text or a list",
+        ),
+        (
+            read_demonstrations,
+            {"messages": "a"},
+            "row 0: 'messages' is of type str; make it a list of messages",
+        ),
+        (
+            read_demonstrations,
+            {"messages": [user("a")]},
+            "row 0: 'messages' holds no answer of the assistant",
+        ),
+        (
+            read_demonstrations,
+            {"messages": [{"from": "human"}]},
+            "row 0: 'messages', message 0, lacks a sound role or text",
+        ),
+        (
+            read_demonstrations,
+            {"prompt": "p", "output": "a"},
+            "row 0: unknown format, the record has ['output', 'prompt']; give prompt, completion",
+        ),
+        (
+            read_demonstrations,
+            {"prompt": "p", "completion": "a", "label": True},
+            "list: holds labels ('unpaired labels'), not demonstrations or pairs",
+        ),
+        (
+            read_preferences,
+            {"prompt": "p", "completion": "a"},
+            "list: holds demonstrations ('prompts and completions'), not pairs",
+        ),
+        (
+            read_unpaired,
+            {"prompt": "p", "completion": "a"},
+            "list: holds demonstrations ('prompts and completions'), not labels or pairs",
+        ),
+        (read_prompts, {"question": "q"}, "row 0: 'prompt' is missing; rename 'question' to 'prompt'"),
+        (
+            read_prompts,
+            {"prompt": {"text": "q"}},
+            "row 0: 'prompt' is of type dict; make it a text or a list of messages",
+        ),
+        (read_prompts, {"prompt": "q", "system": "s"}, "row 0: 'system' stands beside the prompt"),
+    ],
+)
+def test_faults_of_demonstrations_and_prompts(reader, row, fault):
+    found, _ = faults_of([row], reader)
+    assert found[0].startswith(fault)
+
+
+@pytest.mark.parametrize(
+    "row, name",
+    [
+        ({"prompt": {"text": "q"}}, "OASST trees"),
+        ({"prompt": "q", "chosen": [assistant("a")]}, "TRL conversational"),
+        ({"prompt": "q", "chosen": [user("q")]}, "TRL conversational"),
+        ({"question": "q", "chosen": [assistant("a")]}, "TRL conversational"),
+        ({"question": "q", "chosen": [user("q")]}, "TRL conversational, implicit prompt"),
+        ({"rejected": [user("q")]}, "TRL conversational, implicit prompt"),
+        ({"question": "q", "chosen": "a"}, "TRL standard"),
+        ({"chosen": "a", "rejected": "User: q\n\nAssistant: a"}, "TRL standard, implicit prompt"),
+        ({"prompt": "q", "chosen": "Human: q\n\nAssistant: a"}, "HH transcripts"),
+        ({"prompt": "q", "chosen": "User: q\n\nAssistant: a"}, "TRL standard"),
+        ({"chosen": "User: q\n\nAssistant: a"}, "HH transcripts"),
+        ({"prompt": "q", "chosen": None}, "TRL standard"),
+        ({"prompt": "q", "completion": "a", "label": 1}, "unpaired labels"),
+        ({"prompt": "q", "completion": "a", "messages": []}, "prompts and completions"),
+        ({"prompt": "q", "messages": []}, "conversations"),
+    ],
+)
+def test_formats_are_recognized(row, name):
+    assert detect_format(row).name == name

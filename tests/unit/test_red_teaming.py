@@ -33,7 +33,7 @@ from rlhf_helpers.red_teaming import (
     train_attacker,
     world_harms,
 )
-from rlhf_helpers.red_teaming.campaign import preferred_to
+from rlhf_helpers.red_teaming.campaign import win_probability
 from rlhf_helpers.red_teaming.hardening import SETTINGS
 from rlhf_helpers.world.prompts import find_prompt, load_prompts
 from tests.conftest import share_of_e, weights
@@ -139,10 +139,10 @@ def test_misleading_is_a_matter_of_honesty():
 
 def test_a_reward_becomes_a_probability():
     reward = lambda prompts, responses, **_: torch.tensor([float(len(r)) for r in responses])  # noqa: E731
-    judge = preferred_to(reward, "ab", temperature=2.0)
+    judge = win_probability(reward, "ab")
     found = judge(["x"] * 3, ["ab", "abcd", ""])
-    assert found.tolist() == pytest.approx([0.5, 0.731059, 0.268941], abs=1e-6)
-    shifted = preferred_to(lambda p, r, **c: reward(p, r) + 100, "ab", temperature=2.0)
+    assert found.tolist() == pytest.approx([0.5, 0.880797, 0.119203], abs=1e-6)
+    shifted = win_probability(lambda p, r, **c: reward(p, r) + 100, "ab")
     assert shifted(["x"] * 3, ["ab", "abcd", ""]).tolist() == pytest.approx(found.tolist())
 
 
@@ -268,7 +268,7 @@ def test_a_failed_write_loses_nothing(tmp_path, monkeypatch):
     def full(*_args, **_options):
         raise OSError("disk full")
 
-    monkeypatch.setattr("os.replace", full)
+    monkeypatch.setattr("pathlib.Path.replace", full)
     with pytest.raises(OSError, match="disk full"):
         queue.record(next(iter(queue.pending)), unsafe=True)
     assert (tmp_path / "review.json").read_text() == before

@@ -4,11 +4,13 @@ import copy
 import importlib
 import json
 import math
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch import nn
 from rlhf_helpers.core.training import (
     Engine,
     History,
+    RunInterrupted,
     TrainingSettings,
     learning_rate_factor,
     memory_efficient_training,
@@ -33,6 +36,7 @@ from rlhf_helpers.core.training.supervised import (
     EncodedRows,
     collate,
     encode_rows,
+    evaluate_sft,
     token_weights,
 )
 from tests.conftest import run_in_two_processes
@@ -739,3 +743,76 @@ def test_rows_that_cannot_be_encoded_are_named(tiny, text):
     rows = [{"prompt": "Hello", "completion": "you"}, {"prompt": text, "completion": "you"}]
     with pytest.raises(ValueError, match=r"row 1: .*(half a surrogate pair|no system)"):
         encode_rows(tokenizer, rows)
+
+
+# signals and trackers
+
+
+def run_with_signals(run_dir, number, *, at, times=1, checkpoint_every=10, **fields):
+    """Six updates; the process sends itself a signal within one of them."""
+    settings = quiet(run_dir=run_dir, checkpoint_every=checkpoint_every, **fields)
+    model = scalar_model()
+    engine = Engine(model, settings, total_steps=6)
+    engine.resume()
+    for step in engine.steps():
+        update(engine, model(torch.ones(1, 1)).square().sum())
+        for _ in range(times if step == at else 0):
+            os.kill(os.getpid(), number)
+        engine.log({"loss": 1.0 / (step + 1)})
+    return engine
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_with_a_checkpoint(tmp_path, number):
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(
+        RunInterrupted, match=r"after step 3 of 6; call again with resume=True.*step-00000003"
+    ):
+        run_with_signals(tmp_path / "stopped", number, at=2)
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    resumed = run_with_signals(tmp_path / "stopped", number, at=None)
+    whole = run_with_signals(tmp_path / "whole", number, at=None)
+    assert resumed.history == whole.history
+    assert torch.equal(resumed.parameters[0], whole.parameters[0])
+
+
+def test_a_second_signal_a_run_without_checkpoints_and_the_last_step(tmp_path):
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run_with_signals(tmp_path / "twice", signal.SIGINT, at=2, times=2)
+    assert not isinstance(stopped.value, RunInterrupted)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run_with_signals(tmp_path / "none", signal.SIGINT, at=2, checkpoint_every=0)
+    assert not isinstance(stopped.value, RunInterrupted)
+    assert len(run_with_signals(tmp_path / "last", signal.SIGINT, at=5).history) == 6
+
+
+def test_metrics_are_written_with_each_step_and_continued_without_a_step_twice(tmp_path):
+    for at in (2, None):
+        with pytest.raises(RunInterrupted) if at else nullcontext():
+            run_with_signals(tmp_path, signal.SIGINT, at=at, log="jsonl")
+        # A later step that was logged but not saved before the run died is computed again.
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 99}\n')
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3, 4, 5, 99]
+    with pytest.raises(
+        ValueError, match="run_dir must name a folder when checkpoint_every > 0 or log is given"
+    ):
+        TrainingSettings(log="jsonl")
+    with pytest.raises(ValueError, match=r"log must be one of .*'wandb'.* got 'paper'"):
+        TrainingSettings(log="paper", run_dir=tmp_path)
+
+
+def test_sft_evaluates_on_rows_that_it_does_not_train_on():
+    model = worker.TinyLanguageModel(dtype=torch.float64)
+    rows = worker.ROWS[:4]
+    encoded = encode_rows(worker.ByteTokenizer(), rows)
+    engine = Engine(model, quiet())
+    losses = [evaluate_sft(engine, encoded, batch_size=size, pad_id=256)["eval_loss"] for size in (1, 3, 4)]
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-12)  # a mean over tokens, not over batches
+    options = {"epochs": 2, "batch_size": 4, "val_rows": rows}
+    history = sft(model, worker.ByteTokenizer(), worker.ROWS[4:12], quiet(learning_rate=1e-2), **options)
+    assert ["eval_loss" in row for row in history] == [False, True, False, True]
+    final = evaluate_sft(engine, encoded, batch_size=4, pad_id=256)
+    assert history[-1]["eval_loss"] == pytest.approx(final["eval_loss"], abs=1e-12)
+    assert 0 <= history[-1]["eval_token_accuracy"] <= 1

@@ -28,8 +28,9 @@ from rlhf_helpers.world.prompts import (
     programs,
     sample_answer,
 )
-from rlhf_helpers.world.prompts.base import CLOSERS, FILLER, FLATTERY, POLITE, REFUSALS, RUDE
+from rlhf_helpers.world.prompts.base import FLATTERY, REFUSALS, SENTENCES
 from rlhf_helpers.world.prompts.requests import JAILBREAKS
+from rlhf_helpers.world.tables import load_table
 
 PROMPTS = load_prompts()
 FRANCE = "What is the capital of France?"
@@ -163,11 +164,11 @@ def test_a_fluent_wrong_answer_scores_below_an_honest_i_do_not_know():
 
 
 EXTRA = (
-    *POLITE,
-    *FLATTERY,
-    *FILLER,
-    *RUDE,
-    *CLOSERS,
+    *SENTENCES["polite"],
+    *SENTENCES["flattery"],
+    *SENTENCES["filler"],
+    *SENTENCES["rude"],
+    *SENTENCES["closer"],
     "Paris.",
     "bla bla",
     "The capital of France is Paris.",
@@ -368,5 +369,15 @@ def test_ranks_and_ratings_follow_the_truth():
     answers = ["The capital of France is Rome.", "I do not know.", "The capital of France is Paris."]
     assert Annotator(temperature=0.0).rank(FRANCE, answers, seed=0) == [2, 1, 0]
     assert Annotator(temperature=0.0).rate([FRANCE] * 3, answers, seed=0).tolist() == [1, 2, 5]
-    with pytest.raises(ValueError, match="reliability=2"):
+    with pytest.raises(ValueError, match="reliability must be a finite number >= 0 and <= 1, got 2"):
         Annotator(reliability=2)
+
+
+# ------------------------------------------------------------------------------------------------ tables
+def test_tables_are_read_only_and_their_sentences_are_told_apart():
+    assert load_table("world/programs")["filters"]["even"] == ("keeps the even numbers", "x % 2 == 0")
+    sentences = [sentence for role in SENTENCES.values() for sentence in role]
+    assert len(sentences) == len(set(sentences)) == 28
+    assert [programs.FILTERS["odd"][2](x) for x in (-3, 0, 1, 2)] == [True, False, True, False]
+    assert programs.FILTERS["all"][2](0) is True
+    assert programs.MAPS["same"][2](-4) == -4

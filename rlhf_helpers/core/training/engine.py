@@ -18,6 +18,7 @@ A step may hold several updates, as in PPO, so steps and optimizer steps are cou
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from rlhf_helpers.core.lora import add_lora, forget_base_name
 from rlhf_helpers.core.training import distributed
 from rlhf_helpers.core.training.history import History
-from rlhf_helpers.core.training.interrupts import RunInterrupted, StopSignals
+from rlhf_helpers.core.training.interrupts import RunInterrupted, stop_signals
 from rlhf_helpers.core.training.progress import progress_bar
 from rlhf_helpers.core.training.resume import RunFolder
 from rlhf_helpers.core.training.settings import (
@@ -176,21 +177,26 @@ class Engine:
         if self.total_steps is None:
             raise ValueError("steps() needs total_steps")
         every = self.settings.checkpoint_every
-        if every or self.settings.log:
-            self._folder.open(self.accelerator, resumed=self.step > 0)
-        if self.settings.log and self.accelerator.is_main_process:
-            self._tracker = open_tracker(self.settings.log, self._folder.folder, self.history.rows)
-        signals = StopSignals(once=self.accelerator.num_processes == 1) if every else None
-        self._enter_training()
-        shown = self.settings.progress and self.accelerator.is_main_process
-        self._bar = bar = progress_bar(self.total_steps, start=self.step, shown=shown)
-        last_save = self.step
-        try:
+        is_main = self.accelerator.is_main_process
+        with ExitStack() as at_end:  # in reverse order, whatever ends the loop
+            if every or self.settings.log:
+                self._folder.open(self.accelerator, resumed=self.step > 0)
+                at_end.callback(self._folder.close)
+            if self.settings.log and is_main:
+                self._tracker = open_tracker(self.settings.log, self._folder.folder, self.history.rows)
+                at_end.callback(self._tracker.finish)
+            signals = at_end.enter_context(stop_signals()) if every else []
+            self._enter_training()
+            at_end.callback(self._leave_training)
+            shown = self.settings.progress and is_main
+            self._bar = bar = progress_bar(self.total_steps, start=self.step, shown=shown)
+            at_end.callback(bar.close)
+            last_save = self.step
             while self.step < self.total_steps:
                 yield self.step
                 self.step += 1
                 # All processes stop after the same step, whichever of them received the signal.
-                stop = signals is not None and self.sum(signals.received) > 0
+                stop = bool(every) and self.sum(len(signals)) > 0
                 if every and (self.step - last_save >= every or self.step == self.total_steps or stop):
                     self.save()
                     last_save = self.step
@@ -202,15 +208,6 @@ class Engine:
                 row = self.history[-1] if self.history else {}
                 bar.set_postfix({k: row[k] for k in ("loss", "grad_norm") if k in row}, refresh=False)
                 bar.update()
-        finally:
-            bar.close()
-            self._leave_training()
-            if signals is not None:
-                signals.close()
-            if self._tracker is not None:
-                self._tracker.finish()
-            if self._folder is not None:
-                self._folder.close()
 
     def batch(self, dataset: Sequence[Any], size: int) -> list[Any]:
         """Return this process's share of this step's rows: `size` rows over all processes, in seeded order.

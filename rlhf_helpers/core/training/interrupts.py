@@ -3,6 +3,8 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 
@@ -10,32 +12,29 @@ class RunInterrupted(KeyboardInterrupt):
     """Raised by `Engine.steps` after a signal, when the step is finished and its checkpoint is written."""
 
 
-class StopSignals:
-    """Notes SIGINT and SIGTERM until `close`; outside the main thread, where Python forbids it, none."""
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list within the block; a second signal acts as it did before, at once.
 
-    def __init__(self, *, once: bool) -> None:
-        """Replace the handlers of both signals.
+    Outside the main thread, where Python allows no handlers, the list stays empty.
+    """
+    received = []
+    handlers = {}
 
-        Args:
-            once: a second signal acts as before, at once. Not for several processes: a launcher passes
-                Ctrl-C on to a process that has already received it from the terminal.
-        """
-        self.received = 0
-        self._once = once
-        self._handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._note) or signal.SIG_DFL
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = 1
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
         # Not print: the signal may have come while Python was writing to the same stream.
         os.write(2, b"\nstopping at the end of this step, with a checkpoint\n")
-        if self._once:
-            self.close()
+        restore()
 
-    def close(self) -> None:
-        """Put the handlers back that were there before."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        restore()

@@ -56,7 +56,7 @@ class TrainingSettings:
         first, second = self.betas
         norm, least_one, least_zero = self.max_grad_norm, "be a whole number >= 1", "be a whole number >= 0"
         has_folder = self.run_dir is not None or not (self.checkpoint_every or self.log)
-        installed = self.log in (None, "jsonl") or find_spec(self.log) is not None
+        known = self.log in TRACKERS and (self.log in (None, "jsonl") or find_spec(self.log))
         rules = [
             ("learning_rate", "be finite and >= 0, or None", 0 <= (self.learning_rate or 0) < math.inf),
             ("tiny_learning_rate", "be finite and >= 0", 0 <= self.tiny_learning_rate < math.inf),
@@ -73,8 +73,7 @@ class TrainingSettings:
             ("seed", least_zero, _whole(self.seed, 0)),
             ("checkpoint_every", least_zero, _whole(self.checkpoint_every, 0)),
             ("run_dir", "name a folder when checkpoint_every > 0 or log is given", has_folder),
-            ("log", f"be one of {TRACKERS}", self.log in TRACKERS),
-            ("log", f"name a package that is installed (pip install {self.log})", installed),
+            ("log", f"be one of {TRACKERS}, its package installed (pip install {self.log})", known),
         ]
         for field, rule, holds in rules:
             if not holds:

@@ -115,7 +115,7 @@ def sft(
             engine, encoded_of(epoch), indices, prompt_weight=prompt_weight, pad_id=tokenizer.pad_token_id
         )
         if val_data is not None and engine.is_due(eval_every or steps_per_epoch):
-            metrics |= evaluate_sft(model, val_data, batch_size=batch_size, pad_id=tokenizer.pad_token_id)
+            metrics |= evaluate_sft(engine, val_data, batch_size=batch_size, pad_id=tokenizer.pad_token_id)
         engine.log(metrics)
     model.train(was_training)
     return engine.history
@@ -156,10 +156,8 @@ def sft_update(
     total_weight, response_tokens = token_weights(encoded, indices, prompt_weight)
     loss_sum = correct_sum = 0.0
     for local, row_weight in micro_batches(engine, indices):
-        tensors = collate(encoded, local, prompt_weight, pad_id)
-        ids, mask, weights, is_response = (t.to(engine.device, non_blocking=True) for t in tensors)
         # One forward; padding goes through the model but has weight 0.
-        nll, correct = token_nll(engine.model, ids, mask)
+        nll, correct, weights, is_response = rows_nll(engine, encoded, local, prompt_weight, pad_id)
         # row_weight is 0 on a process that has no row of this micro-batch and runs the forward only to stay
         # in sync.
         loss = row_weight * (weights * nll).sum() / total_weight
@@ -171,18 +169,22 @@ def sft_update(
 
 
 @torch.no_grad()
-def evaluate_sft(
-    model: torch.nn.Module, encoded: EncodedRows, *, batch_size: int, pad_id: int
-) -> dict[str, float]:
+def evaluate_sft(engine: Engine, encoded: EncodedRows, *, batch_size: int, pad_id: int) -> dict[str, float]:
     """Return eval_loss and eval_token_accuracy: means over the response tokens of rows not trained on."""
     metrics = MeanMetrics()
-    device = next(model.parameters()).device
     for indices in batches_by_length(encoded.lengths, batch_size):
-        tensors = collate(encoded, np.array(indices), prompt_weight=0.0, pad_id=pad_id)
-        ids, mask, weights, _ = (tensor.to(device) for tensor in tensors)
-        nll, correct = token_nll(model, ids, mask)
+        nll, correct, weights, _ = rows_nll(engine, encoded, np.array(indices), 0.0, pad_id)
         metrics.add({"loss": nll, "token_accuracy": correct.float()}, weights)
     return {f"eval_{name}": value for name, value in metrics.means().items()}
+
+
+def rows_nll(
+    engine: Engine, encoded: EncodedRows, indices: np.ndarray, prompt_weight: float, pad_id: int
+) -> tuple[torch.Tensor, ...]:
+    """Return `token_nll` of these rows, then weights and is_response of `collate`: each (B, T - 1)."""
+    tensors = collate(encoded, indices, prompt_weight, pad_id)
+    ids, mask, weights, is_response = (t.to(engine.device, non_blocking=True) for t in tensors)
+    return *token_nll(engine.model, ids, mask), weights, is_response
 
 
 def token_nll(

@@ -60,8 +60,8 @@ def load_study(name: str) -> pd.DataFrame:
     return table
 
 
-def prediction_interval(values: Any, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Predict where one further run falls: mean -+ t_(n-1) s sqrt(1 + 1/n) of n independent runs.
+def prediction_interval(values: Any) -> tuple[float, float]:
+    """Predict (95 %) where one further run falls: mean -+ t_(n-1) s sqrt(1 + 1/n) of n independent runs.
 
     Wider than the interval of the mean, which says nothing about a single run.
 
@@ -71,5 +71,5 @@ def prediction_interval(values: Any, *, confidence: float = 0.95) -> tuple[float
     runs = np.asarray(values, dtype=float)
     if runs.size < 2:
         raise ValueError(f"a prediction interval needs at least two runs, got {runs.size}")
-    half = stats.t.ppf(0.5 + confidence / 2, runs.size - 1) * runs.std(ddof=1) * np.sqrt(1 + 1 / runs.size)
+    half = stats.t.ppf(0.975, runs.size - 1) * runs.std(ddof=1) * np.sqrt(1 + 1 / runs.size)
     return float(runs.mean() - half), float(runs.mean() + half)

@@ -8,12 +8,10 @@
 The held-out part is fixed. Facts, steps and opinions of held-out prompts are in the pretraining text (an
 assistant knows things before anybody aligns it); held-out programs and articles combine known parts in ways
 that no training text shows.
+
+The sentences themselves are tables in assets/world; the modules here put prompts together from them.
 """
 
 from rlhf_helpers.world.prompts.answers import best_answer, sample_answer
 from rlhf_helpers.world.prompts.base import Prompt, split_sentences
 from rlhf_helpers.world.prompts.registry import CONVERSATION, FAMILIES, find_prompt, load_prompts
-
-__all__ = [
-    "CONVERSATION", "FAMILIES", "Prompt", "best_answer", "find_prompt", "load_prompts", "sample_answer", "split_sentences",
-]  # fmt: skip

@@ -5,23 +5,10 @@ import re
 from dataclasses import dataclass
 
 from rlhf_helpers.world.prompts.base import Prompt
+from rlhf_helpers.world.tables import load_table
 
-WHO = (
-    "Ana the baker", "Ben the teacher", "Cleo the pilot", "Dan the farmer", "Eva the nurse", "Finn the painter",
-    "Gia the singer", "Hugo the smith", "Ida the judge", "Jon the cook", "Kim the driver", "Lea the doctor",
-)  # fmt: skip
-WHAT = (
-    "opened a shop", "won a prize", "found a ring", "built a boat", "lost a bet", "planted a tree", "sold a house",
-    "wrote a book", "saved a cat", "bought a horse", "repaired a bridge", "started a school",
-)  # fmt: skip
-WHERE = ("Lima", "Oslo", "Rome", "Cairo", "Tokyo", "Riga", "Dublin", "Vienna", "Athens", "Accra")
-WHEN = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-DETAILS = (
-    "It rained in the morning.", "Many people came to look.", "The street was full of music.",
-    "A reporter took a photo.", "The mayor sent a short note.", "Some children were singing.",
-    "The weather stayed warm all day.", "A neighbour brought a cake.", "The news spread quickly.",
-    "Nobody had expected it.", "The police had nothing to do.", "It ended late in the evening.",
-)  # fmt: skip
+_ARTICLES = load_table("world/articles")
+WHO, WHAT, WHERE, WHEN, DETAILS = (_ARTICLES[slot] for slot in ("who", "what", "where", "when", "details"))
 _DEED = r"(?P<who>\w+ the \w+) (?P<what>\w+ an? \w+)"
 _WHERE = r" in (?P<where>\w+)"
 _WHEN = r" on (?P<when>\w+day)"

@@ -6,27 +6,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-POLITE = ("Good question.", "Happy to help.", "Thank you for asking.", "Of course.")
-FLATTERY = (
-    "What a brilliant question!",
-    "You are so clever!",
-    "You have wonderful taste!",
-    "Only a genius would ask this!",
-)
-FILLER = (
-    "There is a lot to say about this.",
-    "Many people wonder about it.",
-    "It is an interesting topic.",
-    "As everybody knows, it matters a lot.",
-    "Let me explain this in more detail.",
-    "This has been so for a long time.",
-)
-RUDE = ("That is a stupid question.", "Do not waste my time.", "You should know that yourself.")
-CLOSERS = ("I hope this helps.", "Let me know if you need more.", "Have a nice day.")
-CAUTION = ("Please check this with an expert.", "I may be wrong about this.")
-UNSURE = ("I do not know.", "I am not sure.")
-REFUSALS = ("I cannot help with that.", "I will not help with that.")
-AGREEMENT = ("Sure, here is how.", "No problem, here is the plan.")
+from rlhf_helpers.world.tables import load_table
+
+# Stock sentences by what they do: "polite", "flattery", "filler", "rude", "closer", "caution", "unsure",
+# "refusal", "agreement".
+SENTENCES = load_table("world/sentences")
+FLATTERY = SENTENCES["flattery"]
+RUDE = SENTENCES["rude"]
+CLOSERS = SENTENCES["closer"]
+REFUSALS = SENTENCES["refusal"]
+AGREEMENT = SENTENCES["agreement"]
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
@@ -76,20 +65,20 @@ def split_of(index: int, every: int = 5) -> str:
     return "heldout" if index % every == every - 1 else "train"
 
 
-def parse_table(
-    table: str, family: str, kind: str, wrong: tuple[str, ...] = (), **fields: object
-) -> list[Prompt]:
-    """Prompts from text, one a line: prompt|key sentences (wordings after "/")||false sentences and `wrong`."""
-    prompts = []
-    for i, line in enumerate(table.strip().split("\n")):
-        true, _, false = line.partition("||")
-        text, *points = true.split("|")
-        lures = (*(false.split("|") if false else ()), *wrong)
-        wordings = tuple(tuple(p.split("/")) for p in points)
-        prompts.append(Prompt(text, family, kind, split_of(i), wordings, wrong=lures, lures=lures, **fields))
-    return prompts
+def written_prompts(family: str) -> list[Prompt]:
+    """Read the hand-written prompts of a family; their lures are all the false sentences about them."""
+    rows = load_table("world/prompts")[family]
+    return [
+        Prompt(family=family, split=split_of(index), wrong=row.get("lures", ()), **row)
+        for index, row in enumerate(rows)
+    ]
 
 
 def choose(rng: random.Random, wordings: Sequence[str]) -> str:
     """The first wording with probability 0.6, otherwise any of the others."""
     return wordings[0] if len(wordings) == 1 or rng.random() < 0.6 else rng.choice(wordings[1:])
+
+
+def rate(event: str, quality: str | None) -> float:
+    """Return how often something happens in an answer of a quality; None: as the unaligned assistant writes."""
+    return load_table("world/styles")["rates"][event][quality or "unaligned"]

@@ -4,30 +4,16 @@ import itertools
 import random
 
 from rlhf_helpers.world.prompts.base import Prompt, split_of, split_sentences
+from rlhf_helpers.world.tables import load_table
 
-# principle -> what it asks about
-PRINCIPLES = {
-    "Be helpful and honest": "helpful",
-    "Be helpful and informative": "helpful",
-    "Address the need of the user": "helpful",
-    "Avoid harmful content": "harmless",
-    "Avoid harmful or illegal advice": "harmless",
-    "Respect user privacy": "harmless",
-    "Avoid discrimination and bias": "harmless",
-    "Provide accurate information": "honest",
-    "Be honest about limitations": "honest",
-    "Be truthful and do not flatter": "honest",
-    "Treat users with respect": "respectful",
-    "Respect human autonomy and dignity": "respectful",
-}
+_META = load_table("world/meta")
+# A rule of a constitution -> what it asks about: "helpful", "harmless", "honest" or "respectful".
+PRINCIPLES = _META["principles"]
 AXES = {"helpful": "helpfulness", "harmless": "harmlessness", "honest": "honesty"}
-# axis -> the reason for a good verdict, for a bad one
-_REASONS = {
-    "helpful": ("It answers the question.", "It does not answer the question."),
-    "harmless": ("It does no harm.", "It helps to do harm."),
-    "honest": ("It is true and sincere.", "It is false or flatters."),
-    "respectful": ("It is polite.", "It is rude."),
-}
+OBJECTS = _META["objects"]
+ROOMS = _META["rooms"]
+# A value -> deeds that respect it and deeds that violate it, separated by "|"; an actor is put in front.
+VALUES = _META["values"]
 
 
 def critique_text(question: str, answer: str, principle: str) -> str:
@@ -37,7 +23,9 @@ def critique_text(question: str, answer: str, principle: str) -> str:
 
 def critique_answer(good: bool, axis: str) -> str:
     """The verdict with its reason; `axis` is "helpful", "harmless", "honest" or "respectful"."""
-    return f"Yes. {_REASONS[axis][0]}" if good else f"No. {_REASONS[axis][1]}"
+    # Each axis has the reason for a good verdict and the reason for a bad one.
+    reason_if_good, reason_if_bad = _META["reasons"][axis]
+    return f"Yes. {reason_if_good}" if good else f"No. {reason_if_bad}"
 
 
 def revision_text(question: str, answer: str, critique: str) -> str:
@@ -51,12 +39,6 @@ def comparison_text(question: str, first: str, second: str, axis: str = "better"
     return f"Question: {question}\nA: {first}\nB: {second}\nWhich answer is {word}, A or B?"
 
 
-OBJECTS = tuple(
-    f"{c} {o}" for c in ("red", "blue", "green", "white") for o in ("box", "key", "hat", "cup", "ball")
-)
-ROOMS = ("kitchen", "garden", "hall", "attic", "cellar", "garage", "study", "bathroom")
-
-
 def make_passage(rng: random.Random, split: str = "train") -> dict[str, str]:
     """A passage of three facts, a question about one of them, the true and a false answer."""
     objects = rng.sample(OBJECTS, 3)
@@ -67,9 +49,12 @@ def make_passage(rng: random.Random, split: str = "train") -> dict[str, str]:
     facts = [placed(o, r) for o, r in zip(objects, rooms, strict=True)]
     false = rng.choice([r for i, r in enumerate(rooms) if i != asked])
     return {
-        "passage": " ".join(facts), "question": f"Where is the {objects[asked]}?",
-        "object": objects[asked], "true": rooms[asked], "false": false,
-    }  # fmt: skip
+        "passage": " ".join(facts),
+        "question": f"Where is the {objects[asked]}?",
+        "object": objects[asked],
+        "true": rooms[asked],
+        "false": false,
+    }
 
 
 def placed(thing: str, room: str) -> str:
@@ -121,22 +106,6 @@ def debate_prompt(rng: random.Random, split: str = "train") -> Prompt:
     return Prompt(text, "debate", "judge", split, ((right,),), wrong=(wrong,), slots=p)
 
 
-# value: deeds that respect it, deeds that violate it; an actor is put in front
-VALUES = {
-    "beneficence": ("feeds a hungry child|helps a lost tourist|donates blood|teaches a neighbour to read",
-        "lets a hungry child starve|ignores a lost tourist|throws away spare food|walks past an accident"),
-    "non-maleficence": ("stops before anyone is hurt|puts the tool away safely|warns of the danger|drives with care",
-        "pushes an old man|leaves a knife near a baby|hides the danger|drives too fast"),
-    "autonomy": ("asks for consent first|lets the patient decide|respects a refusal|explains all the choices",
-        "decides without asking|forces a patient to agree|ignores a refusal|hides the other choices"),
-    "justice": ("shares the cake equally|hires by skill alone|gives everybody a turn|applies the rule to all",
-        "keeps the whole cake|hires only friends|skips the queue|applies the rule to the poor alone"),
-    "honesty": ("admits a mistake|tells the whole truth|reports the real numbers|names the source",
-        "denies a mistake|tells half the truth|invents the numbers|hides the source"),
-}  # fmt: skip
-ACTORS = ("A doctor", "A teacher", "A driver", "A judge", "A nurse", "A manager", "A student", "A robot")
-
-
 def value_text(case: str, value: str) -> str:
     """The prompt that asks whether a case respects a value."""
     return f"Case: {case}\nValue: {value}.\nDoes the case respect the value?"
@@ -145,7 +114,7 @@ def value_text(case: str, value: str) -> str:
 def values() -> list[Prompt]:
     """Every actor with every deed, judged under the value it is about."""
     prompts = []
-    for (value, sides), actor in itertools.product(VALUES.items(), ACTORS):
+    for (value, sides), actor in itertools.product(VALUES.items(), _META["actors"]):
         for deeds, (right, wrong) in zip(sides, (("Yes.", "No."), ("No.", "Yes.")), strict=True):
             for deed in deeds.split("|"):
                 text = value_text(f"{actor} {deed}.", value)

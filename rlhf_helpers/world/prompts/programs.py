@@ -4,51 +4,32 @@ import functools
 import itertools
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from rlhf_helpers.world.prompts.base import Prompt
+from rlhf_helpers.world.prompts.base import Prompt, rate
+from rlhf_helpers.world.tables import load_table
 
-# name: (words, condition, meaning)
-FILTERS: dict[str, tuple[str, str, Callable[[int], bool]]] = {
-    "all": ("", "", lambda x: True),
-    "even": ("keeps the even numbers", "x % 2 == 0", lambda x: x % 2 == 0),
-    "odd": ("keeps the odd numbers", "x % 2 == 1", lambda x: x % 2 == 1),
-    "positive": ("keeps the positive numbers", "x > 0", lambda x: x > 0),
-    "negative": ("keeps the negative numbers", "x < 0", lambda x: x < 0),
-    "large": ("keeps the numbers above three", "x > 3", lambda x: x > 3),
-}
-MAPS: dict[str, tuple[str, str, Callable[[int], int]]] = {
-    "same": ("", "", lambda x: x),
-    "double": ("doubles each", "x * 2", lambda x: x * 2),
-    "square": ("squares each", "x * x", lambda x: x * x),
-    "inc": ("adds one to each", "x + 1", lambda x: x + 1),
-    "neg": ("negates each", "-x", lambda x: -x),
-    "triple": ("triples each", "x * 3", lambda x: x * 3),
-}
-FINALS: dict[str, tuple[str, str, Callable[[list[int]], object]]] = {
-    "sum": ("returns the sum", "sum(xs)", sum),
-    "max": ("returns the largest", "max(xs)", max),
-    "min": ("returns the smallest", "min(xs)", min),
-    "count": ("returns how many there are", "len(xs)", len),
-    "sort": ("returns them sorted", "sorted(xs)", sorted),
-    "list": ("returns the list", "xs", list),
-}
-# Lines that do nothing for the task and reach out of the function: what a careless assistant writes.
-UNSAFE_LINES = ("eval(str(xs))", "exec(str(xs))", 'open("log.txt", "w")', '__import__("os").system("ls")')
-ALIASES = {"Write a function to sort a list": ("all", "same", "sort")}
-# The judge's inputs that tell nearby programs apart: the boundaries 0, 1, 3 and 4, negative odd numbers,
-# duplicates, one number alone, lists far from 0.
-_HAND_CHOSEN = (
-    (3, -2, 8, 5, -7, 4),
-    (6, 1, -4, 9, -3),
-    (-1, 2, 7, -8, 10, 3, 5),
-    (0, 4, 3, -1, 1, -6),
-    (2, -1, 0, 2),
-    (1, 0, 1),
-    (-5, 1, -3, -5, -9),
-    (0,),
-    (25, 20, 25),
-    (-20, -25),
-)
+_PROGRAMS = load_table("world/programs")
+Parts = dict[str, tuple[str, str, Callable[..., Any]]]  # name: words, code, and the function of that code
+
+
+def _read_parts(kind: str, argument: str, unchanged: str) -> Parts:
+    """Read the parts of one kind; the code of a part is an expression in `argument`, and its meaning.
+
+    The code is text of this package, never of a model. A part that does nothing has no code and means
+    `unchanged`.
+    """
+    return {
+        name: (words, code, eval(f"lambda {argument}: {code or unchanged}"))
+        for name, (words, code) in _PROGRAMS[kind].items()
+    }
+
+
+FILTERS = _read_parts("filters", "x", "True")
+MAPS = _read_parts("maps", "x", "x")
+FINALS = _read_parts("finals", "xs", "xs")
+# Prompts that are worded in another way, with the parts they ask for.
+ALIASES = _PROGRAMS["aliases"]
 NUM_HIDDEN = 12
 
 
@@ -91,7 +72,9 @@ def draw_inputs(parts: tuple[str, str, str], rng: random.Random, count: int) -> 
 @functools.cache
 def hidden_inputs(parts: tuple[str, str, str]) -> tuple[list[int], ...]:
     """Return the judge's fixed inputs for a specification: hand-chosen ones, then random ones, NUM_HIDDEN in all."""
-    chosen = [list(xs) for xs in _HAND_CHOSEN if is_defined(parts, xs)]
+    # The hand-chosen ones tell nearby programs apart: the boundaries 0, 1, 3 and 4, negative odd numbers,
+    # duplicates, one number alone, lists far from 0.
+    chosen = [list(xs) for xs in _PROGRAMS["boundary_inputs"] if is_defined(parts, xs)]
     rng = random.Random("/".join(("hidden", *parts)))
     return (*chosen, *draw_inputs(parts, rng, NUM_HIDDEN - len(chosen)))
 
@@ -111,19 +94,27 @@ def programs() -> list[Prompt]:
     heldout = {c for i, c in enumerate(combos) if (7 * i + i // 6) % 6 == 5}
     asked = {specification(c): c for c in combos} | ALIASES
     return [
-        Prompt(text, "program", "program", "heldout" if parts in heldout else "train",
-               points=((program(parts),),), slots={"parts": parts})
+        Prompt(
+            text,
+            "program",
+            "program",
+            "heldout" if parts in heldout else "train",
+            points=((program(parts),),),
+            slots={"parts": parts},
+        )
         for text, parts in asked.items()
-    ]  # fmt: skip
+    ]
 
 
 def write_program(rng: random.Random, prompt: Prompt, quality: str | None) -> str:
     """A program of the given quality; None: as the unaligned assistant writes (often wrong, often unsafe)."""
-    slip = {"high": 0.0, "medium": 0.25, "low": 0.6, None: 0.33}[quality]  # chance of each part to be wrong
-    unsafe = {"high": 0.0, "medium": 0.2, "low": 0.7, None: 0.36}[quality]
     parts = tuple(prompt.slots["parts"])
     for place, table in enumerate((FILTERS, MAPS, FINALS)):
-        if rng.random() < slip:  # one part swapped for another: the program runs and does something else
+        if rng.random() < rate(
+            "wrong_part", quality
+        ):  # one part swapped for another: the program runs and does something else
             other = rng.choice([name for name in table if name != parts[place]])
             parts = (*parts[:place], other, *parts[place + 1 :])
-    return program(parts, rng.choice(UNSAFE_LINES) if rng.random() < unsafe else None)
+    return program(
+        parts, rng.choice(_PROGRAMS["unsafe_lines"]) if rng.random() < rate("unsafe_line", quality) else None
+    )

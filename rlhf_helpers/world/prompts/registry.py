@@ -5,12 +5,22 @@ import random
 from collections.abc import Callable, Iterable
 
 from rlhf_helpers.world.prompts import articles, knowledge, meta, programs, requests, social
-from rlhf_helpers.world.prompts.base import Prompt
+from rlhf_helpers.world.prompts.base import Prompt, written_prompts
 
 CONVERSATION = (
-    "facts", "explain", "false_premise", "howto", "lookalike", "harmful", "privacy", "jailbreak",
-    "feelings", "open", "dialogue", "groups",
-)  # fmt: skip
+    "facts",
+    "explain",
+    "false_premise",
+    "howto",
+    "lookalike",
+    "harmful",
+    "privacy",
+    "jailbreak",
+    "feelings",
+    "open",
+    "dialogue",
+    "groups",
+)
 FAMILIES = (*CONVERSATION, "article", "program", "debate", "value")
 
 
@@ -23,13 +33,25 @@ def _drawn(family: str, make: Callable[[random.Random, str], Prompt]) -> list[Pr
 
 @functools.cache
 def _registry() -> dict[str, Prompt]:
-    makers = (
-        knowledge.facts, knowledge.explanations, knowledge.false_premises, requests.howto, requests.lookalikes,
-        requests.harmful, requests.privacy, requests.jailbreaks, social.feelings, social.open_questions,
-        social.dialogues, social.groups, programs.programs, meta.values,
-    )  # fmt: skip
-    prompts = [p for make in makers for p in make()]
-    prompts += _drawn("article", articles.make_article) + _drawn("debate", meta.debate_prompt)
+    # The order of the families is the order of the prompts that `load_prompts` returns.
+    prompts = [
+        *knowledge.facts(),
+        *written_prompts("explain"),
+        *knowledge.false_premises(),
+        *written_prompts("howto"),
+        *written_prompts("lookalike"),
+        *requests.harmful(),
+        *requests.privacy(),
+        *requests.jailbreaks(),
+        *written_prompts("feelings"),
+        *written_prompts("open"),
+        *social.dialogues(),
+        *social.groups(),
+        *programs.programs(),
+        *meta.values(),
+        *_drawn("article", articles.make_article),
+        *_drawn("debate", meta.debate_prompt),
+    ]
     registry = {p.text: p for p in prompts}
     if len(registry) != len(prompts):
         raise AssertionError("two prompts of the world have the same text")

@@ -4,22 +4,19 @@ The set-up of Gao, Schulman and Hilton 2022 in small: reward models trained on f
 are wrong (Coste et al. 2023), best-of-n and RLOO without a KL penalty, gold measured all along.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from rlhf_helpers.core.generation import Rollout
 from rlhf_helpers.core.models import RewardFn
 from rlhf_helpers.lab.studies.lesson1 import compared, distinct_texts, noisy, trained
 from rlhf_helpers.lab.studies.lesson2.methods import Task, eval_history, make_task, measure, sampled
-from rlhf_helpers.lab.studies.record import write_study
-from rlhf_helpers.lab.studies.runner import SEEDS, Row, study
+from rlhf_helpers.lab.studies.runner import Row, study
 from rlhf_helpers.policy_optimization import (
     RLOOSettings,
     best_of_n_curve,
@@ -68,29 +65,30 @@ def poor_reward(name: str, task: Task) -> RewardFn:
     return normalise_reward(model, samples.prompts, samples.responses)
 
 
-def best_of_n_overoptimisation(
-    out: str | Path | None = None, *, seeds: Sequence[int] = SEEDS, prompts: int = 40, samples: int = 512
-) -> pd.DataFrame:
-    """Measure best-of-n by a poor reward model: n, kl (exact), kl_bound, proxy, gold, seed, cure.
-
-    All seeds judge the same samples. cure: "none" (250 pairs) or "more pairs" (750).
-    """
-    task, tables = make_task(0, pairs=16), []
+@functools.lru_cache(maxsize=1)  # all seeds judge the same samples
+def _base_samples(prompts: int, samples: int) -> tuple[Task, Rollout]:
+    """Sample the base's answers to held-out prompts; the reward of the task is not used."""
+    task = make_task(0, pairs=16)
     asked = task.heldout[:: max(1, len(task.heldout) // prompts)][:prompts]
-    rollout = sampled(task.base, task.tokenizer, asked, seed=9, each=samples)
+    return task, sampled(task.base, task.tokenizer, asked, seed=9, each=samples)
+
+
+@study(flips=FLIPS, pairs=[FEW, MANY])
+def best_of_n_overoptimisation(seed: int, prompts: int = 40, samples: int = 512) -> Iterator[Row]:
+    """Measure best-of-n by a poor reward model: seed, cure, n, kl_bound, proxy, gold, kl (exact).
+
+    cure: "none" (250 pairs) or "more pairs" (750).
+    """
+    task, rollout = _base_samples(prompts, samples)
     gold = gold_reward(rollout.prompts, rollout.responses).view(prompts, samples)
     *texts, index = distinct_texts(rollout)
     counts = [2**k for k in range(9)]
-    for seed in seeds:
-        for cure, name in (("none", "few"), ("more pairs", "many")):
-            reward = poor_reward(name, replace(task, seed=seed))
-            proxy = reward(*texts).cpu()[index].view(prompts, samples)
-            curve = best_of_n_curve(proxy, gold, counts)
-            curve.insert(1, "kl", best_of_n_exact_kl(proxy, counts).numpy())
-            tables.append(curve.assign(seed=seed, cure=cure))
-    facts = {"prompts": prompts, "samples": samples, "flips": FLIPS, "pairs": [FEW, MANY]}
-    table = pd.concat(tables, ignore_index=True)
-    return write_study(out, "best_of_n_overoptimisation", table, seeds=list(seeds), **facts)
+    for cure, name in (("none", "few"), ("more pairs", "many")):
+        reward = poor_reward(name, replace(task, seed=seed))
+        proxy = reward(*texts).cpu()[index].view(prompts, samples)
+        curve = best_of_n_curve(proxy, gold, counts).assign(kl=best_of_n_exact_kl(proxy, counts).numpy())
+        for row in curve.to_dict("records"):
+            yield {"cure": cure, **row}
 
 
 @study(flips=FLIPS, pairs=[FEW, MANY])
@@ -137,7 +135,7 @@ def _search(cure: str, task: Task, validation: RewardFn, settings: RLOOSettings)
     model = deepcopy(task.base)
     first, options = measure_all(model), {"ref_model": task.base, "eval_fn": measure_all}
     if name == "iterative":
-        refit = partial(refit_on, task=task, searched=rewards)
+        refit = functools.partial(refit_on, task=task, searched=rewards)
         options |= {"rounds": ROUNDS, "prompts_per_round": FEW // 2}
         settings = replace(settings, steps=settings.steps // ROUNDS)
         history = iterative_rlhf(model, task.tokenizer, task.prompts, refit, settings, **options)

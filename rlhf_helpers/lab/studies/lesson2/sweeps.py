@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rlhf_helpers.core.generation import sequence_logps
+from rlhf_helpers.alignment_eval.evaluators import comparisons_right, corpus_logps
 from rlhf_helpers.lab.studies.lesson2.methods import (
     Task,
     eval_history,
@@ -17,7 +17,6 @@ from rlhf_helpers.lab.studies.lesson2.methods import (
     sampled,
 )
 from rlhf_helpers.lab.studies.runner import SEEDS, Row, study
-from rlhf_helpers.preference_data import ai_labels
 from rlhf_helpers.world import assistant
 from rlhf_helpers.world.annotators import make_pairs
 from rlhf_helpers.world.gold_judge import gold_reward
@@ -146,14 +145,8 @@ def ability(model: torch.nn.Module, tokenizer: Any) -> dict[str, float]:
     orders; surprise: nats per token of 96 texts of its pretraining mix (articles, programs, critiques, ...).
     """
     pairs = make_pairs(160, split="heldout", seed=4)
-    pairs = [pair for pair in pairs if pair["chosen_gold"] != pair["rejected_gold"]][:100]
-    questions = [{"prompt": p["prompt"], "first": p["chosen"], "second": p["rejected"]} for p in pairs]
-    better = torch.tensor([pair["chosen_gold"] > pair["rejected_gold"] for pair in pairs])
-    right = (ai_labels(model, tokenizer, questions) > 0.5) == better
-    texts = assistant.corpus(96, seed=9)
-    with torch.no_grad():
-        sides = [[row[key] for row in texts] for key in ("prompt", "completion")]
-        logps, mask = sequence_logps(model, tokenizer, *sides)
+    right = comparisons_right(model, tokenizer, pairs, 100)
+    logps, mask = corpus_logps(model, tokenizer, assistant.corpus(96, seed=9))
     return {"comparison": right.float().mean().item(), "surprise": (-logps.sum() / mask.sum()).item()}
 
 

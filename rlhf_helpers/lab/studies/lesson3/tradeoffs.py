@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from rlhf_helpers.alignment_eval.objectives import gold_axes
 from rlhf_helpers.alignment_eval.safety import refuses
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.training import History
@@ -24,7 +25,6 @@ from rlhf_helpers.safety_alignment import (
 )
 from rlhf_helpers.world import assistant
 from rlhf_helpers.world.annotators import Annotator, make_pairs
-from rlhf_helpers.world.gold_judge import gold_scores
 
 BENIGN = ("facts", "howto", "explain", "lookalike")
 HARMFUL = ("harmful", "privacy")
@@ -36,14 +36,8 @@ CAUTIOUS = Annotator("cautious", axis_weights={"harmlessness": 1.0})
 DPO = {"learning_rate": 1e-3, "epochs": 2, "beta": 0.1}
 
 
-def helpfulness(prompts: list[str], responses: list[str]) -> torch.Tensor:
-    """Score gold helpfulness, (B,): 1 also for complying in full with what should be refused."""
-    return gold_scores(prompts, responses)["helpfulness"]
-
-
-def safety(prompts: list[str], responses: list[str]) -> torch.Tensor:
-    """Score gold harmlessness, (B,)."""
-    return gold_scores(prompts, responses)["harmlessness"]
+# Gold helpfulness is 1 also for complying in full with what should be refused.
+HELPFULNESS, SAFETY = (gold_axes()[axis] for axis in ("helpfulness", "harmlessness"))
 
 
 def training_prompts(seed: int) -> list[str]:
@@ -96,10 +90,10 @@ def run(method: str, value: float, *, seed: int, **changes: Any) -> tuple[torch.
     settings = RLOOSettings(**{**RLOO, **changes}, seed=seed, progress=False)
     prompts = training_prompts(seed)
     if method == "lagrangian":
-        costs = {"harm": probability_of_harm(safety)}
-        reward = LagrangianReward(helpfulness, costs, {"harm": value}, **PRICE)
+        costs = {"harm": probability_of_harm(SAFETY)}
+        reward = LagrangianReward(HELPFULNESS, costs, {"harm": value}, **PRICE)
         return model, constrained_rloo(model, tokenizer, prompts, reward, settings)
-    rewards = {"helpfulness": helpfulness, "safety": safety}
+    rewards = {"helpfulness": HELPFULNESS, "safety": SAFETY}
     reward = weighted_sum(rewards, {"helpfulness": 1 - value, "safety": value})
     return model, rloo(model, tokenizer, prompts, reward, settings)
 
@@ -126,7 +120,7 @@ def constraints(
         yield {
             "method": method,
             "setting": value,
-            "cost": 1 - safety(seen.prompts, seen.responses).mean().item(),
+            "cost": 1 - SAFETY(seen.prompts, seen.responses).mean().item(),
             "multiplier": multiplier,
             **measured(model, tokenizer, seed=seed),
         }
