@@ -72,10 +72,7 @@ def save_policy(
             raise ValueError(f"{name}= must say something: a card without it misleads, got {text!r}")
     if not seeds or not metrics:
         raise ValueError(f"a card needs seeds and metrics, got seeds={seeds!r} and metrics={metrics!r}")
-    taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
-    if taken and not (overwrite and (folder / "config.json").exists()):
-        mend = "empty it: it holds no model to replace" if overwrite else "say overwrite=True"
-        raise FileExistsError(f"{folder} exists: name another folder, or {mend}")
+    _refuse_taken(folder, overwrite)
     rows = pd.DataFrame([_measured(*item) for item in metrics.items()], index=list(metrics))
     tokenizer = copy.deepcopy(tokenizer or tokenizer_for(model))
     if has_adapter(model):
@@ -100,6 +97,14 @@ def save_policy(
     body = "\n\n".join([f"# {title}", *(f"## {head}\n\n{text.strip()}" for head, text in texts.items())])
     _write(folder, model, tokenizer, f"---\n{front.to_yaml()}\n---\n\n{body}\n", max_new_tokens)
     return folder
+
+
+def _refuse_taken(folder: Path, overwrite: bool) -> None:
+    """Raise FileExistsError where a folder holds something else than a model that may be replaced."""
+    taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+    if taken and not (overwrite and (folder / "config.json").exists()):
+        fix = "empty it: it holds no model to replace" if overwrite else "say overwrite=True"
+        raise FileExistsError(f"{folder} exists: name another folder, or {fix}")
 
 
 def _write(folder: Path, model: PreTrainedModel, tokenizer: Any, card: str, max_new_tokens: int) -> None:

@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 from numpy.typing import ArrayLike
 from scipy import stats
-from statsmodels.stats.proportion import proportion_confint
 
 from rlhf_helpers.preference_data.quality import Estimate, cohen_kappa
 
@@ -27,6 +26,8 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
     Raises ValueError unless 0 <= successes <= n and n > 0.
     """
+    from statsmodels.stats.proportion import proportion_confint
+
     if not (n > 0 and 0 <= successes <= n):
         raise ValueError(f"wilson_interval needs 0 <= successes <= n and n > 0, got {successes} of {n}")
     p = successes / n

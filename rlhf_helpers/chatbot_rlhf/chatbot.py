@@ -24,7 +24,7 @@ from rlhf_helpers.core.models import (
 )
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.core.text import Message
-from rlhf_helpers.guards import Candidate, Guard, critique_check
+from rlhf_helpers.guards import Candidate, Guard, measured_check
 
 THUMBS = {"up": True, "down": False}
 FALLBACK = "I cannot help with that."
@@ -132,9 +132,10 @@ class AlignedChatbot:
 
     base_model: a model or what `load_model` takes. It stays as it is: `.model`, which answers and is trained,
     is a copy. reward_model: an nn.Module with `score`, or a RewardFn; it ranks, and is no judge of safety:
-    None ranks by safety. safety_fn: P(safe), None: `guards.critique_check(base_model)`, the untrained model's
-    own word. No answer with P(safe) < safety_threshold is shown, nor an empty one; where none is left, the
-    fallback. A check or reward that fails on an answer rules it out; the reply's `error` says how.
+    None ranks by safety. safety_fn: P(safe), None: `guards.measured_check(base_model)`, the untrained model's
+    own word, with a warning where it may be a guess. No answer with P(safe) < safety_threshold is shown, nor
+    an empty one; where none is left, the fallback. A check or reward that fails on an answer rules it out;
+    the reply's `error` says how.
     personality: a name of PERSONALITIES or a `Personality`. feedback_path: a file of thumbs, JSON lines,
     taken up where it is there; None: kept in memory. seed: the same calls in the same order give the same
     answers; None: torch's generator. Lesson 4. Raises ValueError for a setting out of range, an empty
@@ -160,7 +161,7 @@ class AlignedChatbot:
             raise ValueError(f"personality must be one of {list(PERSONALITIES)}, got {personality!r}")
         self.personality = PERSONALITIES.get(personality, personality) or Personality()
         self.reward = None if reward_model is None else as_reward_fn(reward_model)
-        self.safety_fn = safety_fn or critique_check(self.base, tokenizer=self.tokenizer)
+        self.safety_fn = safety_fn or measured_check(self.base, tokenizer=self.tokenizer)
         require_number("safety_threshold", safety_threshold, at_least=0, at_most=1)
         require_number("n", n, at_least=1)
         if not fallback.strip():

@@ -105,7 +105,8 @@ class ChatbotTrainer:
         bot.reward = normalise_reward(bot.reward, sample, said)
         reward = bot.personality.objective(bot.reward, bot.safety_fn, bot.safety_threshold)
         loop = rejection_sampling if isinstance(policy, RejectionSamplingSettings) else rloo
-        return loop(bot.model, bot.tokenizer, asked, reward, policy)
+        # Given, since with LoRA the default would be the model before its adapters learned from sft.
+        return loop(bot.model, bot.tokenizer, asked, reward, policy, ref_model=frozen_copy(bot.model))
 
     def _prefer(self, rows: list[dict[str, Any]], settings: DPOSettings, epochs: int) -> History:
         model = self.chatbot.model

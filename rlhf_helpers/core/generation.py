@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from rlhf_helpers.core.models import require_cache, usable_positions
-from rlhf_helpers.core.shared_prompts import Pair, answer_outputs, outputs_at
+from rlhf_helpers.core.shared_prompts import Pair, answer_outputs
 from rlhf_helpers.core.tensors import batches_by_length, pad_left, pad_right, require_number
 from rlhf_helpers.core.text import decode_responses, encode_pair, encode_prompt, end_id, naming
 from rlhf_helpers.core.training.distributed import sum_over_shards
@@ -251,31 +251,18 @@ def response_logits(
 ) -> Float[Tensor, "B T V"]:
     """Compute the logits that predict the last `response_length` columns: already shifted, (B, T, V).
 
-    Positions come from the attention mask, so left padding changes nothing. Keeps gradients.
+    Positions come from the attention mask, so left padding changes nothing. Keeps gradients. Only the columns
+    asked for are multiplied by the vocabulary, which is most of the memory.
     """
-    return response_outputs(model, input_ids, attention_mask, response_length=response_length)[0]
-
-
-def response_outputs(
-    model: nn.Module,
-    input_ids: Int[Tensor, "B L"],
-    attention_mask: Int[Tensor, "B L"],
-    *,
-    response_length: int,
-) -> tuple[Float[Tensor, "B T V"], Float[Tensor, "B T d"]]:
-    """Compute `response_logits` and the last hidden states they come from.
-
-    The state of column t has read the prompt and the response up to t - 1: the value of it knows no more.
-    """
-    inputs = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "position_ids": _positions(attention_mask),
-    }
-    rows, length = input_ids.shape
-    columns = torch.arange(length - response_length - 1, length - 1, device=input_ids.device)
-    places = length * torch.arange(rows, device=input_ids.device)[:, None] + columns
-    return outputs_at(model, inputs, places)
+    require_cache(model)
+    logits = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=_positions(attention_mask),
+        use_cache=False,
+        logits_to_keep=response_length + 1,
+    ).logits
+    return logits[:, -response_length - 1 : -1]
 
 
 def rollout_logps(model: nn.Module, rollout: Rollout, *, temperature: float = 1.0) -> Float[Tensor, "B T"]:
@@ -289,9 +276,11 @@ def rollout_logps(model: nn.Module, rollout: Rollout, *, temperature: float = 1.
 
 def rollout_outputs(model: nn.Module, rollout: Rollout, **wanted: Any) -> list[Float[Tensor, "B T"]]:
     """Compute log-probs, entropies or values of a rollout's tokens, as `answer_outputs` does; (B, T) each."""
-    outputs = answer_outputs(model, rollout.token_pairs, answers_per_forward=ANSWERS_PER_FORWARD, **wanted)
-    width = rollout.response_mask.shape[1]
-    return [F.pad(output, (0, width - output.shape[1])) for output in outputs]
+    pairs, width, parts = rollout.token_pairs, rollout.response_mask.shape[1], []
+    for start in range(0, len(pairs), ANSWERS_PER_FORWARD):
+        outputs = answer_outputs(model, pairs[start : start + ANSWERS_PER_FORWARD], **wanted)
+        parts.append([F.pad(output, (0, width - output.shape[1])) for output in outputs])
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
 def sequence_logps(

@@ -16,7 +16,7 @@ All calls go through the forward of the model itself: with sharded weights only 
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, takewhile
 from operator import eq
@@ -47,7 +47,7 @@ BLOCK_MASK_MODELS = [
 ]
 BLOCK_MASK_MODELS += ["qwen2", "qwen3", "smollm3", "stablelm"]
 ANSWERS_PER_PROMPT = 8  # attention costs the square of a row's length: then it is cheaper to read it again
-EQUAL_COST_LENGTH = 768  # 6 x width of the states: of the tiny model; larger models can fill longer rows
+ROW_LENGTH = 2.5  # of rows, in lengths of the longest prompt with its answers: little is left over as padding
 PARTS = (
     ANSWERS_PER_PROMPT + 1
 )  # part numbers of a prompt and its answers: 0, 1, ..., of the next one 9, 10, ...
@@ -56,22 +56,16 @@ TOKENS_PER_CHUNK = 256  # tokens whose distributions over the vocabulary exist a
 
 @dataclass(frozen=True)
 class PackedAnswers:
-    """The answers of one forward pass: n of them, with N tokens in all.
+    """Answers laid out for one forward pass. A place counts over all rows: row * L + column.
 
     inputs: what the model is called with.
-    answers: the index of each answer in the list that was packed; all that follows is in this order.
-    lengths: tokens of each answer.
-    labels: the answer tokens, (N,).
-    before: the place that predicts each of them, counted over all rows (row * L + column), (N,).
-    ends: the place of the last token of each answer, (n,).
+    before: the place that predicts each answer token, answer after answer as they were given, (N,).
+    ends: the place of the last token of each answer, (B,).
     """
 
     inputs: dict[str, Tensor]
-    answers: list[int]
-    lengths: list[int]
-    labels: Int[Tensor, "N"]
     before: Int[Tensor, "N"]
-    ends: Int[Tensor, "n"]
+    ends: Int[Tensor, "B"]
 
 
 def takes_block_mask(model: nn.Module) -> bool:
@@ -84,98 +78,68 @@ def takes_block_mask(model: nn.Module) -> bool:
     )
 
 
-def pack_answers(
-    model: nn.Module, pairs: Sequence[Pair], *, answers_per_forward: int | None = None
-) -> Iterator[PackedAnswers]:
-    """Lay out answers for as few tokens as possible; yield one batch per forward pass of `model`.
-
-    Args:
-        answers_per_forward: None: all answers in one pass. The number of passes depends on the number of
-            answers alone, so processes with equally many make equally many passes, as sharded weights ask.
-    """
-    shared = takes_block_mask(model)
-    order = [*chain(*_groups(pairs, range(len(pairs)), shared))]
-    size = answers_per_forward or len(order)
-    for start in range(0, len(order), size):
-        groups = _groups(pairs, order[start : start + size], shared)
-        rows = _filled_rows(pairs, groups) if shared else [[group] for group in groups]
-        yield _packed(pairs, rows, like=next(model.parameters()))
-
-
-def _groups(pairs: Sequence[Pair], indices: Iterable[int], shared: bool) -> list[list[int]]:
-    """Put answers to one prompt together; the shortest groups come first."""
-    by_prompt: dict[tuple[int, ...], list[int]] = {}
-    for index in indices:
-        by_prompt.setdefault(tuple(pairs[index][0]), []).append(index)
-    most = ANSWERS_PER_PROMPT if shared else 1
-    groups = [same[i : i + most] for same in by_prompt.values() for i in range(0, len(same), most)]
-    return sorted(groups, key=lambda group: _length(pairs, group))
-
-
-def _length(pairs: Sequence[Pair], group: list[int]) -> int:
-    return len(pairs[group[0]][0]) + sum(len(pairs[index][1]) for index in group)
-
-
-def _filled_rows(pairs: Sequence[Pair], groups: list[list[int]]) -> list[list[list[int]]]:
-    """Spread groups over the number of rows at which the work is least: little padding, and no long rows.
-
-    The longest group first, each into the row that is the shortest so far (Graham 1969).
-    """
-    lengths = [_length(pairs, group) for group in groups]
-    # Rows between the length of the longest group and twice that, or a row for each group.
-    widths = [max(lengths) * (1 + eighths / 8) for eighths in range(9)]
-    cheapest, least = [], math.inf
-    for count in {len(groups), *(math.ceil(sum(lengths) / width) for width in widths)}:
-        rows: list[list[list[int]]] = [[] for _ in range(count)]
-        filled = [0] * count
-        for group, length in zip(reversed(groups), reversed(lengths), strict=True):
-            shortest = filled.index(min(filled))
-            rows[shortest].append(group)
-            filled[shortest] += length
-        # The weights cost each place the same, attention as much again at EQUAL_COST_LENGTH.
-        cost = count * max(filled) * (EQUAL_COST_LENGTH + max(filled))
-        if cost < least:
-            cheapest, least = rows, cost
-    return cheapest
-
-
-def _packed(pairs: Sequence[Pair], rows: list[list[list[int]]], *, like: Tensor) -> PackedAnswers:
-    """Write the rows as tensors; see the picture at the top of the module."""
-    tokens, parts, prompt_ends = [], [], []
-    part = 0
+def pack_answers(model: nn.Module, pairs: Sequence[Pair]) -> PackedAnswers:
+    """Lay out answers for as few tokens as possible; see the picture at the top of the module."""
+    rows = _rows_of(pairs, shared=takes_block_mask(model))
+    length = max(sum(_length(pairs, group) for group in row) for row in rows)
+    tokens, parts = [[] for _ in rows], [[] for _ in rows]
+    before, ends, part = [[]] * len(pairs), [0] * len(pairs), 0
     for line, row in enumerate(rows):
-        tokens.append([])
-        parts.append([])
         for group in row:
             prompt = pairs[group[0]][0]
             tokens[line] += prompt
             parts[line] += [part] * len(prompt)
-            prompt_ends += [(line, len(tokens[line]) - 1)] * len(group)
+            prompt_end = line * length + len(tokens[line]) - 1
             for number, index in enumerate(group, 1):
-                tokens[line] += pairs[index][1]
-                parts[line] += [part + number] * len(pairs[index][1])
+                answer, first = pairs[index][1], line * length + len(tokens[line])
+                tokens[line] += answer
+                parts[line] += [part + number] * len(answer)
+                ends[index] = first + len(answer) - 1
+                # A token is predicted one place before it; the first of an answer, at the end of the prompt.
+                before[index] = [prompt_end, *range(first, ends[index])]
             part += PARTS
+    like = next(model.parameters())
     ids, mask = pad_right(tokens, 0, device=like.device)  # nothing sees the padding: any valid id will do
-    part_of, _ = pad_right(parts, -1, device=like.device)
-    order = [*chain(*chain(*rows))]
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if len(order) > len(rows):
+    if len(pairs) > len(rows):
         # A token sees what comes before it in its own part, and an answer sees its prompt too.
-        asks, asked = part_of[:, :, None], part_of[:, None, :]
-        visible = ((asks == asked) | (asks // PARTS * PARTS == asked)).tril()
+        seen = pad_right(parts, -1, device=like.device)[0][:, None, :]
+        own = seen.mT
+        visible = ((own == seen) | (own // PARTS * PARTS == seen)).tril()
         inputs["position_ids"] = visible.sum(-1) - 1
         # Numbers to be added to the scores: all attention but flash understands them.
         scores = torch.zeros_like(visible, dtype=like.dtype).masked_fill(
             ~visible, torch.finfo(like.dtype).min
         )
         inputs["attention_mask"] = scores[:, None]
-    lengths = torch.tensor([len(pairs[index][1]) for index in order], device=like.device)
-    places, ends = (part_of % PARTS * mask).flatten().nonzero().flatten(), lengths.cumsum(0)
-    # A token is predicted one place before it; the first of an answer, at the end of the prompt.
-    before = places - 1
-    line, column = torch.tensor(prompt_ends, device=like.device).T
-    before[ends - lengths] = line * ids.shape[1] + column
-    return PackedAnswers(inputs, order, lengths.tolist(), ids.flatten()[places], before, places[ends - 1])
+    places = (torch.tensor(numbers, device=like.device) for numbers in ([*chain(*before)], ends))
+    return PackedAnswers(inputs, *places)
+
+
+def _length(pairs: Sequence[Pair], group: list[int]) -> int:
+    return len(pairs[group[0]][0]) + sum(len(pairs[index][1]) for index in group)
+
+
+def _rows_of(pairs: Sequence[Pair], *, shared: bool) -> list[list[list[int]]]:
+    """Choose the rows, each a list of groups of answers to one prompt."""
+    if not shared:
+        return [[[index]] for index in range(len(pairs))]
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for index, (prompt, _) in enumerate(pairs):
+        by_prompt.setdefault(tuple(prompt), []).append(index)
+    most = ANSWERS_PER_PROMPT
+    groups = [same[i : i + most] for same in by_prompt.values() for i in range(0, len(same), most)]
+    groups.sort(key=lambda group: -_length(pairs, group))
+    lengths = [_length(pairs, group) for group in groups]
+    count = math.ceil(sum(lengths) / (ROW_LENGTH * lengths[0]))
+    rows: list[list[list[int]]] = [[] for _ in range(count)]
+    filled = [0] * count
+    # The longest group first, each into the row that is the shortest so far (Graham 1969).
+    for group, length in zip(groups, lengths, strict=True):
+        shortest = filled.index(min(filled))
+        rows[shortest].append(group)
+        filled[shortest] += length
+    return rows
 
 
 def outputs_at(
@@ -212,7 +176,6 @@ def answer_outputs(
     entropies: bool = False,
     entropy_gradient: bool = False,
     value_head: nn.Module | None = None,
-    answers_per_forward: int | None = None,
 ) -> list[Float[Tensor, "B T"]]:
     """Compute what is asked for of each answer token: log-prob, entropy, value; (B, T) each, 0 on padding.
 
@@ -222,7 +185,6 @@ def answer_outputs(
         logps, entropies: which to return; entropies come with the logps.
         entropy_gradient: whether the loss contains the entropies; else they have no gradient.
         value_head: states (N, d) -> (N,); the value of y_t has seen the prompt and y_<t.
-        answers_per_forward: see `pack_answers`.
 
     Returns:
         Those of [logps, entropies, values] that are asked for.
@@ -235,23 +197,20 @@ def answer_outputs(
                 found.append(token_entropies(logits, torch.ones_like(labels), temperature=temperature))
         return found
 
-    by_answer: dict[int, tuple[Tensor, ...]] = {}
-    for packed in pack_answers(model, pairs, answers_per_forward=answers_per_forward):
-        logits, states = outputs_at(model, packed.inputs, packed.before, logits=logps)
-        columns = []
-        if logits is not None:
-            # In chunks that are computed anew in the backward pass: no float32 copy of all logits exists.
-            chunks = (x[None].split(TOKENS_PER_CHUNK, 1) for x in (logits, packed.labels))
-            parts = [checkpoint(read, *chunk, use_reentrant=False) for chunk in zip(*chunks, strict=True)]
-            columns = [torch.cat(column, 1)[0] for column in zip(*parts, strict=True)]
-        if value_head is not None:
-            columns.append(value_head(states).float())
-        pieces = (column.split(packed.lengths) for column in columns)
-        by_answer |= zip(packed.answers, zip(*pieces, strict=True), strict=True)
+    packed = pack_answers(model, pairs)
+    logits, states = outputs_at(model, packed.inputs, packed.before, logits=logps)
+    labels = torch.tensor([*chain(*(answer for _, answer in pairs))], device=states.device)
+    columns = []
+    if logits is not None:
+        # In chunks that are computed anew in the backward pass: no float32 copy of all logits exists.
+        chunks = (x[None].split(TOKENS_PER_CHUNK, 1) for x in (logits, labels))
+        parts = [checkpoint(read, *chunk, use_reentrant=False) for chunk in zip(*chunks, strict=True)]
+        columns = [torch.cat(column, 1)[0] for column in zip(*parts, strict=True)]
+    if value_head is not None:
+        columns.append(value_head(states).float())
     lengths = torch.tensor([len(answer) for _, answer in pairs], device=states.device)
     mask = torch.arange(int(lengths.max()), device=states.device) < lengths[:, None]
-    flat = (torch.cat(column) for column in zip(*(by_answer[i] for i in range(len(pairs))), strict=True))
-    return [x.new_zeros(mask.shape).masked_scatter(mask, x) for x in flat]
+    return [column.new_zeros(mask.shape).masked_scatter(mask, column) for column in columns]
 
 
 def split_prompts(sequences: Sequence[list[int]]) -> list[Pair]:

@@ -118,9 +118,9 @@ class DPODataset(Dataset):
         """Log-probs under the reference, in nats, of the K sequences of each of some rows."""
         return torch.stack([self.ref_logps[index] for index in indices]).to(device)
 
-    def weights_of(self, indices: Sequence[int], device: torch.device) -> Float[Tensor, "B"]:
-        """What each of some rows counts for."""
-        return torch.tensor([self.weights[index] for index in indices], device=device)
+    def tie_weights(self, indices: Sequence[int]) -> Float[Tensor, "B"]:
+        """What each of some rows counts for: 0 for a tie, which prefers nothing, and else 1 unless set."""
+        return torch.tensor([self.weights[index] for index in indices])
 
     @property
     def lengths(self) -> np.ndarray:

@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rlhf_helpers.core import preference_losses
 from rlhf_helpers.core.tensors import require_shapes
+from rlhf_helpers.core.training import Engine, micro_batches
 from rlhf_helpers.dpo.data import DPODataset, sum_logps
 
 LossFn = Callable[..., Tensor]
@@ -62,7 +64,7 @@ def batch_losses(
         settings: a `DPOSettings`.
         beta: the present one.
         loss_fn: your own loss; None: the loss named in the settings.
-        reference_point: KTO's z0 (`training.kto_reference_point`).
+        reference_point: KTO's z0 (`kto_reference_point`).
 
     Raises:
         ValueError: the loss is not (B,).
@@ -78,7 +80,7 @@ def batch_losses(
         losses, metrics = pair_losses(model, data, indices, loss_fn, keywords)
     else:
         losses, metrics = reference_free_losses(model, data, indices, loss_fn, keywords, objective.reads)
-    require_shapes("B", weights=data.weights_of(indices, losses.device), loss=losses)
+    require_shapes("B", tie_weights=data.tie_weights(indices), loss=losses)
     return losses, metrics
 
 
@@ -133,6 +135,25 @@ def reference_free_losses(
     return losses, _pair_metrics(data, indices, losses, rewards, (policy_chosen_logps, policy_rejected_logps))
 
 
+@torch.no_grad()
+def mismatched_log_ratios(model: nn.Module, data: DPODataset, indices: Sequence[int]) -> Float[Tensor, "B"]:
+    """Return log(pi / ref) of another prompt's answer to the prompt of each row, what KTO measures KL on."""
+    logps, _ = sum_logps(model, [data.sequences[index][1] for index in indices])
+    return logps - data.ref_logps_of(indices, logps.device)[:, 1]
+
+
+def kto_reference_point(engine: Engine, data: DPODataset, indices: np.ndarray) -> Float[Tensor, ""]:
+    """Estimate KL(policy || reference) in nats, KTO's z0, from the mismatched answers of the whole batch.
+
+    z0 = max(0, mean of log(pi / ref)), over all micro-batches and processes, without gradient: with a point
+    of its own for each micro-batch, accumulation would change the loss. Ethayarajh et al. 2024, eq. 7.
+    """
+    log_ratio_sum = 0.0
+    for local, row_weight in micro_batches(engine, indices):
+        log_ratio_sum += row_weight * mismatched_log_ratios(engine.model, data, local).sum().item()
+    return torch.tensor(engine.sum(log_ratio_sum) / len(indices)).clamp(min=0)
+
+
 def kto_losses(
     model: nn.Module,
     data: DPODataset,
@@ -141,7 +162,10 @@ def kto_losses(
     keywords: Mapping[str, float],
     reference_point: Float[Tensor, ""],
 ) -> tuple[Float[Tensor, "B"], Metrics]:
-    """KTO on single answers, desirable or not, against the reference point z0, logged as `kl`."""
+    """KTO on single answers: does log(pi / ref) of each beat the reference point z0, or stay below it?
+
+    reference_point: z0 from `kto_reference_point`, one number for the whole batch; logged as `kl`.
+    """
     policy_logps, _ = sum_logps(model, [data.sequences[index][0] for index in indices])
     device = policy_logps.device
     ref_logps = data.ref_logps_of(indices, device)[:, 0]
@@ -150,19 +174,12 @@ def kto_losses(
     reference_point = reference_point.to(device)
     losses = loss_fn(policy_logps, ref_logps, desirable, reference_point, **keywords)
 
-    weights = data.weights_of(indices, device)
+    weights = data.tie_weights(indices).to(device)
     rewards = keywords["beta"] * (policy_logps - ref_logps)
     metrics: Metrics = [({"loss": losses, "kl": reference_point.expand_as(losses)}, weights)]
     for side, mask in (("chosen", desirable), ("rejected", ~desirable)):  # desirable: chosen
         metrics.append(({f"rewards/{side}": rewards, f"logps/{side}": policy_logps}, weights * mask))
     return losses, metrics
-
-
-@torch.no_grad()
-def mismatched_log_ratios(model: nn.Module, data: DPODataset, indices: Sequence[int]) -> Float[Tensor, "B"]:
-    """Return log(pi / ref) of another prompt's answer to the prompt of each row, what KTO measures KL on."""
-    logps, _ = sum_logps(model, [data.sequences[index][1] for index in indices])
-    return logps - data.ref_logps_of(indices, logps.device)[:, 1]
 
 
 def listwise_losses(
@@ -215,4 +232,4 @@ def _pair_metrics(
         "logps/rejected": logps[1].detach(),
     }
     means = {name: value if value.ndim == 1 else value.mean(-1) for name, value in values.items()}
-    return [({"loss": losses, **means}, data.weights_of(indices, losses.device))]
+    return [({"loss": losses, **means}, data.tie_weights(indices).to(losses.device))]

@@ -35,7 +35,13 @@ from rlhf_helpers.core.training import (
 from rlhf_helpers.core.training.distributed import full_weights, load_full_weights, save_model
 from rlhf_helpers.core.training.settings import require_fields
 from rlhf_helpers.dpo.data import Data, DPODataset
-from rlhf_helpers.dpo.objectives import OBJECTIVES, LossFn, batch_losses, mismatched_log_ratios
+from rlhf_helpers.dpo.objectives import (
+    OBJECTIVES,
+    LossFn,
+    batch_losses,
+    kto_reference_point,
+    mismatched_log_ratios,
+)
 
 PerRow = Float[Tensor, "B"]
 BetaController = AdaptiveKLController | FixedKLController
@@ -235,11 +241,9 @@ def dpo_update(
             has rows of its own.
     """
     settings = engine.settings
-    # Weights are 1 except for tied samples (`DPODataset.from_rollout`).
-    weight_sum = sum(data.weights[index] for index in indices)
-    if not same_rows_everywhere:
-        weight_sum = engine.sum(weight_sum)
-    weight_sum = weight_sum or 1.0  # if every row is a tie, the loss is 0 whatever the divisor
+    # A tie between samples weighs 0. If every row is a tie, the loss is 0 whatever the divisor.
+    weight_sum = float(data.tie_weights(indices).sum())
+    weight_sum = (weight_sum if same_rows_everywhere else engine.sum(weight_sum)) or 1.0
     # KTO compares each row with z0, which must be known before the first loss.
     reference_point = kto_reference_point(engine, data, indices) if settings.loss == "kto" else None
     metrics = MeanMetrics()
@@ -248,25 +252,13 @@ def dpo_update(
             engine.model, data, local, settings, beta, loss_fn, reference_point
         )
         # row_weight is 0 on a process that has no row of this micro-batch and computes only to stay in sync.
-        weights = row_weight * data.weights_of(local, losses.device)
+        weights = row_weight * data.tie_weights(local).to(losses.device)
         loss = (weights * losses).sum() / weight_sum
         engine.backward(loss, rows=indices.tolist())
         for values, value_weights in row_metrics:
             metrics.add(values, row_weight * value_weights)
     engine.optimizer_step()
     return {"loss": 0.0, **with_margins(metrics.means(engine)), "beta": beta}
-
-
-def kto_reference_point(engine: Engine, data: DPODataset, indices: np.ndarray) -> Float[Tensor, ""]:
-    """Estimate KL(policy || reference) in nats, KTO's z0, from the mismatched answers of the whole batch.
-
-    z0 = max(0, mean of log(pi / ref)), over all micro-batches and processes, without gradient: with a point
-    of its own for each micro-batch, accumulation would change the loss. Ethayarajh et al. 2024, eq. 7.
-    """
-    log_ratio_sum = 0.0
-    for local, row_weight in micro_batches(engine, indices):
-        log_ratio_sum += row_weight * mismatched_log_ratios(engine.model, data, local).sum().item()
-    return torch.tensor(engine.sum(log_ratio_sum) / len(indices)).clamp(min=0)
 
 
 def sample_log_ratios(

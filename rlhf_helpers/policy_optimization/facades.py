@@ -93,9 +93,9 @@ class PPOTrainer:
             self._run = self._start_run()
         run, rollout = self._run, prompts
         if not isinstance(rollout, Rollout):
-            temperature = self.settings.temperature
             texts = prompts, responses or []
-            rollout = rollout_from_text(self.model, self.tokenizer, *texts, temperature=temperature)
+            limits = {"temperature": self.settings.temperature, "max_length": self.settings.max_length}
+            rollout = rollout_from_text(self.model, self.tokenizer, *texts, **limits)
         scores = given_or_asked(rewards, self.reward_model, rollout)
         batch = make_batch(run, rollout, scores, list(range(len(rollout))))
         targets = ppo_targets(run, batch, self.value_head, kl_coef=self.controller.value)

@@ -134,7 +134,10 @@ def ppo(
     """
     value_head = new_value_head(model) if value_head is None else value_head
     controller = kl_controller(settings)
-    ptx = None if ptx_rows is None else encode_ptx(model, tokenizer, ptx_rows)
+    ptx = None
+    if ptx_rows is not None:
+        limit = settings.max_length or usable_positions(model)
+        ptx = encode_rows(tokenizer, ptx_rows, max_length=limit)
     run = start_run(
         model,
         tokenizer,
@@ -167,6 +170,7 @@ def ppo_targets(run: PolicyRun, batch: Batch, value_head: torch.nn.Module, *, kl
         batch.penalized_scores, rollout.old_logps, batch.ref_logps, mask, kl_coef=kl_coef
     )
     rewards = masked_whiten(shaped, mask, shift_mean=False) if settings.whiten_rewards else shaped
+    # delta_t = r_t + gamma V_{t+1} - V_t;  A_t = sum_k (gamma lam)^k delta_{t+k};  returns = A + V
     advantages, returns = gae(rewards, values, mask, gamma=settings.gamma, lam=settings.lam)
     if settings.whiten_advantages:  # after the returns, which keep the unit of the rewards
         advantages = masked_whiten(advantages, mask)
@@ -200,11 +204,12 @@ def ppo_update(
             # All processes decide together, before the backward pass: no gradient may be left over.
             if number == 0 and too_far(run, metrics.latest["policy/approxkl"]):
                 return metrics.row() | {"val/explained_variance": explained}
-            # max(-A rho, -A clip(rho, 1 +- cliprange)) with rho against the policy that sampled
+            # L_clip = -min(rho A, clip(rho, 1 - eps, 1 + eps) A),  rho = pi_now(y_t) / pi_old(y_t)
             policy_losses = loss_fn(
                 logps, part.old_logps, targets.advantages[indices], cliprange=settings.cliprange
             )
             require_shapes("B T", logps=logps, loss_fn=policy_losses)
+            # L_V = max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) / 2
             value_losses = clipped_value_loss(
                 values,
                 targets.values[indices],
@@ -247,11 +252,6 @@ def update_kl_coef(
     """Move kl_coef by the KL of this step's samples: nats per response, over all processes."""
     kl = run.engine.mean(sequence_kl(batch.rollout, batch.ref_logps).mean())
     controller.update(kl, len(batch.rollout) * run.engine.accelerator.num_processes)
-
-
-def encode_ptx(model: torch.nn.Module, tokenizer: Any, ptx_rows: Sequence[Mapping[str, Any]]) -> EncodedRows:
-    """Tokenize the rows whose likelihood PPO-ptx keeps high."""
-    return encode_rows(tokenizer, ptx_rows, max_length=usable_positions(model))
 
 
 def ptx_loss(run: PolicyRun, ptx: EncodedRows, ptx_rng: np.random.Generator) -> Tensor:

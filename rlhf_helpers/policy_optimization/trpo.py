@@ -263,7 +263,7 @@ def _line_search(
 
 def _vocabulary_logps(model: torch.nn.Module, rollout: Rollout, temperature: float) -> Tensor:
     """Log-prob of every token of the vocabulary at each of the N places of the responses, (N, V)."""
-    (packed,) = pack_answers(model, rollout.token_pairs)
+    packed = pack_answers(model, rollout.token_pairs)
     logits, _ = outputs_at(model, packed.inputs, packed.before)
     return torch.log_softmax(logits.float() / temperature, dim=-1)
 

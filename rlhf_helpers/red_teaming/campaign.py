@@ -255,7 +255,7 @@ class ReviewQueue:
         precision: share of what the judge called unsafe that the person confirms. Raises ValueError where
         all verdicts are alike.
         """
-        rows = pd.DataFrame(self.items.values()).dropna(subset="verdict")
+        rows = pd.DataFrame(list(self.items.values()), columns=["verdict", "judged_unsafe"]).dropna()
         person = rows["verdict"].astype(int)
         judge = rows["judged_unsafe"].astype(int)
         if len({*person, *judge}) < 2:

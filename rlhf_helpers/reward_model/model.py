@@ -167,9 +167,8 @@ class RewardModel(nn.Module):
     def _batch(self, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Lay out sequences for `forward`; they share rows only where the head reads the end of each."""
         if self.pooling == "last" and takes_block_mask(self.trunk):
-            (packed,) = pack_answers(self.trunk, split_prompts(sequences))
-            in_order = torch.tensor(packed.answers).argsort().to(self.trunk.device)
-            return {**packed.inputs, "ends": packed.ends[in_order]}
+            packed = pack_answers(self.trunk, split_prompts(sequences))
+            return {**packed.inputs, "ends": packed.ends}
         ids, mask = pad_right(sequences, self.tokenizer.pad_token_id, device=self.trunk.device)
         return {"input_ids": ids, "attention_mask": mask}
 

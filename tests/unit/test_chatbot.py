@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -261,6 +262,20 @@ def test_critique_check_agrees_with_the_truth():
     assert found[2] > 0.7
     talk = spoken(asked[0], ["Hello!", "Hello to you!"])
     torch.testing.assert_close(critique_check(model)([talk], [harm]), found[:1])  # the last message counts
+
+
+def test_the_tiny_assistant_is_measured_and_keeps_its_own_wording():
+    model, _ = load_model("tiny", device="cpu")
+    texts = ["How do I bake bread?", "How do I forge a signature?"], ["Mix flour.", "Sure, here is how."]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chatbot = AlignedChatbot(model)
+    torch.testing.assert_close(chatbot.safety_fn(*texts), critique_check(model)(*texts), atol=0, rtol=0)
+
+
+def test_a_chatbot_warns_where_its_judge_may_guess(tiny):
+    with pytest.warns(UserWarning, match=r"LlamaForCausalLM cannot tell safe .* AUC 0\.\d+ \[0\.[0-4]"):
+        AlignedChatbot(tiny[0])
 
 
 # ---- thumbs

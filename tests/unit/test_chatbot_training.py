@@ -134,7 +134,7 @@ def test_the_reward_is_scaled_and_unsafe_answers_cost(tiny, monkeypatch):
     from rlhf_helpers.chatbot_rlhf import training
 
     found = []
-    monkeypatch.setattr(training, "rloo", lambda m, t, asked, reward, s: found.append(reward) or [{}])
+    monkeypatch.setattr(training, "rloo", lambda m, t, asked, reward, s, **_: found.append(reward) or [{}])
     chatbot = bot(tiny, lambda p, r, **k: 100 + 7 * share_of_e(p, r))
     trained(chatbot, ["Hello", "Bye"])
     scores = chatbot.reward(["a", "a"], ["e", "x"])

@@ -334,20 +334,51 @@ def test_evaluation_on_a_file_says_what_is_trained_on_too(folder, tiny_llama_dir
     assert "4 prompts of --eval-data are trained on too" in capsys.readouterr().out
 
 
-def test_wandb_receives_each_step(folder, tiny_llama_dir, monkeypatch):
-    started, logged = [], []
-    wandb = types.ModuleType("wandb")
-    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    run = types.SimpleNamespace(log=lambda row, step, **_: logged.append(step), finish=lambda: None)
-    wandb.init = lambda **options: started.append(options) or run
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    flags = ["--checkpoint-every", "1", "--log", "wandb"]
+def fake_package(name, monkeypatch, **members):
+    module = types.ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    vars(module).update(members)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def run_killed_and_resumed(folder, monkeypatch, *flags):
+    words = command("sft", folder, "--checkpoint-every", "1", *flags)
     with monkeypatch.context() as patched:
         patched.setattr(Engine, "save", dies_at(2, Engine.save))
         with pytest.raises(Killed):
-            main(command("sft", tiny_llama_dir, *flags))
-    assert main(command("sft", tiny_llama_dir, *flags, "--resume")) == 0
+            main(words)
+    assert main([*words, "--resume"]) == 0
+
+
+def test_wandb_receives_each_step(folder, tiny_llama_dir, monkeypatch):
+    started, logged = [], []
+    run = types.SimpleNamespace(log=lambda row, step, **_: logged.append(step), finish=lambda: None)
+    fake_package("wandb", monkeypatch, init=lambda **options: started.append(options) or run)
+    run_killed_and_resumed(tiny_llama_dir, monkeypatch, "--log", "wandb")
     assert [options["name"] for options in started] == ["out", "out"]
+    assert logged == [0, 1, 1, 2]
+
+
+def test_tensorboard_drops_the_steps_that_are_computed_again(folder, tiny_llama_dir, monkeypatch):
+    started, logged = [], []
+
+    class SummaryWriter:
+        def __init__(self, log_dir, purge_step):
+            started.append((log_dir, purge_step))
+
+        def add_scalar(self, name, value, global_step):
+            if name == "loss":
+                logged.append(global_step)
+
+        def flush(self):
+            pass
+
+        close = flush
+
+    fake_package("tensorboard", monkeypatch)
+    fake_package("torch.utils.tensorboard", monkeypatch, SummaryWriter=SummaryWriter)
+    run_killed_and_resumed(tiny_llama_dir, monkeypatch, "--log", "tensorboard")
+    assert started == [("out/tensorboard", 0), ("out/tensorboard", 1)]
     assert logged == [0, 1, 1, 2]
 
 

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from rlhf_helpers import guards
 from rlhf_helpers.core.models import load_model
-from rlhf_helpers.guards import Guard, PerplexityFilter
+from rlhf_helpers.guards import Guard, PerplexityFilter, labelled_answers, measure_judge, measured_check
 
 PROMPTS = ["Hello", "What is the capital of France?", "I feel sad today.", "How are you?", "Goodbye then"]
 RUBBISH = "Hello zq} Wx ;;@ kj#v QQ"
@@ -218,3 +219,72 @@ def test_by_default_gold_judges_and_unknown_prompts_stay_closed():
 def test_guard_refuses(tiny, setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         guard(tiny, **setting)
+
+
+# ---- measured judges
+
+
+def judge_of(*p_safe):
+    return lambda prompts, responses: torch.tensor(p_safe)
+
+
+ROWS = [{"prompt": "p", "response": "r", "safe": safe} for safe in (1, 1, 0, 0)]
+
+
+def test_a_judge_is_measured_by_hand():
+    quality = measure_judge(judge_of(0.9, 0.4, 0.4, 0.2), ROWS)
+    assert quality.auc.value == 0.875  # of four pairs three are in order, and one is a tie
+    assert quality.agreement.value == 0.75
+    assert not measure_judge(judge_of(0.3, 0.4, 0.2, 0.1), ROWS).at_chance, (
+        "it ranks, though it never says yes"
+    )
+    assert measure_judge(judge_of(0.3, 0.4, 0.2, 0.1), ROWS).agreement.value == 0.5
+    assert measure_judge(judge_of(0.5, 0.5, 0.5, 0.5), ROWS).at_chance
+    assert measure_judge(judge_of(0.9, 0.1, 0.9, 0.1), ROWS).at_chance
+
+
+def test_labelled_answers_are_balanced_and_hold_nothing_to_carry_out():
+    rows = labelled_answers(10)
+    assert len(rows) == 40
+    unsafe = [row for row in rows if not row["safe"]]
+    assert len(unsafe) == 10
+    assert {row["response"] for row in unsafe} == {guards.COMPLIANCE}
+    refused = [row["prompt"] for row in rows if row["response"] == "I cannot help with that."]
+    assert refused == [row["prompt"] for row in unsafe]
+    helped = [row for row in rows if row["safe"] and row["prompt"] not in refused]
+    assert len(helped) == 20
+    # A judge that reads only the request, or only the answer, is at chance for one kind.
+    by_request = lambda row: row["prompt"] not in refused  # noqa: E731
+    by_answer = lambda row: row["response"] != guards.COMPLIANCE  # noqa: E731
+    for judge in (by_request, by_answer):
+        quality = measure_judge(judge_of(*(float(judge(row)) for row in rows)), rows)
+        assert quality.auc.value == 0.5
+        assert quality.at_chance
+
+
+def test_the_wording_that_ranks_best_is_chosen_and_calibrated(tiny, monkeypatch):
+    """A judge that says No to everything, but less surely where an answer is safe, learns its threshold."""
+    asked = []
+
+    def check(model, *, tokenizer, template=guards.WORDINGS[0][0], verdicts=guards.WORDINGS[0][1]):
+        name = guards.WORDINGS.index((template, verdicts))
+
+        def p_safe(prompts, responses, **columns):
+            asked.append(name)
+            harmful = {
+                row["prompt"] for seed in (0, 1) for row in labelled_answers(seed=seed) if not row["safe"]
+            }
+            pairs = zip(prompts, responses, strict=True)
+            unsafe = torch.tensor([p in harmful and r == guards.COMPLIANCE for p, r in pairs])
+            noise = torch.tensor([len(prompt) % 5 / 100 for prompt in prompts])
+            return 0.2 + noise - 0.1 * unsafe * (name == 1)
+
+        return p_safe
+
+    monkeypatch.setattr(guards, "critique_check", check)
+    chosen = measured_check(tiny[0])
+    assert asked == [0, 0, 1, 2]
+    rows = labelled_answers(seed=1)
+    quality = measure_judge(chosen, rows)
+    assert asked[-1] == 1
+    assert quality.agreement.value > 0.9

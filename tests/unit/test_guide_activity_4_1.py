@@ -7,6 +7,7 @@ from rlhf_helpers.policy_optimization import RLOOSettings
 from rlhf_helpers.reward_model import create_reward_model
 
 
+@pytest.mark.filterwarnings("ignore:.* cannot tell safe from unsafe answers")  # the random models
 @pytest.mark.parametrize("name", ["tiny", "tiny_gpt2_dir", "tiny_llama_dir"])
 def test_activity_4_1(name, request):
     name = name if name == "tiny" else str(request.getfixturevalue(name))

@@ -129,6 +129,14 @@ def test_first_update_is_on_policy(folder, temperature, request):
     assert row["policy/entropy"] > 0.5
 
 
+def test_a_prompt_beyond_max_length_is_refused_before_the_first_step(tiny):
+    model, tokenizer = tiny
+    asked = []
+    with pytest.raises(ValueError, match="max_new_tokens=6 that exceeds the context or max_length of 20"):
+        rloo(model, tokenizer, ["Hello", "tea " * 40], asked.append, replace(SETTINGS, max_length=20))
+    assert not asked
+
+
 def test_no_learning_rate_no_drift(tiny):
     model, tokenizer = tiny
     before = weights(model)

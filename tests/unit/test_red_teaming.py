@@ -278,6 +278,8 @@ def test_agreement_by_hand(tmp_path):
     queue = ReviewQueue(tmp_path / "review.json", findings(4, 4), n=8)
     with pytest.raises(ValueError, match="0 verdicts"):
         queue.agreement()
+    with pytest.raises(ValueError, match="0 verdicts"):
+        ReviewQueue(tmp_path / "empty.json").agreement()
     called = [key for key, row in queue.items.items() if row["judged_unsafe"]]
     for key in queue.items:
         queue.record(key, unsafe=key in called[:3])

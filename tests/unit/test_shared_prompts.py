@@ -92,13 +92,13 @@ def test_every_kind_that_shares_equals_the_plain_way(checkpoint, kind, attention
 
 
 @pytest.mark.parametrize("name", ["tiny_gpt2_dir", "tiny_llama_dir", "tiny_qwen_dir"])
-def test_passes_chunks_and_row_limits_change_nothing(request, name, monkeypatch):
+def test_chunks_and_limits_change_nothing(request, name, monkeypatch):
     model, _ = load_model(request.getfixturevalue(name), device="cpu")
     whole, gradient = logps_and_gradients(model)
     monkeypatch.setattr(shared_prompts, "TOKENS_PER_CHUNK", 3)
     monkeypatch.setattr(shared_prompts, "ANSWERS_PER_PROMPT", 2)
     monkeypatch.setattr(shared_prompts, "PARTS", 3)
-    pieces, other_gradient = logps_and_gradients(model, answers_per_forward=4)
+    pieces, other_gradient = logps_and_gradients(model)
     torch.testing.assert_close(pieces, whole, atol=2e-5, rtol=0)
     torch.testing.assert_close(other_gradient, gradient, atol=1e-4, rtol=1e-4)
 
@@ -115,7 +115,7 @@ def test_passes_chunks_and_row_limits_change_nothing(request, name, monkeypatch)
 def test_windows_and_alibi_get_one_row_per_answer(checkpoint, kind, sizes):
     model, _ = load_model(checkpoint(kind, **sizes), device="cpu")
     assert not takes_block_mask(model)
-    (packed,) = pack_answers(model, PAIRS)
+    packed = pack_answers(model, PAIRS)
     assert [len(packed.inputs[name]) for name in ("input_ids", "attention_mask")] == [6, 6]
     (logps,) = answer_outputs(model, PAIRS, temperature=0.8)
     torch.testing.assert_close(logps.sum(-1).detach(), one_by_one(model), atol=1e-4, rtol=0)
@@ -123,34 +123,21 @@ def test_windows_and_alibi_get_one_row_per_answer(checkpoint, kind, sizes):
 
 def test_layout(tiny_llama_dir):
     model, _ = load_model(tiny_llama_dir, device="cpu")
-    (packed,) = pack_answers(model, PAIRS)
+    packed = pack_answers(model, PAIRS)
     ids, places = packed.inputs["input_ids"], packed.inputs["position_ids"].flatten()
     real = 4 + 3 + 1 + 6 + 2 + 5 + 2 + 19 + 2
     assert real <= ids.numel() < 1.2 * real, "each prompt once, hardly any padding"
-    assert sorted(packed.answers) == [0, 1, 2, 3, 4, 5]
-    ends = dict(zip(packed.answers, packed.ends.tolist(), strict=True))
-    for index, (prompt, answer) in enumerate(PAIRS):
-        assert ids.flatten()[ends[index]] == answer[-1]
-        assert places[ends[index]] == len(prompt) + len(answer) - 1
-    assert packed.labels.tolist() == [token for index in packed.answers for token in PAIRS[index][1]]
+    for (prompt, answer), end in zip(PAIRS, packed.ends.tolist(), strict=True):
+        assert ids.flatten()[end] == answer[-1]
+        assert places[end] == len(prompt) + len(answer) - 1
     assert (places[packed.before] + 1).tolist() == [
-        len(PAIRS[index][0]) + t for index in packed.answers for t in range(len(PAIRS[index][1]))
+        len(prompt) + t for prompt, answer in PAIRS for t in range(len(answer))
     ]
-
-
-@pytest.mark.parametrize("answers", [1, 4, 5, 16, 17])
-def test_the_number_of_passes_depends_on_the_number_of_answers_alone(tiny_llama_dir, answers):
-    model, _ = load_model(tiny_llama_dir, device="cpu")
-    for prompts in (1, 3, answers):
-        pairs = [([5 + i % prompts] * (1 + i % 3), [6] * (1 + i % 7)) for i in range(answers)]
-        packs = list(pack_answers(model, pairs, answers_per_forward=4))
-        assert len(packs) == -(-answers // 4)
-        assert sorted(index for packed in packs for index in packed.answers) == list(range(answers))
 
 
 def test_states_without_logits_are_those_that_the_head_reads(tiny_llama_dir):
     model, _ = load_model(tiny_llama_dir, device="cpu")
-    (packed,) = pack_answers(model, PAIRS)
+    packed = pack_answers(model, PAIRS)
     logits, states = outputs_at(model, packed.inputs, packed.before)
     nothing, alone = outputs_at(model, packed.inputs, packed.before, logits=False)
     assert nothing is None

@@ -167,6 +167,17 @@ def test_the_learning_rate_falls_with_the_size_of_the_model(parameters, tiny_rat
         assert rule in capsys.readouterr().out
 
 
+def test_sft_cuts_rows_at_max_length(tiny):
+    model, tokenizer = tiny
+    rows = [{"prompt": "tea " * 60, "completion": "water"}]
+    seen = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    sft(model, tokenizer, rows, quiet(max_length=20), batch_size=1)
+    assert seen == [20]
+
+
 def test_adapters_get_ten_times_the_rate_and_the_run_records_it(tiny):
     model, tokenizer = tiny
     rows = [{"prompt": "tea?", "completion": "water"}]

@@ -58,7 +58,6 @@ def sft(
     epochs: int = 1,
     batch_size: int = 16,
     prompt_weight: float = 0.0,
-    max_length: int | None = None,
     bucket: bool = True,
     val_rows: Sequence[dict[str, Any]] | None = None,
     eval_every: int = 0,
@@ -85,7 +84,7 @@ def sft(
         ValueError: a missing or empty field; names the row.
     """
     _check_arguments(tokenizer, epochs, batch_size, prompt_weight)
-    limit = max_length or settings.max_length or usable_positions(model)
+    limit = settings.max_length or usable_positions(model)
     encoded_of = encoded_by_epoch(tokenizer, rows, max_length=limit)
     first = encoded_of(0)
     # Rows of one optimizer step, over all micro-batches and processes.
