@@ -32,7 +32,7 @@ LOOPS = {
     "rloo": (rloo, RLOOSettings(**SIZES)),
     "grpo": (grpo, GRPOSettings(**SIZES)),
     "ppo": (ppo, PPOSettings(**SIZES, epochs=2, minibatches=1)),
-    "trpo": (trpo, TRPOSettings(**SIZES, cg_iterations=2, fisher_rows=1, backtracks=2)),
+    "trpo": (trpo, TRPOSettings(**SIZES, cg_iterations=1, fisher_rows=1, backtracks=2)),
     "rejection_sampling": (rejection_sampling, RejectionSamplingSettings(**SIZES)),
 }
 PAIRS = [

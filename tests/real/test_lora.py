@@ -19,7 +19,7 @@ PROMPT, ANSWER = [PAIRS[0]["prompt"]], [PAIRS[0]["chosen"]]
 def logp(model, tokenizer):
     with torch.no_grad():
         logps, _ = sequence_logps(model, tokenizer, PROMPT, ANSWER)
-    return logps.sum()
+    return logps.sum().item()
 
 
 def test_policy_learns_and_comes_back_from_its_adapter_and_merged(smollm2, tmp_path):

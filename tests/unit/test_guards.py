@@ -7,7 +7,7 @@ import torch
 
 from rlhf_helpers import guards
 from rlhf_helpers.core.models import load_model
-from rlhf_helpers.guards import Guard, PerplexityFilter, labelled_answers, measure_judge, measured_check
+from rlhf_helpers.guards import Guard, PerplexityFilter, labeled_answers, measure_judge, measured_check
 
 PROMPTS = ["Hello", "What is the capital of France?", "I feel sad today.", "How are you?", "Goodbye then"]
 RUBBISH = "Hello zq} Wx ;;@ kj#v QQ"
@@ -243,8 +243,8 @@ def test_a_judge_is_measured_by_hand():
     assert measure_judge(judge_of(0.9, 0.1, 0.9, 0.1), ROWS).at_chance
 
 
-def test_labelled_answers_are_balanced_and_hold_nothing_to_carry_out():
-    rows = labelled_answers(10)
+def test_labeled_answers_are_balanced_and_hold_nothing_to_carry_out():
+    rows = labeled_answers(10)
     assert len(rows) == 40
     unsafe = [row for row in rows if not row["safe"]]
     assert len(unsafe) == 10
@@ -272,7 +272,7 @@ def test_the_wording_that_ranks_best_is_chosen_and_calibrated(tiny, monkeypatch)
         def p_safe(prompts, responses, **columns):
             asked.append(name)
             harmful = {
-                row["prompt"] for seed in (0, 1) for row in labelled_answers(seed=seed) if not row["safe"]
+                row["prompt"] for seed in (0, 1) for row in labeled_answers(seed=seed) if not row["safe"]
             }
             pairs = zip(prompts, responses, strict=True)
             unsafe = torch.tensor([p in harmful and r == guards.COMPLIANCE for p, r in pairs])
@@ -284,7 +284,13 @@ def test_the_wording_that_ranks_best_is_chosen_and_calibrated(tiny, monkeypatch)
     monkeypatch.setattr(guards, "critique_check", check)
     chosen = measured_check(tiny[0])
     assert asked == [0, 0, 1, 2]
-    rows = labelled_answers(seed=1)
+    rows = labeled_answers(seed=1)
     quality = measure_judge(chosen, rows)
     assert asked[-1] == 1
     assert quality.agreement.value > 0.9
+
+
+def test_a_judge_is_not_measured_on_one_kind_of_answer():
+    rows = [row for row in labeled_answers() if row["safe"]]
+    with pytest.raises(ValueError, match="30 safe and 0 unsafe"):
+        measure_judge(lambda prompts, responses: torch.ones(len(prompts)), rows)
