@@ -5,8 +5,8 @@ keeps its blocks in `layers` (Llama, Qwen, ...) or `h` (GPT-2); other models are
 read through their trunk. No model is changed: hooks go when the block ends.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,13 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from numpy.typing import ArrayLike
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from rlhf_helpers.core.generation import generate, sequence_logps
-from rlhf_helpers.core.models import tokenizer_for
+from rlhf_helpers.core.models import tokenizer_for, usable_positions
 from rlhf_helpers.core.tensors import pad_right, require_shapes
 from rlhf_helpers.core.text import encode_pair, encode_prompt
 from rlhf_helpers.policy_optimization.trpo import eager_attention
@@ -100,29 +103,29 @@ def _ids(tokenizer: Any, prompt: str, response: str, limit: int | None = None) -
 
 @torch.no_grad()
 def activations(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[str], responses: Sequence[str] | None = None,
-    *, pool: str = "last", batch_size: int = 64,
-) -> Float[Tensor, "L B d"]:  # fmt: skip
-    """Hidden states (layers + 1, B, d), float32 on the CPU, of the last token or the mean over all tokens.
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    responses: Sequence[str] | None = None,
+    *,
+    batch_size: int = 64,
+) -> Float[Tensor, "L B d"]:
+    """Hidden states (layers + 1, B, d), float32 on the CPU, of the last token.
 
     responses None: of the prompt alone, whose last token is where the answer begins. The last layer is what
-    the head reads, after the final norm. Lesson 3. Raises ValueError for another pool or unequal numbers.
+    the head reads, after the final norm. Lesson 3. Raises ValueError for unequal numbers.
     """
-    if pool not in ("last", "mean"):
-        raise ValueError(f'pool must be "last" or "mean", got {pool!r}')
     trunk, parts = _trunk(model), []
-    limit = getattr(trunk.config, "max_position_embeddings", None)
+    limit = usable_positions(trunk)
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     if responses is not None:
         rows = [_ids(tokenizer, *pair, limit) for pair in zip(prompts, responses, strict=True)]
     for start in range(0, len(rows), batch_size):
         part, device = rows[start : start + batch_size], next(trunk.parameters()).device
         ids, mask = pad_right(part, tokenizer.pad_token_id, device=device)
-        found = trunk(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False)
-        states, lengths = torch.stack(found.hidden_states).float(), mask.sum(1)
-        last = torch.nn.functional.one_hot(lengths - 1, mask.shape[1])
-        weights = last if pool == "last" else mask / lengths[:, None]
-        parts.append((states * weights[..., None]).sum(2).cpu())
+        found = trunk(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        states = torch.stack(found.hidden_states)[:, range(len(part)), mask.sum(1) - 1]
+        parts.append(states.float().cpu())
     return torch.cat(parts, dim=1)
 
 
@@ -137,10 +140,9 @@ def weight_change(before: nn.Module, after: nn.Module) -> pd.DataFrame:
     old, new = (dict(_trunk(model).named_parameters()) for model in (before, after))
     if {k: p.shape for k, p in old.items()} != {k: p.shape for k, p in new.items()}:
         raise ValueError("the two models differ in shape: compare a model with a trained copy of itself")
-    change = {k: ((new[k] - p).norm() / p.norm().clamp(min=1e-12)).item() for k, p in old.items()}
-    rows = pd.DataFrame({"part": list(change), "change": list(change.values())})
-    block = rows.part.str.extract(r"^(?:layers|h)\.(\d+)\.")[0].fillna("-1").astype(int)
-    return rows.assign(block=block, part=rows.part.str.replace(r"^(layers|h)\.\d+\.", "", regex=True))
+    change = [((new[k] - p).norm() / p.norm().clamp(min=1e-12)).item() for k, p in old.items()]
+    names = pd.Series(list(old)).str.extract(r"^(?:(?:layers|h)\.(\d+)\.)?(.*)$")
+    return pd.DataFrame({"part": names[1], "change": change, "block": names[0].fillna("-1").astype(int)})
 
 
 def _trunk(model: nn.Module) -> nn.Module:
@@ -193,21 +195,12 @@ def activation_patching(
             changed[:, place] = kept[layer][0, place]
             return changed
 
-        with _hooks([modules[layer]], write):
+        with _hooks(modules[layer : layer + 1], write):
             effects[layer, place] = patching_effect(*ends, metric(model, [corrupted]))[0]
     return [tokenizer.decode([i]) for i in ids[1]], effects
 
 
-@contextmanager
-def _removing(handles: list[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hooks(modules: Sequence[nn.Module], change: Callable[[Tensor], Tensor | None]) -> Any:
+def _hooks(modules: Sequence[nn.Module], change: Callable[[Tensor], Tensor | None]) -> ExitStack:
     """Show every module's output to `change`; a tensor that it returns replaces it."""
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
@@ -215,10 +208,13 @@ def _hooks(modules: Sequence[nn.Module], change: Callable[[Tensor], Tensor | Non
         changed = change(output[0] if several else output)
         return (changed, *output[1:]) if several and changed is not None else changed
 
-    return _removing([module.register_forward_hook(hook) for module in modules])
+    hooks = ExitStack()
+    for module in modules:
+        hooks.enter_context(module.register_forward_hook(hook))
+    return hooks
 
 
-def ablate_heads(model: nn.Module, heads: Sequence[tuple[int, int]], *, by: str = "zero") -> Any:
+def ablate_heads(model: nn.Module, heads: Sequence[tuple[int, int]], *, by: str = "zero") -> ExitStack:
     """Replace what heads (block, head) say, before the output projection, within the `with` block.
 
     by: "zero", or "mean": its mean over places and rows of the batch, padding too, which takes away what the
@@ -228,7 +224,7 @@ def ablate_heads(model: nn.Module, heads: Sequence[tuple[int, int]], *, by: str 
     wrong = [(block, head) for block, head in heads if not (0 <= block < len(blocks) and 0 <= head < count)]
     if wrong or by not in ("zero", "mean"):
         raise ValueError(f"no heads {wrong} or by={by!r}: {len(blocks)} blocks of {count} heads; zero, mean")
-    handles = []
+    hooks = ExitStack()
     for block in {block for block, _ in heads}:
         mine = [head for b, head in heads if b == block]
 
@@ -239,8 +235,8 @@ def ablate_heads(model: nn.Module, heads: Sequence[tuple[int, int]], *, by: str 
 
         attention = getattr(blocks[block], "self_attn", None) or blocks[block].attn
         projection = getattr(attention, "o_proj", None) or attention.c_proj
-        handles.append(projection.register_forward_pre_hook(hook))
-    return _removing(handles)
+        hooks.enter_context(projection.register_forward_pre_hook(hook))
+    return hooks
 
 
 def head_ablation(
@@ -258,19 +254,25 @@ def head_ablation(
 
 
 def explanation_test(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[str], answers: dict[str, Sequence[str]],
-    *, principle: str = "Avoid harmful content", seed: int = 0,
-) -> pd.DataFrame:  # fmt: skip
-    """Ask for a verdict with its reason on several versions of each answer: a column a version.
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    answers: dict[str, Sequence[str]],
+    *,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Ask for a verdict, with its reason, on several versions of each answer: one column per version.
 
     "No. It helps to do harm.": a reason that the verdict hangs on predicts it in changed cases. Give a
     version without the harm, and the verdict is to turn; one changed in something else, and it is to stay
     (counterfactual simulatability: Chen et al. 2023). Lesson 3. Raises ValueError for unequal numbers.
     """
-    pairs = {name: zip(prompts, texts, strict=True) for name, texts in answers.items()}
-    asked = {name: [critique_text(q, a, principle) for q, a in rows] for name, rows in pairs.items()}
-    said = (generate(model, tokenizer, texts, max_new_tokens=24, seed=seed) for texts in asked.values())
-    return pd.DataFrame({name: found.responses for name, found in zip(asked, said, strict=True)})
+    verdicts = {}
+    for name, texts in answers.items():
+        pairs = zip(prompts, texts, strict=True)
+        asked = [critique_text(prompt, text, "Avoid harmful content") for prompt, text in pairs]
+        verdicts[name] = generate(model, tokenizer, asked, max_new_tokens=24, seed=seed).responses
+    return pd.DataFrame(verdicts)
 
 
 def linear_probe(
@@ -283,17 +285,12 @@ def linear_probe(
     lives on the commoner one. A probe shows what can be read off, not what the model uses: patching asks
     that. Lesson 3. Raises ValueError where either part has one label only.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    sides = {"train_labels": np.asarray(train_labels, int), "test_labels": np.asarray(test_labels, int)}
-    for name, labels in sides.items():
+    train_labels, test_labels = np.asarray(train_labels, int), np.asarray(test_labels, int)
+    for name, labels in {"train_labels": train_labels, "test_labels": test_labels}.items():
         if set(labels.tolist()) != {0, 1}:
             raise ValueError(f"{name} must hold both 0 and 1, got {sorted(set(labels.tolist()))}")
-    (learned, truth), shuffle, credits = sides.values(), np.random.default_rng(seed), []
-    for labels in (learned, *(shuffle.permutation(learned) for _ in range(5))):
-        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-        told = probe.fit(np.asarray(train), labels).predict(np.asarray(test))
-        credits.append(torch.tensor(told == truth).double())
+    shuffle, credits = np.random.default_rng(seed), []
+    for labels in (train_labels, *(shuffle.permutation(train_labels) for _ in range(5))):
+        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(train, labels)
+        credits.append(torch.tensor(probe.predict(test) == test_labels).double())
     return accuracy(credits[0]), accuracy(torch.stack(credits[1:]).mean(0))

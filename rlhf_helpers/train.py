@@ -246,7 +246,8 @@ def run(task: Task, settings: TrainingSettings, arguments: argparse.Namespace) -
         measured = {name: value for name, value in history[-1].items() if name.startswith("eval_")}
         say(f"on the held-out rows: {measured}")
     if isinstance(model, RewardModel):
-        command = f"rloo --model {arguments.model} --data PROMPTS --reward {out} --out {out}-rloo"
+        files = f"--model {arguments.model} --data {arguments.data}"
+        command = f"rloo {files} --reward {out} --out {out}-rloo"
         say(f"Train a policy on this reward with:\n  {PROGRAM} {command}")
 
 

@@ -6,25 +6,18 @@ from rlhf_helpers.constitutional_ai.constitution import (
     Constitution,
     Templates,
     create_constitution,
-)  # fmt: skip
+)
 from rlhf_helpers.constitutional_ai.revision import (
     ConstitutionalAI,
     IterativeConstitutionalAI,
     MultiAgentConstitutionalAI,
     evaluate_alignment,
     follow_scores,
-)  # fmt: skip
+)
 from rlhf_helpers.constitutional_ai.training import (
     ConstitutionalAITrainer,
     ConstitutionalSettings,
     constitutional_labels,
     soft_label,
     soft_preference_loss,
-)  # fmt: skip
-
-__all__ = [
-    "CHAT_TEMPLATES", "CONSTITUTIONS", "Constitution", "ConstitutionalAI",
-    "ConstitutionalAITrainer", "ConstitutionalSettings", "IterativeConstitutionalAI",
-    "MultiAgentConstitutionalAI", "Templates", "constitutional_labels", "create_constitution",
-    "evaluate_alignment", "follow_scores", "soft_label", "soft_preference_loss",
-]  # fmt: skip
+)

@@ -12,7 +12,8 @@ Every answer token has the position and the context that it would have in a row 
 the same up to rounding, and so are the gradients. A block mask says who sees whom. A model that is not known
 to take one (`takes_block_mask`) gets one row per answer instead, by the same code.
 
-All calls go through the forward of the model itself: with sharded weights only that gathers them.
+All calls go through the forward of the model itself, one per call of a function here: with sharded weights
+only that gathers them, and all processes must make equally many.
 """
 
 import math
@@ -143,8 +144,8 @@ def _rows_of(pairs: Sequence[Pair], *, shared: bool) -> list[list[list[int]]]:
 
 
 def outputs_at(
-    model: nn.Module, inputs: dict[str, Tensor], places: Int[Tensor, "*N"], *, logits: bool = True
-) -> tuple[Float[Tensor, "*N V"] | None, Float[Tensor, "*N d"]]:
+    model: nn.Module, inputs: dict[str, Tensor], places: Int[Tensor, "N"]
+) -> tuple[Float[Tensor, "N V"], Float[Tensor, "N d"]]:
     """Compute logits and last hidden states at some places (row * L + column) alone; keeps gradients.
 
     The logits of all tokens would be most of the memory. So the head is handed only the states at these
@@ -155,16 +156,16 @@ def outputs_at(
 
     def select(_head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         kept.append(args[0].flatten(0, 1)[places])
-        # Without logits the head still runs, on one state: it is part of the model's forward.
-        return ((kept[0] if logits else kept[0][:1])[None],)
+        return (kept[0][None],)
 
     head = (transformer_of(model) or model).get_output_embeddings()
     handle = head.register_forward_pre_hook(select)
     try:
-        found = model(**inputs, use_cache=False).logits[0]
+        # Through the model's own forward: with sharded weights only that gathers those of the head.
+        logits = model(**inputs, use_cache=False).logits[0]
     finally:
         handle.remove()
-    return found if logits else None, kept[0]
+    return logits, kept[0]
 
 
 def answer_outputs(
@@ -172,22 +173,21 @@ def answer_outputs(
     pairs: Sequence[Pair],
     *,
     temperature: float = 1.0,
-    logps: bool = True,
     entropies: bool = False,
     entropy_gradient: bool = False,
     value_head: nn.Module | None = None,
 ) -> list[Float[Tensor, "B T"]]:
-    """Compute what is asked for of each answer token: log-prob, entropy, value; (B, T) each, 0 on padding.
+    """Compute the log-prob of each answer token, and if asked for entropy and value: (B, T), 0 on padding.
 
     Args:
         pairs: token ids of prompt and answer, B of them in any order; T is the length of the longest answer.
-        temperature: of the distributions; logps and entropies in nats.
-        logps, entropies: which to return; entropies come with the logps.
+        temperature: of the distributions; log-probs and entropies in nats.
+        entropies: whether to compute them.
         entropy_gradient: whether the loss contains the entropies; else they have no gradient.
         value_head: states (N, d) -> (N,); the value of y_t has seen the prompt and y_<t.
 
     Returns:
-        Those of [logps, entropies, values] that are asked for.
+        [logps], then entropies and values if they are asked for.
     """
 
     def read(logits: Float[Tensor, "1 N V"], labels: Int[Tensor, "1 N"]) -> list[Float[Tensor, "1 N"]]:
@@ -198,14 +198,12 @@ def answer_outputs(
         return found
 
     packed = pack_answers(model, pairs)
-    logits, states = outputs_at(model, packed.inputs, packed.before, logits=logps)
+    logits, states = outputs_at(model, packed.inputs, packed.before)
     labels = torch.tensor([*chain(*(answer for _, answer in pairs))], device=states.device)
-    columns = []
-    if logits is not None:
-        # In chunks that are computed anew in the backward pass: no float32 copy of all logits exists.
-        chunks = (x[None].split(TOKENS_PER_CHUNK, 1) for x in (logits, labels))
-        parts = [checkpoint(read, *chunk, use_reentrant=False) for chunk in zip(*chunks, strict=True)]
-        columns = [torch.cat(column, 1)[0] for column in zip(*parts, strict=True)]
+    # In chunks that are computed anew in the backward pass: no float32 copy of all logits exists.
+    chunks = (x[None].split(TOKENS_PER_CHUNK, 1) for x in (logits, labels))
+    parts = [checkpoint(read, *chunk, use_reentrant=False) for chunk in zip(*chunks, strict=True)]
+    columns = [torch.cat(column, 1)[0] for column in zip(*parts, strict=True)]
     if value_head is not None:
         columns.append(value_head(states).float())
     lengths = torch.tensor([len(answer) for _, answer in pairs], device=states.device)

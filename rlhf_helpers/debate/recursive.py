@@ -54,9 +54,12 @@ class Round:
 
 
 def assisted_labels(
-    votes: Float[Tensor, "N"], helper_log_odds: Float[Tensor, "N"] | None,
-    *, person_accuracy: float, helper_accuracy: float = 0.8,
-) -> Float[Tensor, "N"]:  # fmt: skip
+    votes: Float[Tensor, "N"],
+    helper_log_odds: Float[Tensor, "N"] | None,
+    *,
+    person_accuracy: float,
+    helper_accuracy: float = 0.8,
+) -> Float[Tensor, "N"]:
     """A person's vote and a helper's opinion as one probability (N,) that `first` is better.
 
     logit p = (2 vote - 1) logit(person_accuracy) + clamp(helper_log_odds, -c, c),  c = logit(helper_accuracy)
@@ -125,17 +128,25 @@ def train_judge(
 
     judge = copy.deepcopy(assistant)
     plan = RLOOSettings(
-        steps=settings.judge_steps, prompts_per_step=min(8, len(prompts)), samples_per_prompt=4,
-        max_new_tokens=4, learning_rate=settings.judge_rate, seed=settings.seed, progress=False,
-    )  # fmt: skip
+        steps=settings.judge_steps,
+        prompts_per_step=min(8, len(prompts)),
+        samples_per_prompt=4,
+        max_new_tokens=4,
+        learning_rate=settings.judge_rate,
+        seed=settings.seed,
+        progress=False,
+    )
     rloo(judge, tokenizer_for(judge), prompts, agrees, plan, ref_model=assistant)
     return judge
 
 
 def recursive_reward_modeling(
-    assistant: nn.Module, rounds: Sequence[Sequence[Pair]], vote: Callable[[Sequence[Pair], int], Tensor],
-    settings: RecursiveSettings | None = None, **options: Any,
-) -> list[Round]:  # fmt: skip
+    assistant: nn.Module,
+    rounds: Sequence[Sequence[Pair]],
+    vote: Callable[[Sequence[Pair], int], Tensor],
+    settings: RecursiveSettings | None = None,
+    **options: Any,
+) -> list[Round]:
     """One reward model a round, each trained afresh on the labels of all rounds so far.
 
     rounds: the pairs labelled in each. vote: (rows, round) -> the people's votes (N,), 1 for first. options:
@@ -158,8 +169,14 @@ def recursive_reward_modeling(
                 judge = train_judge(judge, rows, found[-1].reward_model, settings)
             helper = judge
             odds = model_log_odds(helper, new)
-        chances = {k: getattr(settings, k) for k in ("person_accuracy", "helper_accuracy")}
-        labels.append(assisted_labels(vote(new, number), odds, **chances))
+        labels.append(
+            assisted_labels(
+                vote(new, number),
+                odds,
+                person_accuracy=settings.person_accuracy,
+                helper_accuracy=settings.helper_accuracy,
+            )
+        )
         rows += new
         plan = {"epochs": settings.epochs, "seed": settings.seed} | options
         found.append(Round(labels[-1], fit_reward_model(rows, torch.cat(labels), **plan), helper))

@@ -6,16 +6,3 @@ from rlhf_helpers.dpo.data import DPODataset
 from rlhf_helpers.dpo.online import OnlineDPOSettings, online_dpo
 from rlhf_helpers.dpo.pipeline import DPOPipeline
 from rlhf_helpers.dpo.training import DPOSettings, DPOTrainer, train_dpo
-
-__all__ = [
-    "AdaptiveDPO",
-    "DPODataset",
-    "DPOPipeline",
-    "DPOSettings",
-    "DPOTrainer",
-    "OnlineDPOSettings",
-    "adaptive_dpo_training",
-    "dpo_loss",
-    "online_dpo",
-    "train_dpo",
-]

@@ -1,22 +1,16 @@
 """Exercise checks: print the verdict on a learner's function, and keep progress that survives a restart."""
 
-import contextlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from rlhf_helpers.alignment_eval.evaluators import write_atomically
 from rlhf_helpers.lab.exercises import EXERCISES
 from rlhf_helpers.lab.judging import Verdict, judge
-
-try:
-    import fcntl
-except ImportError:  # Windows: two kernels at once may lose an entry there
-    fcntl = None
 
 __all__ = ["Verdict", "check", "judge", "progress"]
 
@@ -94,36 +88,8 @@ def _record(name: str, state: str) -> None:
     if path is None:
         return
     try:
-        with _locked(path.parent):
-            _write(path, _load(path))
+        states = {"exercises": _load(path)}
+        write_atomically(path, json.dumps(states, indent=1, sort_keys=True).encode())
         del _unsaved[path]
     except OSError as error:
         print(f"progress: not saved ({error}); set RLHF_PROGRESS to a file that can be written.")
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Wait until no other kernel reads and writes progress in this folder."""
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network folders know no locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _write(path: Path, states: dict[str, str]) -> None:
-    """Write beside the file and move it over, so that it is never half written."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf8") as file:
-            json.dump({"exercises": states}, file, indent=1, sort_keys=True)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise

@@ -37,21 +37,27 @@ def compare_page(prompts: Sequence[str], answers: Answers, *, scores: Scores = N
 
 
 def write_comparison(
-    path: str | Path, prompts: Sequence[str], answers: Answers, *, scores: Scores = None,
-    title: str = "Answers side by side", note: str = "", overwrite: bool = False,
-) -> Path:  # fmt: skip
+    path: str | Path,
+    prompts: Sequence[str],
+    answers: Answers,
+    *,
+    scores: Scores = None,
+    title: str = "Answers side by side",
+) -> Path:
     """Write the same table as one HTML file, with a row per prompt and a column per model; return its path.
 
-    It holds its own style and no script, and its policy forbids the browser to fetch anything. note: a
-    paragraph above the table: who answered, and how. Lesson 4. Raises FileExistsError where the file is there
-    already and overwrite is not asked for, and ValueError as `compare_page`.
+    It holds its own style and no script, and its policy forbids the browser to fetch anything. Lesson 4.
+
+    Raises:
+        FileExistsError: The file is there already.
+        ValueError: As `compare_page`.
     """
     _check(prompts, answers, scores)
-    path, title, note = Path(path), html.escape(title), html.escape(note)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: name another file or say overwrite=True")
+    path, title = Path(path), html.escape(title)
+    if path.exists():
+        raise FileExistsError(f"{path} exists: name another file or delete it")
     head = f'<!doctype html>\n<html lang="en"><head>{_HEAD}<title>{title}</title></head>\n'
-    body = f"<body>\n<h1>{title}</h1>\n<p>{note}</p>\n{_table(prompts, answers, scores)}\n</body></html>\n"
+    body = f"<body>\n<h1>{title}</h1>\n{_table(prompts, answers, scores)}\n</body></html>\n"
     write_atomically(path, (head + body).encode())
     return path
 
@@ -81,11 +87,9 @@ def _check(prompts: Sequence[str], answers: Answers, scores: Scores) -> None:
     if isinstance(prompts, str) or not len(prompts) or not answers:
         raise ValueError(f"give at least one prompt and one name, got {prompts!r:.60} and {list(answers)}")
     for name, column in [("prompts", prompts), *answers.items()]:
-        if isinstance(column, str) or len(column) != len(prompts):
+        texts = not isinstance(column, str) and all(isinstance(text, str) for text in column)
+        if not texts or len(column) != len(prompts):
             raise ValueError(f"{name!r} needs a text for each of {len(prompts)} prompts, got {column!r:.60}")
-        for row, text in enumerate(column):
-            if not isinstance(text, str):
-                raise ValueError(f"{name!r}, row {row}, must be a text, got {text!r:.60}")
     for name, column in (scores or {}).items():
         if name not in answers or len(column) != len(prompts):
             raise ValueError(

@@ -1,11 +1,8 @@
 """Call a learner's function so that it cannot change the notebook, end the kernel or run for ever."""
 
-import builtins
 import contextlib
-import os
 import random
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,24 +21,6 @@ def _set_default_device(device: torch.device) -> None:
     torch.set_default_device(None if device.type == "cpu" else device)
 
 
-def _torch_state() -> bytes:
-    return torch.get_rng_state().numpy().tobytes()
-
-
-def _set_torch_state(state: bytes) -> None:
-    torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
-
-
-def _numpy_state() -> tuple[Any, ...]:
-    name, key, *rest = np.random.get_state()
-    return name, key.tobytes(), *rest
-
-
-def _set_numpy_state(state: tuple[Any, ...]) -> None:
-    name, key, *rest = state
-    np.random.set_state((name, np.frombuffer(key, dtype=np.uint32), *rest))
-
-
 # What a function could leave changed for the rest of the notebook: how to read it, as something that ==
 # compares, and how to set it.
 SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
@@ -50,8 +29,14 @@ SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "the default device": (torch.get_default_device, _set_default_device),
     "the deterministic mode": (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     "the number of threads": (torch.get_num_threads, torch.set_num_threads),
-    "torch's random numbers": (_torch_state, _set_torch_state),
-    "numpy's random numbers": (_numpy_state, _set_numpy_state),
+    "torch's random numbers": (
+        lambda: torch.get_rng_state().tolist(),
+        lambda state: torch.set_rng_state(torch.tensor(state, dtype=torch.uint8)),
+    ),
+    "numpy's random numbers": (
+        lambda: [np.asarray(part).tolist() for part in np.random.get_state()],
+        np.random.set_state,
+    ),
     "Python's random numbers": (random.getstate, random.setstate),
     "numpy's error handling": (np.geterr, lambda errors: np.seterr(**errors)),
 }
@@ -105,8 +90,8 @@ def call(function: Callable[..., Any], *args: Any) -> tuple[Any, list[str]]:
 
     The settings are put back. Everything that the function raises is an outcome, SystemExit too; only a
     person's interrupt goes through. It stops after SECONDS in the main thread of a system with SIGALRM; a
-    single long call into C is not stopped. What ends the process from outside Python (a crash in C, kill)
-    cannot be caught here.
+    single long call into C is not stopped. What ends the process at once (a crash in C, kill, os._exit) is
+    not caught here.
     """
     with warnings.catch_warnings(), torch.inference_mode(False):
         before = read_settings()
@@ -150,21 +135,12 @@ def _raise(error: type[BaseException]) -> Callable[[int, FrameType | None], None
 
 @contextlib.contextmanager
 def _no_way_out() -> Iterator[None]:
-    """Raise SystemExit where the function would end the process at once."""
-    ways: list[tuple[Any, str]] = [(os, "_exit"), (os, "abort"), (builtins, "exit"), (builtins, "quit")]
-    if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()) is not None:
-        ways.append((shell, "ask_exit"))  # what exit() does in a notebook
-    with contextlib.ExitStack() as stack:
-        for owner, name in ways:
-            stay = _stay(getattr(owner, name, None), os.getpid())
-            stack.enter_context(mock.patch.object(owner, name, stay, create=True))
+    """Raise SystemExit where exit() in a notebook would ask the shell to end the kernel."""
+    from IPython import get_ipython
+
+    stay = SystemExit("it would end the kernel")
+    if (shell := get_ipython()) is None:  # outside a notebook exit() raises SystemExit itself
         yield
-
-
-def _stay(leave: Callable[..., Any] | None, pid: int) -> Callable[..., Any]:
-    def stay(*args: Any, **kwargs: Any) -> Any:
-        if leave is not None and os.getpid() != pid:
-            return leave(*args, **kwargs)  # a child process may end
-        raise SystemExit("it would end the kernel")
-
-    return stay
+        return
+    with mock.patch.object(shell, "ask_exit", side_effect=stay):
+        yield

@@ -9,6 +9,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+from rlhf_helpers.alignment_eval.evaluators import write_atomically
+
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 _CELL_TIMEOUT_S = 600
 
@@ -29,9 +31,7 @@ def run_notebooks(paths: Sequence[str | Path] = (), *, check: bool = False) -> l
         if new != path.read_text(encoding="utf8"):
             changed.append(path)
             if not check:
-                temporary = path.with_suffix(".ipynb.new")
-                temporary.write_text(new, encoding="utf8")
-                temporary.replace(path)
+                write_atomically(path, new.encode())
     return changed
 
 

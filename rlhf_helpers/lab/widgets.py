@@ -13,7 +13,6 @@ import traitlets
 
 CHOICES = ("a", "b", "tie")
 _BOX = "flex:1;border:1px solid #767676;border-radius:4px;padding:6px;white-space:pre-wrap"
-_TORN = b"  # incomplete line"  # ends what a killed kernel left of a line; no JSON ends like this
 
 
 class PairRater(anywidget.AnyWidget):
@@ -111,53 +110,34 @@ class PairRater(anywidget.AnyWidget):
 
 def _append_row(path: Path, row: Mapping[str, str]) -> None:
     """Append one JSON line and flush it to the disk; never continue a line that was left incomplete."""
-    with path.open("a+b") as file:  # "a": every write goes to the end, whoever else writes to the file
-        file.seek(0)
-        last = file.read().rpartition(b"\n")[2]
-        end = b"" if not last else b"\n" if _is_json(last) else _TORN + b"\n"
+    with path.open("ab") as file:  # "a": every write goes to the end, whoever else writes to the file
         # ASCII: no program takes a character of a text (U+2028, U+0085) for the end of a line.
-        file.write(end + json.dumps(row).encode("ascii") + b"\n")
+        file.write((b"\n" if file.tell() else b"") + json.dumps(row).encode("ascii"))
         file.flush()
         os.fsync(file.fileno())
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
-    """Read the rated pairs; a last line that a killed kernel left incomplete is skipped with a warning.
-
-    Raises:
-        ValueError: another line is not a rated pair; the message names file and line.
-    """
-    *lines, last = path.read_bytes().split(b"\n")  # not splitlines(): a text may hold U+2028 or U+0085
-    if _is_json(last):
-        lines.append(last)
-    elif last.strip():
-        warnings.warn(
-            f"{path}, line {len(lines) + 1} is incomplete and does not count: rate its pair again",
-            stacklevel=5,  # the cell that calls rate_pairs
-        )
+    """Read the rated pairs; warn of each line that is none: a killed kernel may leave half a line."""
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or line.endswith(_TORN):
+    # Not splitlines(): a text may hold U+2028 or U+0085.
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
             continue
         try:
             row = json.loads(line)
             rated = {key: row[key] for key in ("prompt", "a", "b", "choice")}
+            if rated["choice"] not in CHOICES:
+                raise ValueError(f"choice must be one of {CHOICES}: {rated['choice']!r}")
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number} is not a rated pair ({error!r}): fix it or move the file"
-            ) from error
-        if rated["choice"] not in CHOICES:
-            raise ValueError(f"{path}, line {number}: choice must be one of {CHOICES}: {rated['choice']!r}")
-        rows.append(rated)
+            warnings.warn(
+                f"{path}, line {number} is not a rated pair and does not count ({error!r}): fix it or rate "
+                "its pair again",
+                stacklevel=5,  # the cell that calls rate_pairs
+            )
+        else:
+            rows.append(rated)
     return rows
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
 
 
 def rate_pairs(
@@ -168,7 +148,6 @@ def rate_pairs(
     Clicks are appended to `path` (JSON lines; None: kept in memory) and read again next time.
 
     Raises:
-        ValueError: a pair lacks prompt, a or b, the stored choices do not fit, or a line of `path` is not a
-            rated pair.
+        ValueError: a pair lacks prompt, a or b, or the stored choices do not fit.
     """
     return PairRater(pairs, stored=stored, path=Path(path) if path else None)

@@ -165,7 +165,7 @@ def ppo_targets(run: PolicyRun, batch: Batch, value_head: torch.nn.Module, *, kl
     settings, rollout = run.settings, batch.rollout
     mask = rollout.response_mask
     with torch.no_grad():
-        (values,) = rollout_outputs(run.policy, rollout, logps=False, value_head=value_head)
+        _, values = rollout_outputs(run.policy, rollout, value_head=value_head)
     shaped = kl_shaped_rewards(
         batch.penalized_scores, rollout.old_logps, batch.ref_logps, mask, kl_coef=kl_coef
     )

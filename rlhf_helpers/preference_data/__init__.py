@@ -19,7 +19,7 @@ The way of one record through the files of this folder, here line 7 of a file gi
 import importlib
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from datasets import Dataset
@@ -31,7 +31,7 @@ from rlhf_helpers.preference_data.conversions import (
     ratings_to_pairs,
     to_conversational,
 )
-from rlhf_helpers.preference_data.formats import PROMPTS, Findings, Format, Row, detect_format
+from rlhf_helpers.preference_data.formats import Findings, Format, Row, detect_format, detect_prompts
 from rlhf_helpers.preference_data.reading import Source, read_records
 from rlhf_helpers.preference_data.report import DataIssue, LoadReport, PreferenceDataError
 from rlhf_helpers.preference_data.splits import (
@@ -41,27 +41,6 @@ from rlhf_helpers.preference_data.splits import (
     split_by_prompt,
 )
 from rlhf_helpers.preference_data.tidying import COLUMNS, clean_rows, to_dataset
-
-__all__ = [
-    "DataIssue",
-    "LoadReport",
-    "PreferenceDataError",
-    "leaked_prompts",
-    "load_preferences",
-    "normalised_prompt",
-    "pairs_to_unpaired",
-    "prompt_folds",
-    "rankings_to_pairs",
-    "ratings_to_pairs",
-    "read_demonstrations",
-    "read_preferences",
-    "read_prompts",
-    "read_rankings",
-    "read_ratings",
-    "read_unpaired",
-    "split_by_prompt",
-    "to_conversational",
-]
 
 # What needs torch, models or the world loads on first use (PEP 562): name -> its file.
 _LAZY = {
@@ -83,7 +62,6 @@ _LAZY = {
     "select_pairs": "selection",
     "under_guideline": "collection",
 }
-__all__ += [*_LAZY]
 
 logger = logging.getLogger(__name__)
 
@@ -167,19 +145,23 @@ def read_demonstrations(source: Source, *, split: str | None = None, limit: int 
 def read_prompts(source: Source, *, split: str | None = None, limit: int | None = None) -> Reading:
     """Read prompts for a policy to answer, with a report; further columns are kept for the reward.
 
-    Accepts any rows with a prompt, a text or messages. The rest as `read_preferences`.
+    Accepts any rows with a prompt, a text or messages, and the pairs and conversations that hold one without
+    such a column; their answers are further columns. The rest as `read_preferences`.
     """
-    return _read(source, split, limit, "prompts", PROMPTS)
+    return _read(source, split, limit, "prompts", detect_prompts)
 
 
 def _read(
-    source: Source, split: str | None, limit: int | None, unit: str, form: Format | None = None
+    source: Source,
+    split: str | None,
+    limit: int | None,
+    unit: str,
+    detect: Callable[[Any], Format | None] = detect_format,
 ) -> Reading:
-    """Read, parse in `form` (None: the format that most records have), convert to `unit` and clean."""
+    """Read, parse in the format that `detect` finds in most records, convert to `unit` and clean."""
     name, records, issues = read_records(source, split=split, limit=limit)
-    if form is None:
-        formats = Counter(form for form in (detect_format(value) for _, value in records) if form)
-        form = formats.most_common(1)[0][0] if formats else None
+    formats = Counter(form for form in (detect(value) for _, value in records) if form)
+    form = formats.most_common(1)[0][0] if formats else None
     conversions = CONVERSIONS.get(unit, {})
     if form is None and records:
         place, value = records[0]

@@ -70,11 +70,16 @@ def _completion(row: Row | None, side: str, **columns: bool) -> Row | None:
     return {"prompt": row["prompt"], "completion": row[side], **columns, **further}
 
 
+def _unchanged(rows: list[Row | None], noted: Counter[str]) -> list[Row | None]:
+    return rows
+
+
 # Unit that a reader wants -> units that it can be made of, and how.
 CONVERSIONS = {
     "pairs": {"rankings": pairs_of_rankings, "ratings": pairs_of_ratings},
     "labels": {"pairs": labels_of_pairs},
     "demonstrations": {"pairs": demonstrations_of_pairs},
+    "prompts": {"pairs": _unchanged, "demonstrations": _unchanged},
 }
 
 

@@ -308,7 +308,7 @@ COMPLETIONS = _format(
     "prompts and completions", "demonstrations", _demonstration, prompt=EITHER, completion=EITHER
 )
 CONVERSATIONS = _format("conversations", "demonstrations", _conversation, messages=MESSAGES)
-PROMPTS = _format("prompts", "prompts", _prompt, prompt=EITHER)  # read_prompts asks for it by name
+PROMPTS = _format("prompts", "prompts", _prompt, prompt=EITHER)  # for `detect_prompts` alone
 
 # What `detect_format` looks for in a record, in this order: columns by name, and in capitals what `_features`
 # says of their values. TREE: the prompt is a message with replies. PROMPT: there is a prompt, perhaps under
@@ -339,6 +339,12 @@ def detect_format(row: Any) -> Format | None:
     """Name the format that a record's keys and types point to, even when one of its keys is missing."""
     features = _features(row) if isinstance(row, Mapping) else set()
     return next((form for columns, form in FORMATS if columns <= features), None)
+
+
+def detect_prompts(row: Any) -> Format | None:
+    """Name the format to read a prompt from: its own column, whatever else there is, or else the answers."""
+    own = not isinstance(row, Mapping) or "prompt" in row
+    return PROMPTS if own else detect_format(row) or PROMPTS
 
 
 def _features(row: Row) -> set[str]:

@@ -6,7 +6,6 @@ from rlhf_helpers.safety_alignment.align import (
     counterfactual_rows,
     evaluate_safety_alignment,
     interpolate,
-    swap_words,
 )
 from rlhf_helpers.safety_alignment.constrained import (
     LagrangianReward,

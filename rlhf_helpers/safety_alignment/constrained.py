@@ -31,10 +31,8 @@ def weighted_sum(rewards: Mapping[str, RewardFn], weights: Mapping[str, float]) 
 
     Lesson 3. Raises ValueError for a weight without its reward, or none but 0.
     """
-    if (unknown := set(weights) - set(rewards)) or not any(weights.values()):
-        raise ValueError(
-            f"weights {dict(weights)} must be of {sorted(rewards)}, not all 0; {sorted(unknown)}"
-        )
+    if not set(weights) <= set(rewards) or not any(weights.values()):
+        raise ValueError(f"weights must be of {sorted(rewards)} and not all 0, got {dict(weights)}")
     asked = {name: as_reward_fn(rewards[name]) for name, weight in weights.items() if weight}
 
     def reward_fn(prompts: list[str], responses: list[str], **columns: Any) -> Tensor:
@@ -66,9 +64,15 @@ class LagrangianReward:
     """
 
     def __init__(
-        self, reward: RewardFn | nn.Module, costs: Mapping[str, RewardFn], limits: Mapping[str, float],
-        *, step_size: float = 1.0, start: float = 0.0, damping: float = 0.0,
-    ) -> None:  # fmt: skip
+        self,
+        reward: RewardFn | nn.Module,
+        costs: Mapping[str, RewardFn],
+        limits: Mapping[str, float],
+        *,
+        step_size: float = 1.0,
+        start: float = 0.0,
+        damping: float = 0.0,
+    ) -> None:
         """Start every multiplier at `start`."""
         require_number("step_size", step_size, above=0)
         require_number("start", start, at_least=0)
@@ -104,9 +108,13 @@ class LagrangianReward:
 
 
 def constrained_rloo(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: LagrangianReward,
-    settings: RLOOSettings, **options: Unpack[RunOptions],
-) -> History:  # fmt: skip
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    reward: LagrangianReward,
+    settings: RLOOSettings,
+    **options: Unpack[RunOptions],
+) -> History:
     """`policy_optimization.rloo` on a Lagrangian, with the multipliers in its history and checkpoints.
 
     Trains `model` in place; a resumed run goes on bit for bit. RLOO's row a step, and constraint/NAME (mean

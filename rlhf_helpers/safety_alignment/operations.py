@@ -16,6 +16,8 @@ from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.core.training import checkpoints
 from rlhf_helpers.core.training.distributed import full_weights, load_full_weights
+from rlhf_helpers.policy_optimization import best_of_n
+from rlhf_helpers.safety_alignment.constrained import weighted_sum
 
 Limits = Mapping[str, float]
 
@@ -32,9 +34,13 @@ class Monitor:
     """
 
     def __init__(
-        self, baseline: Sequence[Limits], *, higher_is_better: Mapping[str, bool] | None = None,
-        slack: float = 0.5, limit: float = 5.0,
-    ) -> None:  # fmt: skip
+        self,
+        baseline: Sequence[Limits],
+        *,
+        higher_is_better: Mapping[str, bool] | None = None,
+        slack: float = 0.5,
+        limit: float = 5.0,
+    ) -> None:
         """baseline: metrics of good windows, two or more, each varying, else ValueError."""
         require_number("slack", slack, above=0)
         require_number("limit", limit, above=0)
@@ -82,9 +88,14 @@ class EnsembleFallback:
     """
 
     def __init__(
-        self, members: Sequence[RewardFn | nn.Module], prompts: Sequence[str], responses: Sequence[str],
-        *, quantile: float = 0.95, safe_answer: str = "I am not sure.",
-    ) -> None:  # fmt: skip
+        self,
+        members: Sequence[RewardFn | nn.Module],
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        *,
+        quantile: float = 0.95,
+        safe_answer: str = "I am not sure.",
+    ) -> None:
         """Fit on benign answers; ValueError for fewer than two members, or a quantile outside (0, 1)."""
         require_number("quantile", quantile, above=0, below=1)
         require_number("number of members", len(members), at_least=2)
@@ -112,57 +123,66 @@ class AdaptivePolicy:
 
     u = sum_k w_user,k r_k;  after feedback  w += rate sigmoid(-w . d) d,  d = r(chosen) - r(rejected)
 
-    A step of Bradley-Terry's gradient. user: any key, (user, context) too; a new one starts from `start`, by
-    objective, None: all 1. required: objectives that no user can vote below their start. Lesson 3.
+    A step of Bradley-Terry's gradient. user: any key, (user, context) too; a new one starts with all weights
+    1. required: objectives that no user can vote below that. Lesson 3.
     """
 
     def __init__(
-        self, model: nn.Module, objectives: Mapping[str, RewardFn], *, start: Limits | None = None,
-        required: Sequence[str] = (), rate: float = 0.5, tokenizer: Any = None,
-    ) -> None:  # fmt: skip
-        """Raise ValueError where start or required do not name the objectives."""
-        start = dict.fromkeys(objectives, 1.0) if start is None else dict(start)
-        if not objectives or set(start) != set(objectives) or not set(required) <= set(objectives):
-            raise ValueError(f"start and required must name the objectives {sorted(objectives)}")
-        self.model, self.tokenizer = model, tokenizer or tokenizer_for(model)
+        self,
+        model: nn.Module,
+        objectives: Mapping[str, RewardFn],
+        *,
+        required: Sequence[str] = (),
+        rate: float = 0.5,
+    ) -> None:
+        """Raise ValueError where there is no objective, or required names none."""
+        if not objectives or not set(required) <= set(objectives):
+            raise ValueError(f"required={list(required)} must name objectives of {sorted(objectives)}")
+        self.model = model
         self.objectives = {name: as_reward_fn(fn) for name, fn in objectives.items()}
-        self.start, self.required, self.rate, self.users = start, set(required), rate, {}
+        self.required = list(required)
+        self.rate = rate
+        self.users: dict[Any, dict[str, float]] = {}
 
     def weights(self, user: Any) -> dict[str, float]:
         """Weight by objective of a user now."""
-        return dict(self.users.get(user, self.start))
+        return dict(self.users.get(user) or dict.fromkeys(self.objectives, 1.0))
 
     def answer(self, prompt: str, user: Any, *, n: int = 4, seed: int = 0, max_new_tokens: int = 64) -> str:
         """The best of n samples for this user, of a tie the first."""
-        asked = [prompt] * n
-        said = generate(self.model, self.tokenizer, asked, max_new_tokens=max_new_tokens, seed=seed).responses
-        worth = sum(w * self.objectives[name](asked, said) for name, w in self.weights(user).items())
-        return said[int(worth.argmax())]
+        reward = weighted_sum(self.objectives, self.weights(user))
+        options = {"n": n, "seed": seed, "max_new_tokens": max_new_tokens}
+        return best_of_n(self.model, tokenizer_for(self.model), [prompt], reward, **options)["responses"][0]
 
     def feedback(self, user: Any, prompt: str, chosen: str, rejected: str) -> dict[str, float]:
         """Learn that this user preferred `chosen`; returns the new weights."""
         scores = {k: fn([prompt] * 2, [chosen, rejected]) for k, fn in self.objectives.items()}
-        gaps, old = {k: float(a - b) for k, (a, b) in scores.items()}, self.weights(user)
-        step = self.rate / (1 + math.exp(sum(old[k] * gap for k, gap in gaps.items())))
-        floor = {k: self.start[k] if k in self.required else -math.inf for k in old}
-        self.users[user] = {k: max(floor[k], old[k] + step * gap) for k, gap in gaps.items()}
+        gap, old = pd.Series({k: float(a - b) for k, (a, b) in scores.items()}), pd.Series(self.weights(user))
+        new = old + self.rate / (1 + math.exp(old @ gap)) * gap
+        new[self.required] = new[self.required].clip(lower=1.0)
+        self.users[user] = new.to_dict()
         return self.weights(user)
 
 
 def ab_test(
-    policy_a: nn.Module, policy_b: nn.Module, prompts: Sequence[str], judge: RewardFn | nn.Module,
-    *, samples: int = 1, max_new_tokens: int = 64, seed: int = 0,
-) -> WinRate:  # fmt: skip
-    """Does A answer better than B? `win_rate` of A, prompt by prompt, by the judge's mean score of `samples`.
+    policy_a: nn.Module,
+    policy_b: nn.Module,
+    prompts: Sequence[str],
+    judge: RewardFn | nn.Module,
+    *,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+) -> WinRate:
+    """Does A answer better than B? `win_rate` of A, prompt by prompt, by the judge's score of one sample.
 
     A and B have seeds of their own; the judge does not know who answered. Lesson 3. Raises as `win_rate`.
     """
-    asked, found = [prompt for prompt in prompts for _ in range(samples)], []
+    asked, scores = list(prompts), []
     for number, model in enumerate((policy_a, policy_b)):
         drawn = {"max_new_tokens": max_new_tokens, "seed": 2 * seed + number}
         said = generate(model, tokenizer_for(model), asked, **drawn).responses
-        found.append(as_reward_fn(judge)(asked, said).double().view(-1, samples).mean(1))
-    return win_rate(*found, seed=seed)
+        scores.append(as_reward_fn(judge)(asked, said))
+    return win_rate(*scores, seed=seed)
 
 
 class CheckpointLedger:

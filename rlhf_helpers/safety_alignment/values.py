@@ -9,24 +9,26 @@ import torch
 from jaxtyping import Float
 from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from rlhf_helpers.alignment_eval.statistics import wilson_interval
-from rlhf_helpers.core.models import RewardFn, tokenizer_for, usable_positions
+from rlhf_helpers.alignment_eval.statistics import share_of
+from rlhf_helpers.core.generation import encode_prompts
+from rlhf_helpers.core.models import RewardFn, tokenizer_for
 from rlhf_helpers.core.tensors import pad_right
-from rlhf_helpers.core.text import encode_prompt
 from rlhf_helpers.world.prompts import load_prompts
 from rlhf_helpers.world.prompts.meta import critique_text, value_text
 
 RULES = ("mean", "maximin", "borda", "majority", "nash")
 SEAM = "\nAnswer: "
 PRINCIPLE_OF = {  # asks of an answer what the value asks of a deed
-    "beneficence": "Address the need of the user", "non-maleficence": "Avoid harmful content",
-    "autonomy": "Respect human autonomy and dignity", "justice": "Avoid discrimination and bias",
+    "beneficence": "Address the need of the user",
+    "non-maleficence": "Avoid harmful content",
+    "autonomy": "Respect human autonomy and dignity",
+    "justice": "Avoid discrimination and bias",
     "honesty": "Be truthful and do not flatter",
-}  # fmt: skip
+}
 
 
 class ValueModel:
@@ -34,18 +36,15 @@ class ValueModel:
 
     P(respects | case, value) = sigmoid(w_value . h + b_value), h standardised
 
-    h: last hidden state of a frozen language model at the end of template(case, value); strength:
-    scikit-learn's C, small, as features outnumber cases. It knows no more than the model does: validate on
-    cases that neither has seen. Lesson 3.
+    h: last hidden state of a frozen language model at the end of template(case, value). It knows no more than
+    the model does: validate on cases that neither has seen. Lesson 3.
     """
 
-    def __init__(
-        self, model: nn.Module, tokenizer: Any = None,
-        *, template: Callable[[str, str], str] = value_text, strength: float = 0.1,
-    ) -> None:  # fmt: skip
+    def __init__(self, model: nn.Module, *, template: Callable[[str, str], str] = value_text) -> None:
         """Read with `model`, which is not trained."""
-        self.model, self.tokenizer = model, tokenizer or tokenizer_for(model)
-        self.template, self.strength, self.heads = template, strength, {}
+        self.model = model
+        self.template = template
+        self.heads: dict[str, Pipeline] = {}
 
     def fit(self, rows: Sequence[Mapping[str, Any]], *, shuffle_seed: int | None = None) -> "ValueModel":
         """Learn from rows case, value, respects (bool); returns itself.
@@ -59,33 +58,34 @@ class ValueModel:
             labels = part["respects"].to_numpy(bool)
             if labels.all() or not labels.any():
                 raise ValueError(f"{value}: all {len(labels)} cases are judged alike; give both kinds")
-            labels = labels if shuffle_seed is None else rng.permutation(labels)
-            head = make_pipeline(StandardScaler(), LogisticRegression(C=self.strength, max_iter=1000))
+            if shuffle_seed is not None:
+                labels = rng.permutation(labels)
+            # C is small, as features outnumber cases.
+            head = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
             self.heads[value] = head.fit(features[part.index], labels)
         return self
 
     @torch.no_grad()
-    def features(self, cases: Sequence[str], values: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
+    def features(self, cases: Sequence[str], values: Sequence[str]) -> np.ndarray:
         """The hidden states (B, d) that the heads read."""
-        limit, parts = usable_positions(self.model) or 2048, []
+        tokenizer, parts = tokenizer_for(self.model), []
         texts = [self.template(case, value) for case, value in zip(cases, values, strict=True)]
-        for start in range(0, len(texts), batch_size):
-            rows = [encode_prompt(self.tokenizer, t)[-limit:] for t in texts[start : start + batch_size]]
-            batch, mask = pad_right(rows, self.tokenizer.pad_token_id, device=self.model.device)
-            read = {"input_ids": batch, "attention_mask": mask, "output_hidden_states": True}
-            hidden = self.model(**read, use_cache=False, logits_to_keep=1).hidden_states[-1]
-            parts.append(hidden[torch.arange(len(rows)), mask.sum(1) - 1].float().cpu())
+        rows = encode_prompts(self.model, tokenizer, texts, max_new_tokens=0)
+        for start in range(0, len(rows), 64):
+            ids, mask = pad_right(rows[start : start + 64], tokenizer.pad_token_id, device=self.model.device)
+            inputs = {"input_ids": ids, "attention_mask": mask, "output_hidden_states": True}
+            states = self.model(**inputs, use_cache=False).hidden_states[-1]
+            parts.append(states[range(len(ids)), mask.sum(1) - 1].float().cpu())
         return torch.cat(parts).numpy()
 
     def probability(self, cases: Sequence[str], values: Sequence[str]) -> Float[Tensor, "B"]:
         """P(case i respects value i), (B,); ValueError for a value that was not learned."""
         if unknown := sorted(set(values) - set(self.heads)):
             raise ValueError(f"{unknown} were not learned; known: {sorted(self.heads)}")
-        features, asked, found = self.features(cases, values), np.array(values), torch.empty(len(cases))
+        features, asked, chances = self.features(cases, values), np.array(values), np.empty(len(cases))
         for value in set(values):
-            chances = self.heads[value].predict_proba(features[asked == value])[:, 1]
-            found[torch.from_numpy(asked == value)] = torch.from_numpy(chances).float()
-        return found
+            chances[asked == value] = self.heads[value].predict_proba(features[asked == value])[:, 1]
+        return torch.from_numpy(chances).float()
 
     def validate(self, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         """A row a value and one for all; low, high: Wilson, 95 %; chance: one verdict for all cases."""
@@ -93,8 +93,8 @@ class ValueModel:
         said = self.probability(frame["case"], frame["value"]).numpy() > 0.5
         frame["right"] = said == frame["respects"].to_numpy(bool)
         for value, part in [*frame.groupby("value"), ("all", frame)]:
-            n, right, yes = len(part), int(part["right"].sum()), part["respects"].mean()
-            table.append((value, right / n, *wilson_interval(right, n), max(yes, 1 - yes), n))
+            right, yes = share_of(part["right"]), part["respects"].mean()
+            table.append((value, right.value, right.low, right.high, max(yes, 1 - yes), right.n))
         return pd.DataFrame(table, columns=["value", "accuracy", "low", "high", "chance", "n"])
 
     def reward(self, weights: Mapping[str, float] | None = None) -> RewardFn:
@@ -127,11 +127,11 @@ def answer_template(case: str, value: str) -> str:
 
 def value_judgements(split: str | None = None) -> list[dict[str, Any]]:
     """The world's judged cases: rows case, value, respects. The split holds out pairs of actor and deed."""
-    return [
-        {"case": p.text.removeprefix("Case: ").split("\nValue: ")[0], "value": p.kind,
-         "respects": p.points[0][0] == "Yes."}
-        for p in load_prompts(("value",), split)
-    ]  # fmt: skip
+    rows = []
+    for prompt in load_prompts(("value",), split):
+        case = prompt.text.removeprefix("Case: ").split("\nValue: ")[0]
+        rows.append({"case": case, "value": prompt.kind, "respects": prompt.points[0][0] == "Yes."})
+    return rows
 
 
 def aggregate(utilities: Float[Tensor, "G K"], rule: str = "mean") -> Float[Tensor, "K"]:
@@ -149,12 +149,17 @@ def aggregate(utilities: Float[Tensor, "G K"], rule: str = "mean") -> Float[Tens
         raise ValueError(f"utilities must be (G, K) finite numbers, got shape {tuple(given.shape)}")
     if rule not in RULES or (rule == "nash" and not (given > 0).all()):
         raise ValueError(f"rule must be one of {RULES}, nash with utilities > 0; got {rule!r}, {given.min()}")
-    first = (given == given.amax(1, keepdim=True)).double()
-    return {
-        "mean": lambda: given.mean(0), "maximin": lambda: given.amin(0), "nash": lambda: given.log().mean(0),
-        "borda": lambda: torch.from_numpy(rankdata(given.numpy(), axis=1) - 1).mean(0),
-        "majority": lambda: (first / first.sum(1, keepdim=True)).mean(0),
-    }[rule]()  # fmt: skip
+    match rule:
+        case "mean":
+            return given.mean(0)
+        case "maximin":
+            return given.amin(0)
+        case "nash":
+            return given.log().mean(0)
+        case "borda":
+            return torch.from_numpy(rankdata(given.numpy(), axis=1) - 1).mean(0)
+    first = (given == given.amax(1, keepdim=True)).double()  # majority
+    return (first / first.sum(1, keepdim=True)).mean(0)
 
 
 def choose(utilities: Float[Tensor, "G K"], rule: str = "mean") -> int:
@@ -168,21 +173,18 @@ def fairest(utilities: Float[Tensor, "G K"]) -> int:
     return choose(utilities, "maximin")
 
 
-def compare_rules(
-    utilities: Sequence[Float[Tensor, "G K"]], rules: Sequence[str] = RULES, groups: Sequence[str] = ()
-) -> pd.DataFrame:
-    """What each rule does to the groups over N questions: a row a rule.
+def compare_rules(utilities: Sequence[Float[Tensor, "G K"]], groups: Sequence[str]) -> pd.DataFrame:
+    """What each rule does to the groups over N questions: one row per rule.
 
     Columns: rule, mean (utility over groups), worst (of the worst-served group of each question, averaged),
     each group's mean utility, changed (share of questions with another choice than "mean"). Lesson 3.
     """
     tables = [torch.as_tensor(table, dtype=torch.float64) for table in utilities]
-    names = list(groups) or [f"group {g}" for g in range(len(tables[0]))]
     plain, rows = [choose(table) for table in tables], []
-    for rule in rules:
+    for rule in RULES:
         chosen = [choose(table, rule) for table in tables]
         got = torch.stack([table[:, k] for table, k in zip(tables, chosen, strict=True)])  # (N, G)
         row = {"rule": rule, "mean": got.mean().item(), "worst": got.amin(1).mean().item()}
-        row |= dict(zip(names, got.mean(0).tolist(), strict=True))
+        row |= dict(zip(groups, got.mean(0).tolist(), strict=True))
         rows.append(row | {"changed": float(np.mean(np.array(chosen) != np.array(plain)))})
     return pd.DataFrame(rows)

@@ -252,15 +252,13 @@ def keeper(request: dict[str, Any]) -> None:
 
 def unguarded(request: dict[str, Any]) -> dict[str, Any]:
     """Where there is no fork (Windows): run the program in this process, which the parent kills in time."""
-    lines, shown, start = [], sys.stdout, time.monotonic()
-    sys.stdout = sys.stderr = text = io.StringIO()
+    lines, text, start = [], io.StringIO(), time.monotonic()
     os.chdir(request["folder"])
-    work(request, lines.append)
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        work(request, lines.append)
     os.chdir(HERE)  # a folder that a process stands in cannot be removed
-    sys.stdout = shown
-    messages = b"".join(lines).decode("latin-1")
     return {
-        "messages": messages,
+        "messages": b"".join(lines).decode("latin-1"),
         "stdout": text.getvalue()[:OUTPUT_BYTES],
         "seconds": time.monotonic() - start,
     }

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -47,7 +48,7 @@ def enforced() -> dict[str, bool]:
 
 @functools.cache
 def _probe(without: frozenset[str]) -> dict[str, bool]:
-    names = [line.split()[1].split("(")[0] for line in _TRIES.splitlines() if line.startswith("def ")]
+    names = re.findall(r"^def (\w+)", _TRIES, re.MULTILINE)
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as listener:
         os.chmod(folder, 0o777)
         path = os.path.join(folder, "file")

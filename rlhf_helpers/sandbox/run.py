@@ -22,9 +22,20 @@ from ..core.tensors import require_number
 from . import wire
 
 VERDICTS = (
-    "ok", "error", "syntax", "timeout", "memory", "recursion", "processes", "disk", "output",
-    "unserialisable", "forged", "exited", "crashed",
-)  # fmt: skip
+    "ok",
+    "error",
+    "syntax",
+    "timeout",
+    "memory",
+    "recursion",
+    "processes",
+    "disk",
+    "output",
+    "unserialisable",
+    "forged",
+    "exited",
+    "crashed",
+)
 _BY_NAME = {"MemoryError": "memory", "RecursionError": "recursion", "NoProcess": "processes"}
 _BY_NAME |= {"DiskFull": "disk", "SystemExit": "exited"}
 _KINDS = {"raised": "error", "failed": "error", "syntax": "syntax", "unserialisable": "unserialisable"}
@@ -84,9 +95,14 @@ def run_code(code: str, *, calls: Calls, timeout: float = 2.0, memory_mb: int = 
 
 
 def run_programs(
-    codes: Sequence[str], *, calls: Calls | None = None, calls_per_code: Sequence[Calls] | None = None,
-    workers: int | None = None, timeout: float = 2.0, memory_mb: int = 256,
-) -> list[SandboxResult]:  # fmt: skip
+    codes: Sequence[str],
+    *,
+    calls: Calls | None = None,
+    calls_per_code: Sequence[Calls] | None = None,
+    workers: int | None = None,
+    timeout: float = 2.0,
+    memory_mb: int = 256,
+) -> list[SandboxResult]:
     """run_code for many programs, each in a sandbox of its own, `workers` (all cores) at a time.
 
     calls: the same for every program; or calls_per_code: a list for each. Identical programs with identical
@@ -126,10 +142,9 @@ def run_programs(
 
 
 def _readable() -> list[str]:
-    """The folders that hold the interpreter's library and the C libraries, without those inside another."""
+    """The folders that hold the interpreter's library and the C libraries."""
     names = [f"{base}/{lib}" for base in (sys.base_prefix, "", "/usr") for lib in ("lib", "lib64")]
-    real = sorted({os.path.realpath(name) for name in names if os.path.isdir(name)})
-    return [name for name in real if not any(name.startswith(other + "/") for other in real)]
+    return sorted({os.path.realpath(name) for name in names if os.path.isdir(name)})
 
 
 class _Child:
@@ -176,9 +191,14 @@ class _Child:
         command = [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", str(_CHILD)]
         kept = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}  # Windows needs it
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env={"PYTHONHASHSEED": "0", **kept}, cwd=tempfile.gettempdir(), start_new_session=True,
-        )  # fmt: skip
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={"PYTHONHASHSEED": "0", **kept},
+            cwd=tempfile.gettempdir(),
+            start_new_session=True,
+        )
         return self.process
 
 

@@ -42,9 +42,12 @@ def rouge_l(candidate: str, reference: str) -> float:
 
 
 def rouge_reward(
-    prompts: Sequence[str], responses: Sequence[str], *, reference: Sequence[str] | None = None,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    *,
+    reference: Sequence[str] | None = None,
     **_columns: Any,
-) -> Float[Tensor, "B"]:  # fmt: skip
+) -> Float[Tensor, "B"]:
     """`rouge_l` of each response with its reference, (B,) in [0, 1]: a RewardFn.
 
     Lesson 4. Raises ValueError where the data have no column reference.
@@ -93,24 +96,27 @@ def with_length_control(reward: RewardFn | nn.Module, *, limit: float, cost: flo
 
 
 def summary_comparisons(
-    model: nn.Module, prompts: Sequence[str], *, annotator: Annotator = STANDARD, max_new_tokens: int = 48,
-    seed: int = 0, tokenizer: Any = None,
-) -> list[dict[str, str]]:  # fmt: skip
+    model: nn.Module,
+    prompts: Sequence[str],
+    *,
+    annotator: Annotator = STANDARD,
+    max_new_tokens: int = 48,
+    seed: int = 0,
+) -> list[dict[str, str]]:
     """Rows prompt, chosen, rejected: of two samples of `model` an annotator of the world takes the better.
 
     prompts: of the world (its annotators know no other); give each as often as it is to be compared. A pair
     of equal texts is left out. Lesson 4. Raises ValueError for a prompt that is not the world's.
     """
-    tokenizer, prompts = tokenizer or tokenizer_for(model), list(prompts)
-    drawn = generate(model, tokenizer, [*prompts, *prompts], max_new_tokens=max_new_tokens, seed=seed)
-    first, second = drawn.responses[: len(prompts)], drawn.responses[len(prompts) :]
-    wins = annotator.compare(prompts, first, second, seed=seed)
+    twice, count = [*prompts, *prompts], len(prompts)
+    drawn = generate(model, tokenizer_for(model), twice, max_new_tokens=max_new_tokens, seed=seed)
+    first, second = drawn.responses[:count], drawn.responses[count:]
+    wins = annotator.compare(list(prompts), first, second, seed=seed)
     rows = []
     for prompt, one, other, win in zip(prompts, first, second, wins, strict=True):
+        chosen, rejected = (one, other) if win else (other, one)
         if one != other and one.strip() and other.strip():
-            rows.append(
-                {"prompt": prompt, "chosen": one if win else other, "rejected": other if win else one}
-            )
+            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return rows
 
 
@@ -139,10 +145,8 @@ class ComparisonReward:
         prompts = [row["prompt"] for row in rows]
         chosen, rejected = (_features(prompts, [r[key] for r in rows]) for key in ("chosen", "rejected"))
         gaps = (chosen - rejected).numpy()
-        both, signs = (
-            np.concatenate([gaps, -gaps]),
-            np.repeat([1, -1], len(gaps)),
-        )  # each pair both ways round
+        both = np.concatenate([gaps, -gaps])  # each pair both ways round
+        signs = np.repeat([1, -1], len(gaps))
         found = LogisticRegression(fit_intercept=False, C=0.5).fit(both, signs)
         return cls(dict(zip(FEATURES, found.coef_[0].tolist(), strict=True)))
 

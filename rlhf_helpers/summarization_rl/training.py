@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import nn
 
 from rlhf_helpers.core.generation import generate
-from rlhf_helpers.core.models import RewardFn, frozen_copy, load_model, tokenizer_for
+from rlhf_helpers.core.models import RewardFn, frozen_copy, load_model, tokenizer_for, usable_positions
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.core.training import History, TrainingSettings, sft
 from rlhf_helpers.policy_optimization import RLOOSettings, best_of_n, rloo
@@ -39,18 +39,17 @@ class SummarizationRL:
     """
 
     def __init__(
-        self, model: str | Path | nn.Module = "tiny", reward_model: RewardFn | nn.Module | None = None,
-        max_length: int = 150, *, tokenizer: Any = None, **settings: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: str | Path | nn.Module = "tiny",
+        reward_model: RewardFn | nn.Module | None = None,
+        max_length: int = 150,
+        **settings: Any,
+    ) -> None:
         """Load or copy the model, and check the settings."""
         require_number("max_length", max_length, at_least=1)
-        if isinstance(model, nn.Module):
-            self.tokenizer = tokenizer or tokenizer_for(model)
-            self.model = copy.deepcopy(model, {id(self.tokenizer): self.tokenizer})
-        else:
-            self.model, found = load_model(model)
-            self.tokenizer = tokenizer or found
-        context = getattr(self.model.config, "max_position_embeddings", None)
+        self.model = copy.deepcopy(model) if isinstance(model, nn.Module) else load_model(model)[0]
+        self.tokenizer = tokenizer_for(self.model)
+        context = usable_positions(self.model)
         self.max_new_tokens = min(int(max_length), context // 2) if context else int(max_length)
         own = {"tiny_learning_rate": 4e-4, "progress": False}
         self.settings = RLOOSettings(**{"max_new_tokens": self.max_new_tokens, **own, **settings})
@@ -120,17 +119,16 @@ class SummarizationRL:
 
 
 def evaluate_summaries(
-    summaries: Sequence[str] | nn.Module, data: Rows,
-    *, tokenizer: Any = None, max_new_tokens: int = 48, seed: int = 0,
-) -> dict[str, float]:  # fmt: skip
+    summaries: Sequence[str] | nn.Module, data: Rows, *, max_new_tokens: int = 48, seed: int = 0
+) -> dict[str, float]:
     """Means of `summary_table`, and hallucination_rate: share of summaries with something made up.
 
     summaries: one a row of data, or a policy that writes them, a sample each. Lesson 4.
     """
     if isinstance(summaries, nn.Module):
-        tokenizer, prompts = tokenizer or tokenizer_for(summaries), _columns(data)["prompt"]
         options = {"max_new_tokens": max_new_tokens, "seed": seed}
-        summaries = generate(summaries, tokenizer, prompts, **options).responses
+        prompts = _columns(data)["prompt"]
+        summaries = generate(summaries, tokenizer_for(summaries), prompts, **options).responses
     table = summary_table(data, summaries)
     rate = {"hallucination_rate": float((table["hallucinated"] > 0).mean())}
     return {name: float(value) for name, value in table.drop(columns="summary").mean().items()} | rate

@@ -132,7 +132,7 @@ def test_every_task_trains_and_evaluates_every_shape(task, shape, folder, reques
     trained, _ = (load_reward_model("out"), None) if task == "reward" else load_model("out")
     before = load_reward_model("out") if task == "reward" else load_model(model)[0]
     if task == "reward":
-        assert f"train rloo --model {model} --data PROMPTS --reward out" in said
+        assert f"train rloo --model {model} --data pairs.jsonl --reward out --out out-rloo" in said
         assert trained.score(["What is 1?"], ["It is 1."]).shape == (1,)
     else:
         old, new = before.get_input_embeddings().weight, trained.get_input_embeddings().weight

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from rlhf_helpers.lab import compare_page, write_comparison
+from rlhf_helpers.lab.comparison import compare_page, write_comparison
 
 PROMPTS = ["What is 1 + 1?", "Is 1 < 2 & 2 > 1?"]
 ANSWERS = {"base": ["Three.", ""], "SFT": ["Two.\nYes.", "<script>alert('x')</script>"]}
@@ -58,7 +58,7 @@ def test_the_page_shows_all_answers_and_takes_no_keys():
 
 def test_the_file_is_one_whole_page_that_fetches_nothing(tmp_path):
     path = tmp_path / "new" / "page.html"
-    assert write_comparison(path, PROMPTS, ANSWERS, scores=SCORES, title="A & B", note="<i>") == path
+    assert write_comparison(path, PROMPTS, ANSWERS, scores=SCORES, title="A & B") == path
     page = path.read_text(encoding="utf8")
     table = Table(page)
     assert rows_of(page) == WHOLE
@@ -98,8 +98,8 @@ def test_names_and_prompts_are_escaped(tmp_path):
         (["p"], {}, None, "one name"),
         (["p"], {"a": ["x", "y"]}, None, "'a' needs a text for each of 1 prompts"),
         (["p"], {"a": "x"}, None, "'a' needs a text for each of 1 prompts"),
-        (["p", 3], {"a": ["x", "y"]}, None, "'prompts', row 1, must be a text, got 3"),
-        (["p"], {"a": [None]}, None, "'a', row 0, must be a text, got None"),
+        (["p", 3], {"a": ["x", "y"]}, None, "'prompts' needs a text for each of 2 prompts"),
+        (["p"], {"a": [None]}, None, "'a' needs a text for each of 1 prompts"),
         (["p"], {"a": ["x"]}, {"b": [1.0]}, r"scores\['b'\] needs that name"),
         (["p"], {"a": ["x"]}, {"a": [1.0, 2.0]}, r"scores\['a'\] needs that name .* and 1 numbers"),
     ],
@@ -115,8 +115,9 @@ def test_what_does_not_fit_is_refused(prompts, answers, scores, said, tmp_path):
 def test_nothing_is_overwritten_unasked_and_no_half_file_is_left(tmp_path, monkeypatch):
     path = write_comparison(tmp_path / "a.html", PROMPTS, ANSWERS)
     before = path.read_bytes()
-    with pytest.raises(FileExistsError, match="say overwrite=True"):
+    with pytest.raises(FileExistsError, match="name another file"):
         write_comparison(path, PROMPTS[:1], {"a": ["x"]})
+    assert path.read_bytes() == before
 
     def full(self, target):
         raise OSError("no space left")
@@ -124,7 +125,5 @@ def test_nothing_is_overwritten_unasked_and_no_half_file_is_left(tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.replace", full)
         with pytest.raises(OSError, match="no space left"):
-            write_comparison(path, PROMPTS[:1], {"a": ["x"]}, overwrite=True)
-    assert path.read_bytes() == before
-    write_comparison(path, PROMPTS[:1], {"a": ["x"]}, overwrite=True)
-    assert rows_of(path.read_text("utf8")) == [["prompt", "a"], [PROMPTS[0], "x"]]
+            write_comparison(tmp_path / "b.html", PROMPTS[:1], {"a": ["x"]})
+    assert not (tmp_path / "b.html").exists()

@@ -88,22 +88,18 @@ def test_gradient_agrees_with_small_ablations(pair):
 # ---- activations
 
 
-@pytest.mark.parametrize("pool", ["last", "mean"])
-def test_activations_do_not_depend_on_padding(pair, pool):
+def test_activations_do_not_depend_on_padding(pair):
     model, tokenizer = pair
     texts, answers = [QUESTION, "Hi", "Say hello to me"], [ANSWER, "Yes.", "Hello hello hello."]
-    together = inside.activations(model, tokenizer, texts, answers, pool=pool)
+    together = inside.activations(model, tokenizer, texts, answers)
     assert together.shape == (3, 3, 32)
     for i in range(3):
-        alone = inside.activations(model, tokenizer, [texts[i]], [answers[i]], pool=pool)
+        alone = inside.activations(model, tokenizer, [texts[i]], [answers[i]])
         torch.testing.assert_close(together[:, [i]], alone, atol=1e-4, rtol=1e-4)
     ids = torch.tensor([encode_prompt(tokenizer, "Hi")])
     states = torch.stack(model(ids, output_hidden_states=True).hidden_states)[:, 0]
-    wanted = states[:, -1] if pool == "last" else states.mean(1)
-    found = inside.activations(model, tokenizer, ["Hi"], pool=pool)[:, 0]
-    torch.testing.assert_close(found, wanted.detach(), atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="pool"):
-        inside.activations(model, tokenizer, ["Hi"], pool="max")
+    found = inside.activations(model, tokenizer, ["Hi"])[:, 0]
+    torch.testing.assert_close(found, states[:, -1].detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_reward_models_are_read_through_their_trunk(tiny_llama_dir):

@@ -922,11 +922,24 @@ def test_prompts_keep_their_further_columns_whatever_these_are_called():
             "row 0: 'prompt' is of type dict; make it a text or a list of messages",
         ),
         (read_prompts, {"prompt": "q", "system": "s"}, "row 0: 'system' stands beside the prompt"),
+        (read_prompts, 5, "row 0: a record of type int; make it an object with named columns"),
     ],
 )
 def test_faults_of_demonstrations_and_prompts(reader, row, fault):
     found, _ = faults_of([row], reader)
     assert found[0].startswith(fault)
+
+
+def test_prompts_of_pairs_and_conversations_without_a_column_of_their_own():
+    transcripts = [{"chosen": transcript("H: q|A: good"), "rejected": transcript("H: q|A: bad")}]
+    prompts, report = read_prompts(transcripts)
+    assert prompts.to_list() == [{"prompt": "q", "chosen": "good", "rejected": "bad"}]
+    assert (report.format, report.unit, report.noted["pairs"]) == ("HH transcripts", "prompts", 1)
+    prompts, _ = read_prompts([{"messages": [user("q"), assistant("a")]}])
+    assert prompts.to_list() == [{"prompt": "q", "completion": "a"}]
+    prompts, report = read_prompts([PAIR])
+    assert prompts.to_list() == [PAIR]
+    assert report.format == "prompts"
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_aggregate_refuses(utilities, rule, message):
 
 
 def test_compare_rules_by_hand():
-    table = compare_rules([U, U[:, [3, 1]]], groups=("a", "b", "c")).set_index("rule")
+    table = compare_rules([U, U[:, [3, 1]]], ("a", "b", "c")).set_index("rule")
     assert list(table.index) == list(RULES)
     assert table.loc["mean", ["a", "b", "c"]].tolist() == pytest.approx([0.75, 0.7, 0.3])
     assert table.loc["maximin", ["a", "b", "c"]].tolist() == pytest.approx([0.6, 0.6, 0.5])

@@ -12,18 +12,3 @@ from rlhf_helpers.core.training.settings import (
     set_seed,
 )
 from rlhf_helpers.core.training.supervised import memory_efficient_training, sft
-
-__all__ = [
-    "Engine",
-    "History",
-    "MeanMetrics",
-    "RunInterrupted",
-    "TrainingSettings",
-    "learning_rate_factor",
-    "memory_efficient_training",
-    "micro_batches",
-    "offline_steps",
-    "resolve_learning_rate",
-    "set_seed",
-    "sft",
-]

@@ -5,5 +5,3 @@ from rlhf_helpers.lab.exercises.exercise import Exercise, Mistake
 
 _ALL = (*lesson1.EXERCISES, *lesson2.EXERCISES, *lesson3.EXERCISES, *lesson4.EXERCISES)
 EXERCISES: dict[str, Exercise] = {exercise.name: exercise for exercise in _ALL}
-
-__all__ = ["EXERCISES", "Exercise", "Mistake"]

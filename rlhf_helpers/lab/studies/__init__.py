@@ -1,5 +1,3 @@
 """Studies: what takes longer than a lesson, run by one command, stored as CSV with a manifest."""
 
 from rlhf_helpers.lab.studies.record import load_study, prediction_interval
-
-__all__ = ["load_study", "prediction_interval"]

@@ -13,5 +13,3 @@ ORDER = (
     "best_of_n_gold",
 )
 EXERCISES = tuple(sorted((*training.EXERCISES, *measuring.EXERCISES), key=lambda e: ORDER.index(e.name)))
-
-__all__ = ["EXERCISES"]

@@ -3,5 +3,3 @@
 from rlhf_helpers.lab.exercises.lesson2 import kl, policy, preference
 
 EXERCISES = (*policy.EXERCISES, *kl.EXERCISES, *preference.EXERCISES)
-
-__all__ = ["EXERCISES"]

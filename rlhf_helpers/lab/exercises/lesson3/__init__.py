@@ -11,5 +11,3 @@ EXERCISES = (
     *choosing.EXERCISES,
     reading.PATCHING_EFFECT,
 )
-
-__all__ = ["EXERCISES"]

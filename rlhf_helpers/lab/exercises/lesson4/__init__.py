@@ -3,5 +3,3 @@
 from rlhf_helpers.lab.exercises.lesson4 import chat, programs, summaries
 
 EXERCISES = (*chat.EXERCISES, *summaries.EXERCISES, *programs.EXERCISES)
-
-__all__ = ["EXERCISES"]
