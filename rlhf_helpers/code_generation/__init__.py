@@ -7,7 +7,7 @@ _PARTS = {
     "evaluation": "PROGRAMS compare_safety_methods evaluate_programs pass_at_k program_report "
     "safety_agreement safety_verdicts sample_programs",
     "generator": "FALLBACK Candidate SafeCodeGenerator",
-    "rewards": "UnitTest UnitTestRunner as_test task_tests unit_test_reward verifiable_reward",
+    "rewards": "UnitTest UnitTestRunner task_tests unit_test_reward verifiable_reward",
     "safety": "CodeSafetyEvaluator Finding extract_code unsafe_calls",
 }
 _NAMES = {name: part for part, names in _PARTS.items() for name in names.split()}

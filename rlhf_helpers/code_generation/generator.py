@@ -5,11 +5,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from rlhf_helpers.code_generation.rewards import UnitTestRunner
+from rlhf_helpers.code_generation.rewards import UnitTest, UnitTestRunner
 from rlhf_helpers.code_generation.safety import CodeSafetyEvaluator, extract_code
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import load_model, tokenizer_for
@@ -61,16 +60,16 @@ class SafeCodeGenerator:
         self.seed = seed
         self.runner = UnitTestRunner()
 
-    def generate(self, prompt: str, tests: Sequence[Any] | None = None) -> str:
+    def generate(self, prompt: str, tests: Sequence[UnitTest] | None = None) -> str:
         """One program for a request, the best candidate; `FALLBACK` where each is unsafe or empty."""
         found = self.candidates(prompt, tests)
         safe = [c for c in found if c.safety >= self.safety_threshold and c.code.strip()]
         return max(safe, key=lambda c: (c.passed or 0.0, c.copies)).code if safe else FALLBACK
 
-    def candidates(self, prompt: str, tests: Sequence[Any] | None = None) -> list[Candidate]:
+    def candidates(self, prompt: str, tests: Sequence[UnitTest] | None = None) -> list[Candidate]:
         """The different programs sampled for a request, in the order of sampling.
 
-        tests: what `as_test` reads; only programs that are safe enough are run on them, in the sandbox. The
+        tests: of `UnitTest`; only programs that are safe enough are run on them, in the sandbox. The
         same prompt and seed give the same candidates. Raises ValueError for an empty list of tests.
         """
         rollout = generate(

@@ -1,7 +1,5 @@
 """Verifiable rewards: programs are run on tests in the sandbox; what they reach for counts against them."""
 
-import ast
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,33 +30,6 @@ class UnitTest:
     name: str
     args: tuple
     expected: Any
-
-    def passed_by(self, value: object) -> bool:
-        """Whether this came back, by `sandbox.same`: 2, 2.0 and True are three values; an error is none."""
-        return same(value, self.expected)
-
-
-def as_test(given: UnitTest | str) -> UnitTest:
-    """Read a test: a UnitTest, or the text "assert f([1, 2]) == 3".
-
-    The text is what data sets of programs hold; it is parsed, never run, and the sandbox is given the call
-    alone. Raises ValueError for anything else.
-    """
-    if isinstance(given, UnitTest):
-        return given
-    try:
-        [statement] = ast.parse(given.strip()).body
-        call, [value] = statement.test.left, statement.test.comparators
-        if not isinstance(statement.test.ops[0], ast.Eq) or call.keywords:
-            raise ValueError("not a call == a value")
-        test = UnitTest(call.func.id, tuple(map(ast.literal_eval, call.args)), ast.literal_eval(value))
-        json.dumps((test.args, test.expected))  # TypeError for what the sandbox does not pass on
-        return test
-    except (SyntaxError, ValueError, TypeError, AttributeError):
-        pass
-    raise ValueError(
-        f'{given!r} is no test: give a UnitTest, or "assert f(arguments) == value" with literal values'
-    )
 
 
 def task_tests(prompts: Sequence[str], kind: str = "visible") -> list[list[UnitTest]]:
@@ -97,16 +68,15 @@ class UnitTestRunner:
         self.ran = 0
         self._values: dict[tuple[str, str], tuple] = {}
 
-    def passed(self, codes: Sequence[str], tests: Sequence[Sequence[Any]]) -> list[list[bool]]:
-        """Which of its tests each program passes: B lists; tests: B lists of what `as_test` reads.
+    def passed(self, codes: Sequence[str], tests: Sequence[Sequence[UnitTest]]) -> list[list[bool]]:
+        """Which of its tests each program passes: B lists; tests: B lists of `UnitTest`.
 
-        A program that fails to run passes none. Raises ValueError where a program has no list of tests, or
-        an empty one.
+        A value passes by `sandbox.same`: 2, 2.0 and True are three values. A program that fails to run passes
+        none. Raises ValueError where a program has no list of tests, or an empty one.
         """
         if len(codes) != len(tests) or not all(tests):
             raise ValueError(f"give tests for each of {len(codes)} programs, at least one; got {len(tests)}")
-        wanted = [[as_test(test) for test in row] for row in tests]
-        calls = [[(test.name, test.args) for test in row] for row in wanted]
+        calls = [[(test.name, test.args) for test in row] for row in tests]
         keys = [(code, repr(row)) for code, row in zip(codes, calls, strict=True)]
         new = {key: row for key, row in zip(keys, calls, strict=True) if key not in self._values}
         if new:
@@ -115,8 +85,8 @@ class UnitTestRunner:
                 self._values[key] = result.values
         self.asked += len(codes)
         self.ran += len(new)
-        returned = [zip(row, self._values[key], strict=True) for key, row in zip(keys, wanted, strict=True)]
-        return [[test.passed_by(value) for test, value in row] for row in returned]
+        returned = [zip(row, self._values[key], strict=True) for key, row in zip(keys, tests, strict=True)]
+        return [[same(value, test.expected) for test, value in row] for row in returned]
 
 
 def verifiable_reward(

@@ -348,14 +348,8 @@ def _decode(
     positions, width = _positions(mask), mask.shape[1]
     mask = torch.cat([mask, mask.new_ones(len(mask), steps)], dim=1)
     for step in range(steps):
-        logits = model(
-            input_ids=ids,
-            attention_mask=mask[:, : width + step],
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        inputs = {"input_ids": ids, "attention_mask": mask[:, : width + step], "position_ids": positions}
+        logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         if step == 0:
             cache.batch_select_indices(source)
             logits, mask, positions = logits[source], mask[source], positions[source]

@@ -1,16 +1,15 @@
-"""Score answers: a prompt is read once for all its answers, and only answer tokens get logits.
+"""Score answers: what several texts begin with is read once, and only answer tokens get logits.
 
-One row of a forward pass holds a prompt and the answers to it, which do not see each other. What space is
-left in a row goes to further prompts with their answers:
+Answers to one prompt share it. One row of a forward pass holds them all, and the space that is left in a row
+goes to further prompts with their answers:
 
     tokens       prompt      answer             answer             next prompt   ...   padding
-    part         0           1                  2                  9                   -1
     positions    0 ... P-1   P ...              P ...              0 ...
     sees         itself      prompt and itself  prompt and itself  itself
 
-Every answer token has the position and the context that it would have in a row of its own, so its logits are
-the same up to rounding, and so are the gradients. A block mask says who sees whom. A model that is not known
-to take one (`takes_block_mask`) gets one row per answer instead, by the same code.
+Every token has the position and the context that it would have in a row of its own, so its logits are the
+same up to rounding, and so are the gradients. A block mask says who sees whom. A model that is not known to
+take one (`takes_block_mask`) gets one row per answer instead, by the same code.
 
 All calls go through the forward of the model itself, one per call of a function here: with sharded weights
 only that gathers them, and all processes must make equally many.
@@ -18,8 +17,7 @@ only that gathers them, and all processes must make equally many.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain, takewhile
+from itertools import chain, pairwise, takewhile
 from operator import eq
 
 import torch
@@ -35,38 +33,21 @@ Pair = tuple[list[int], list[int]]  # token ids of a prompt, and of one answer t
 # Models whose logits under a block mask are tested to equal those of one row per answer. Others may number
 # positions by themselves (ALiBi), look back over a window only, or drop the mask without an error.
 BLOCK_MASK_MODELS = [
-    "gemma",
     "gpt2",
     "gpt_neox",
-    "granite",
     "llama",
+    "qwen2",
+    "qwen3",
+    "smollm3",
     "mistral",
-    "olmo2",
-    "opt",
+    "gemma",
     "phi",
     "phi3",
 ]
-BLOCK_MASK_MODELS += ["qwen2", "qwen3", "smollm3", "stablelm"]
+BLOCK_MASK_MODELS += ["olmo2", "granite", "opt", "stablelm"]
 ANSWERS_PER_PROMPT = 8  # attention costs the square of a row's length: then it is cheaper to read it again
-ROW_LENGTH = 2.5  # of rows, in lengths of the longest prompt with its answers: little is left over as padding
-PARTS = (
-    ANSWERS_PER_PROMPT + 1
-)  # part numbers of a prompt and its answers: 0, 1, ..., of the next one 9, 10, ...
+ROW_LENGTH = 2  # of rows, in lengths of the longest prompt with its answers: little is left over as padding
 TOKENS_PER_CHUNK = 256  # tokens whose distributions over the vocabulary exist at the same time
-
-
-@dataclass(frozen=True)
-class PackedAnswers:
-    """Answers laid out for one forward pass. A place counts over all rows: row * L + column.
-
-    inputs: what the model is called with.
-    before: the place that predicts each answer token, answer after answer as they were given, (N,).
-    ends: the place of the last token of each answer, (B,).
-    """
-
-    inputs: dict[str, Tensor]
-    before: Int[Tensor, "N"]
-    ends: Int[Tensor, "B"]
 
 
 def takes_block_mask(model: nn.Module) -> bool:
@@ -79,79 +60,89 @@ def takes_block_mask(model: nn.Module) -> bool:
     )
 
 
-def pack_answers(model: nn.Module, pairs: Sequence[Pair]) -> PackedAnswers:
-    """Lay out answers for as few tokens as possible; see the picture at the top of the module."""
-    rows = _rows_of(pairs, shared=takes_block_mask(model))
-    length = max(sum(_length(pairs, group) for group in row) for row in rows)
-    tokens, parts = [[] for _ in rows], [[] for _ in rows]
-    before, ends, part = [[]] * len(pairs), [0] * len(pairs), 0
-    for line, row in enumerate(rows):
-        for group in row:
-            prompt = pairs[group[0]][0]
-            tokens[line] += prompt
-            parts[line] += [part] * len(prompt)
-            prompt_end = line * length + len(tokens[line]) - 1
-            for number, index in enumerate(group, 1):
-                answer, first = pairs[index][1], line * length + len(tokens[line])
-                tokens[line] += answer
-                parts[line] += [part + number] * len(answer)
-                ends[index] = first + len(answer) - 1
-                # A token is predicted one place before it; the first of an answer, at the end of the prompt.
-                before[index] = [prompt_end, *range(first, ends[index])]
-            part += PARTS
+def pack(model: nn.Module, sequences: Sequence[list[int]]) -> tuple[dict[str, Tensor], list[list[int]]]:
+    """Lay out token sequences for one forward pass, in as few tokens as possible.
+
+    Returns:
+        What the model is called with, and for each token of each sequence its place there, counted over all
+        rows (row * L + column).
+    """
+    rows = _rows(sequences) if takes_block_mask(model) else [[index] for index in range(len(sequences))]
+    tokens: list[list[int]] = []
+    paths: list[tuple[int, list[int]]] = [(0, [])] * len(sequences)  # the row, and the column of each token
+    for number, row in enumerate(rows):
+        tokens.append([])
+        path: list[int] = []
+        for previous, index in pairwise([row[0], *row]):
+            # What a sequence begins with like the one before it is there already: its path starts with that.
+            common = min(_common(sequences[previous], sequences[index]), len(path))
+            new, start = sequences[index][common:], len(tokens[number])
+            path = [*path[:common], *range(start, start + len(new))]
+            tokens[number] += new
+            paths[index] = number, path
     like = next(model.parameters())
     ids, mask = pad_right(tokens, 0, device=like.device)  # nothing sees the padding: any valid id will do
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if len(pairs) > len(rows):
-        # A token sees what comes before it in its own part, and an answer sees its prompt too.
-        seen = pad_right(parts, -1, device=like.device)[0][:, None, :]
-        own = seen.mT
-        visible = ((own == seen) | (own // PARTS * PARTS == seen)).tril()
+    inputs, length = {"input_ids": ids, "attention_mask": mask}, ids.shape[1]
+    if len(rows) < len(sequences):
+        # Padding sees itself: over nothing at all a softmax would be NaN, which 0 weights do not stop.
+        visible = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)
+        for number, path in paths:  # a token sees what comes before it in its own sequence
+            columns = torch.tensor(path)
+            visible[number, columns[:, None], columns] = torch.ones(len(path), len(path)).tril().bool()
+        visible = visible.to(like.device)
         inputs["position_ids"] = visible.sum(-1) - 1
         # Numbers to be added to the scores: all attention but flash understands them.
         scores = torch.zeros_like(visible, dtype=like.dtype).masked_fill(
             ~visible, torch.finfo(like.dtype).min
         )
         inputs["attention_mask"] = scores[:, None]
-    places = (torch.tensor(numbers, device=like.device) for numbers in ([*chain(*before)], ends))
-    return PackedAnswers(inputs, *places)
+    return inputs, [[number * length + column for column in path] for number, path in paths]
 
 
-def _length(pairs: Sequence[Pair], group: list[int]) -> int:
-    return len(pairs[group[0]][0]) + sum(len(pairs[index][1]) for index in group)
-
-
-def _rows_of(pairs: Sequence[Pair], *, shared: bool) -> list[list[list[int]]]:
-    """Choose the rows, each a list of groups of answers to one prompt."""
-    if not shared:
-        return [[[index]] for index in range(len(pairs))]
-    by_prompt: dict[tuple[int, ...], list[int]] = {}
-    for index, (prompt, _) in enumerate(pairs):
-        by_prompt.setdefault(tuple(prompt), []).append(index)
-    most = ANSWERS_PER_PROMPT
-    groups = [same[i : i + most] for same in by_prompt.values() for i in range(0, len(same), most)]
-    groups.sort(key=lambda group: -_length(pairs, group))
-    lengths = [_length(pairs, group) for group in groups]
-    count = math.ceil(sum(lengths) / (ROW_LENGTH * lengths[0]))
-    rows: list[list[list[int]]] = [[] for _ in range(count)]
+def _rows(sequences: Sequence[list[int]]) -> list[list[int]]:
+    """Choose the rows; in each, sequences that begin alike follow each other."""
+    groups: list[list[int]] = []
+    lengths: list[int] = []
+    # In alphabetical order, sequences that begin alike follow each other.
+    for index in sorted(range(len(sequences)), key=sequences.__getitem__):
+        length = len(sequences[index])
+        common = _common(sequences[groups[-1][-1]], sequences[index]) if groups else 0
+        # A short common beginning is not worth the longer row.
+        if 4 * common < length or len(groups[-1]) == ANSWERS_PER_PROMPT:
+            common = 0
+            groups.append([])
+            lengths.append(0)
+        groups[-1].append(index)
+        lengths[-1] += length - common
+    count = math.ceil(sum(lengths) / (ROW_LENGTH * max(lengths)))
+    rows: list[list[int]] = [[] for _ in range(count)]
     filled = [0] * count
     # The longest group first, each into the row that is the shortest so far (Graham 1969).
-    for group, length in zip(groups, lengths, strict=True):
+    for length, group in sorted(zip(lengths, groups, strict=True), reverse=True):
         shortest = filled.index(min(filled))
-        rows[shortest].append(group)
+        rows[shortest] += group
         filled[shortest] += length
     return rows
 
 
-def outputs_at(
-    model: nn.Module, inputs: dict[str, Tensor], places: Int[Tensor, "N"]
-) -> tuple[Float[Tensor, "N V"], Float[Tensor, "N d"]]:
-    """Compute logits and last hidden states at some places (row * L + column) alone; keeps gradients.
+def _common(first: list[int], second: list[int]) -> int:
+    """Count the tokens that two sequences begin with alike."""
+    return len([*takewhile(bool, map(eq, first, second))])
 
-    The logits of all tokens would be most of the memory. So the head is handed only the states at these
-    places, which are also what a value head reads.
+
+def answer_logits(
+    model: nn.Module, pairs: Sequence[Pair]
+) -> tuple[Float[Tensor, "N V"], Float[Tensor, "N d"]]:
+    """Compute the logits that predict each answer token, answer after answer, and the states behind them.
+
+    The logits of all tokens would be most of the memory. So the head is handed only the states that predict
+    an answer token, which are also what a value head reads. Keeps gradients.
     """
     require_cache(model)
+    inputs, paths = pack(model, [prompt + answer for prompt, answer in pairs])
+    # A token is predicted one place before it in its sequence.
+    before = chain(*(path[len(prompt) - 1 : -1] for (prompt, _), path in zip(pairs, paths, strict=True)))
+    places = torch.tensor([*before], device=inputs["input_ids"].device)
     kept = []
 
     def select(_head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -197,38 +188,15 @@ def answer_outputs(
                 found.append(token_entropies(logits, torch.ones_like(labels), temperature=temperature))
         return found
 
-    packed = pack_answers(model, pairs)
-    logits, states = outputs_at(model, packed.inputs, packed.before)
-    labels = torch.tensor([*chain(*(answer for _, answer in pairs))], device=states.device)
+    logits, states = answer_logits(model, pairs)
+    device = logits.device
+    labels = torch.tensor([*chain(*(answer for _, answer in pairs))], device=device)
     # In chunks that are computed anew in the backward pass: no float32 copy of all logits exists.
     chunks = (x[None].split(TOKENS_PER_CHUNK, 1) for x in (logits, labels))
     parts = [checkpoint(read, *chunk, use_reentrant=False) for chunk in zip(*chunks, strict=True)]
     columns = [torch.cat(column, 1)[0] for column in zip(*parts, strict=True)]
     if value_head is not None:
         columns.append(value_head(states).float())
-    lengths = torch.tensor([len(answer) for _, answer in pairs], device=states.device)
-    mask = torch.arange(int(lengths.max()), device=states.device) < lengths[:, None]
+    lengths = torch.tensor([len(answer) for _, answer in pairs], device=device)
+    mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
     return [column.new_zeros(mask.shape).masked_scatter(mask, column) for column in columns]
-
-
-def split_prompts(sequences: Sequence[list[int]]) -> list[Pair]:
-    """Cut token sequences into what several of them begin with and the rest: (prompt, answer) of each.
-
-    Sequences share their beginning where it is at least half of each; at least one token is left as the
-    answer. To a causal model it does not matter where the text of the prompt ends.
-    """
-    pairs: dict[int, Pair] = {}
-    # In alphabetical order, sequences with a common beginning follow each other.
-    rest = sorted(range(len(sequences)), key=sequences.__getitem__)
-    while rest:
-        first = sequences[rest[0]]
-        shared, size = len(first) - 1, 1
-        for index in rest[1:]:
-            alike = takewhile(bool, map(eq, first[:shared], sequences[index][:-1]))
-            common = len([*alike])
-            if 2 * common < max(len(first), len(sequences[index])):
-                break
-            shared, size = common, size + 1
-        pairs |= {index: (first[:shared], sequences[index][shared:]) for index in rest[:size]}
-        rest = rest[size:]
-    return [pairs[index] for index in range(len(sequences))]

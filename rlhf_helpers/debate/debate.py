@@ -8,7 +8,7 @@ import copy
 import itertools
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +24,9 @@ from rlhf_helpers.preference_data.quality import Estimate
 from rlhf_helpers.reward_model import accuracy
 from rlhf_helpers.world.prompts import meta
 
-Passage = Mapping[
-    str, str
-]  # passage, question, true, false: as `world.prompts.meta.make_passage` writes them
-Speaker = nn.Module | Callable[[list[str]], list[str]]  # a model, or (argue prompts) -> arguments
-Judge = nn.Module | Callable[[list[str]], Tensor]  # a model, or (judge prompts) -> log-odds of A (B,)
+# passage, question, true, false: as `world.prompts.meta.make_passage` writes them
+Passage = Mapping[str, str]
+Speaker = Judge = nn.Module
 SIDES = ("true", "false")
 
 
@@ -66,9 +64,12 @@ def quotes_truly(said: str, passage: str) -> bool:
 
 
 def judge_odds(
-    judge: Judge, passages: Sequence[Passage], first: Sequence[Argument | None],
-    second: Sequence[Argument | None], claims: tuple[str, str] = SIDES,
-) -> Float[Tensor, "B"]:  # fmt: skip
+    judge: Judge,
+    passages: Sequence[Passage],
+    first: Sequence[Argument | None],
+    second: Sequence[Argument | None],
+    claims: tuple[str, str] = SIDES,
+) -> Float[Tensor, "B"]:
     """Log-odds (B,), in nats, that the judge gives the first claim over the second, both orders averaged.
 
     (l(first is A) - l(first is B)) / 2,  l = log p("A") - log p("B")
@@ -82,14 +83,8 @@ def judge_odds(
         for a, b in (sides, sides[::-1])
         for i, p in enumerate(passages)
     ]
-    if isinstance(judge, nn.Module):
-        logps = choice_logps(judge, tokenizer_for(judge), asked, ("A", "B"))
-        odds = logps[:, 0] - logps[:, 1]
-    else:
-        odds = judge(asked)
-    if odds.shape != (len(asked),):
-        raise ValueError(f"the judge must return log-odds of shape ({len(asked)},), got {tuple(odds.shape)}")
-    as_given, swapped = odds.view(2, -1)
+    logps = choice_logps(judge, tokenizer_for(judge), asked, ("A", "B"))
+    as_given, swapped = (logps[:, 0] - logps[:, 1]).view(2, -1)
     return (as_given - swapped) / 2
 
 
@@ -104,12 +99,9 @@ def _judge_text(passage: Passage, arguments: tuple[Argument | None, ...], claims
 
 def argue(speaker: Speaker, passages: Sequence[Passage], claim: str, *, seed: int = 0) -> list[Argument]:
     """One argument a passage for its answer `claim` ("true" or "false"), at most 48 tokens, quote checked."""
-    said = [meta.argue_text(p["passage"], p["question"], p[claim]) for p in passages]
-    if isinstance(speaker, nn.Module):
-        said = generate(speaker, tokenizer_for(speaker), said, max_new_tokens=48, seed=seed).responses
-    else:
-        said = speaker(said)
-    return _checked(passages, said)
+    asked = [meta.argue_text(p["passage"], p["question"], p[claim]) for p in passages]
+    rollout = generate(speaker, tokenizer_for(speaker), asked, max_new_tokens=48, seed=seed)
+    return _checked(passages, rollout.responses)
 
 
 def _checked(passages: Sequence[Passage], said: Sequence[str]) -> list[Argument]:
@@ -117,20 +109,24 @@ def _checked(passages: Sequence[Passage], said: Sequence[str]) -> list[Argument]
 
 
 def run_debates(
-    passages: Sequence[Passage], *, judge: Judge, honest: Speaker | None = None,
-    dishonest: Speaker | None = None, seed: int = 0,
-) -> list[DebateRecord]:  # fmt: skip
+    passages: Sequence[Passage],
+    *,
+    judge: Judge,
+    honest: Speaker | None = None,
+    dishonest: Speaker | None = None,
+    seed: int = 0,
+) -> list[DebateRecord]:
     """One record a passage: `honest` argues for its true answer, `dishonest` for its false one.
 
     None is silent: both silent is no debate, one silent is consultancy (a single adviser; Michael et al.
-    2023). Irving et al. 2018. Lesson 3. Raises ValueError for no passage, and as `judge_odds`.
+    2023). Irving et al. 2018. Lesson 3. Raises ValueError for no passage.
     """
     if not passages:
         raise ValueError("passages is empty: give at least one, make_passages(n) writes some")
     said = [
         argue(speaker, passages, side, seed=2 * seed + place) if speaker else [None] * len(passages)
         for place, (speaker, side) in enumerate(zip((honest, dishonest), SIDES, strict=True))
-    ]  # fmt: skip
+    ]
     chances = judge_odds(judge, passages, *said).sigmoid().tolist()
     return [DebateRecord(*row) for row in zip(passages, *said, chances, strict=True)]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock
 
 from rlhf_helpers.alignment_eval.evaluators import write_atomically
 from rlhf_helpers.lab.exercises import EXERCISES
@@ -69,7 +70,7 @@ def _read(path: Path) -> dict[str, str]:
         states = json.loads(path.read_text(encoding="utf8"))["exercises"]
         if not isinstance(states, dict) or not set(states.values()) <= {"solved", "tried"}:
             raise ValueError("states must be 'solved' or 'tried'")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, KeyError, TypeError) as error:  # ValueError covers bad JSON and bad UTF-8
         aside = next(p for n in range(10**6) if not (p := path.with_name(f"{path.name}.broken-{n}")).exists())
@@ -88,8 +89,9 @@ def _record(name: str, state: str) -> None:
     if path is None:
         return
     try:
-        states = {"exercises": _load(path)}
-        write_atomically(path, json.dumps(states, indent=1, sort_keys=True).encode())
+        with FileLock(f"{path}.lock"):  # another kernel may be saving too
+            states = {"exercises": _load(path)}
+            write_atomically(path, json.dumps(states, indent=1, sort_keys=True).encode())
         del _unsaved[path]
     except OSError as error:
         print(f"progress: not saved ({error}); set RLHF_PROGRESS to a file that can be written.")

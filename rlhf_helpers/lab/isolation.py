@@ -1,8 +1,11 @@
 """Call a learner's function so that it cannot change the notebook, end the kernel or run for ever."""
 
+import builtins
 import contextlib
+import os
 import random
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -90,8 +93,8 @@ def call(function: Callable[..., Any], *args: Any) -> tuple[Any, list[str]]:
 
     The settings are put back. Everything that the function raises is an outcome, SystemExit too; only a
     person's interrupt goes through. It stops after SECONDS in the main thread of a system with SIGALRM; a
-    single long call into C is not stopped. What ends the process at once (a crash in C, kill, os._exit) is
-    not caught here.
+    single long call into C is not stopped. What ends the process from outside Python (a crash in C, kill)
+    cannot be caught here.
     """
     with warnings.catch_warnings(), torch.inference_mode(False):
         before = read_settings()
@@ -135,12 +138,21 @@ def _raise(error: type[BaseException]) -> Callable[[int, FrameType | None], None
 
 @contextlib.contextmanager
 def _no_way_out() -> Iterator[None]:
-    """Raise SystemExit where exit() in a notebook would ask the shell to end the kernel."""
-    from IPython import get_ipython
+    """Raise SystemExit where the function would end the process at once."""
+    ways: list[tuple[Any, str]] = [(os, "_exit"), (os, "abort"), (builtins, "exit"), (builtins, "quit")]
+    if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()) is not None:
+        ways.append((shell, "ask_exit"))  # what exit() does in a notebook
+    with contextlib.ExitStack() as stack:
+        for owner, name in ways:
+            stay = _stay(getattr(owner, name, None), os.getpid())
+            stack.enter_context(mock.patch.object(owner, name, stay, create=True))
+        yield
 
-    stay = SystemExit("it would end the kernel")
-    if (shell := get_ipython()) is None:  # outside a notebook exit() raises SystemExit itself
-        yield
-        return
-    with mock.patch.object(shell, "ask_exit", side_effect=stay):
-        yield
+
+def _stay(leave: Callable[..., Any] | None, pid: int) -> Callable[..., Any]:
+    def stay(*args: Any, **kwargs: Any) -> Any:
+        if leave is not None and os.getpid() != pid:
+            return leave(*args, **kwargs)  # a child process may end
+        raise SystemExit("it would end the kernel")
+
+    return stay

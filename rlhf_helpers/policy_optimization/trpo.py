@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf_helpers.core.generation import Rollout
 from rlhf_helpers.core.models import RewardFn
 from rlhf_helpers.core.policy_losses import approx_kl, rloo_advantages
-from rlhf_helpers.core.shared_prompts import outputs_at, pack_answers
+from rlhf_helpers.core.shared_prompts import answer_logits
 from rlhf_helpers.core.tensors import masked_mean, masked_sum, require_number, require_shapes
 from rlhf_helpers.core.training import History
 from rlhf_helpers.core.training.settings import require_fields
@@ -263,8 +263,7 @@ def _line_search(
 
 def _vocabulary_logps(model: torch.nn.Module, rollout: Rollout, temperature: float) -> Tensor:
     """Log-prob of every token of the vocabulary at each of the N places of the responses, (N, V)."""
-    packed = pack_answers(model, rollout.token_pairs)
-    logits, _ = outputs_at(model, packed.inputs, packed.before)
+    logits, _ = answer_logits(model, rollout.token_pairs)
     return torch.log_softmax(logits.float() / temperature, dim=-1)
 
 

@@ -30,7 +30,7 @@ from rlhf_helpers.core.models import (
     tokenizer_for,
     usable_positions,
 )
-from rlhf_helpers.core.shared_prompts import pack_answers, split_prompts, takes_block_mask
+from rlhf_helpers.core.shared_prompts import pack, takes_block_mask
 from rlhf_helpers.core.tensors import as_bool_mask, batches_by_length, pad_right, require_shapes
 from rlhf_helpers.core.text import encode_answers, naming
 from rlhf_helpers.core.training.distributed import full_weights, save_pretrained, whole, writes_files_of
@@ -167,8 +167,9 @@ class RewardModel(nn.Module):
     def _batch(self, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Lay out sequences for `forward`; they share rows only where the head reads the end of each."""
         if self.pooling == "last" and takes_block_mask(self.trunk):
-            packed = pack_answers(self.trunk, split_prompts(sequences))
-            return {**packed.inputs, "ends": packed.ends}
+            inputs, places = pack(self.trunk, sequences)
+            ends = torch.tensor([path[-1] for path in places], device=self.trunk.device)
+            return {**inputs, "ends": ends}
         ids, mask = pad_right(sequences, self.tokenizer.pad_token_id, device=self.trunk.device)
         return {"input_ids": ids, "attention_mask": mask}
 

@@ -62,20 +62,20 @@ class Monitor:
         """Take in the next window; the metrics that raise an alarm. ValueError if one is missing or NaN."""
         for name in self.means:
             require_number(f"window {self.windows}: {name}", metrics.get(name, math.nan))
-        alarms = []
         for name, mean in self.means.items():
-            z = self.signs[name] * (float(metrics[name]) - mean) / self.stds[name]
+            value = float(metrics[name])
+            z = self.signs[name] * (value - mean) / self.stds[name]
             total = max(0.0, self.sums[name] + z - self.slack)
-            alarms += [name] * (total > self.limit)
-            self.sums[name] = 0.0 if total > self.limit else total
-            row = {"window": self.windows, "metric": name, "value": float(metrics[name]), "z": z}
-            self.rows.append(row | {"cusum": total, "alarm": total > self.limit})
+            alarm = total > self.limit
+            self.sums[name] = 0.0 if alarm else total
+            row = {"window": self.windows, "metric": name, "value": value, "z": z}
+            self.rows.append({**row, "cusum": total, "alarm": alarm})
         self.windows += 1
-        return alarms
+        return [row["metric"] for row in self.rows[-len(self.means) :] if row["alarm"]]
 
     def frame(self) -> pd.DataFrame:
         """All that was seen, for a dashboard: window, metric, value, z, cusum, alarm."""
-        return pd.DataFrame(self.rows, columns=["window", "metric", "value", "z", "cusum", "alarm"])
+        return pd.DataFrame(self.rows)
 
 
 class EnsembleFallback:

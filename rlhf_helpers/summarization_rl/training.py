@@ -118,20 +118,11 @@ class SummarizationRL:
         return fitted, columns
 
 
-def evaluate_summaries(
-    summaries: Sequence[str] | nn.Module, data: Rows, *, max_new_tokens: int = 48, seed: int = 0
-) -> dict[str, float]:
-    """Means of `summary_table`, and hallucination_rate: share of summaries with something made up.
-
-    summaries: one a row of data, or a policy that writes them, a sample each. Lesson 4.
-    """
-    if isinstance(summaries, nn.Module):
-        options = {"max_new_tokens": max_new_tokens, "seed": seed}
-        prompts = _columns(data)["prompt"]
-        summaries = generate(summaries, tokenizer_for(summaries), prompts, **options).responses
+def evaluate_summaries(summaries: Sequence[str], data: Rows) -> dict[str, float]:
+    """Means of `summary_table`, and hallucination_rate: share with something made up. Lesson 4."""
     table = summary_table(data, summaries)
-    rate = {"hallucination_rate": float((table["hallucinated"] > 0).mean())}
-    return {name: float(value) for name, value in table.drop(columns="summary").mean().items()} | rate
+    means = table.drop(columns="summary").mean().to_dict()
+    return means | {"hallucination_rate": float((table["hallucinated"] > 0).mean())}
 
 
 def summary_table(data: Rows, summaries: Sequence[str]) -> pd.DataFrame:

@@ -14,7 +14,6 @@ from rlhf_helpers.code_generation import (
     SafeCodeGenerator,
     UnitTest,
     UnitTestRunner,
-    as_test,
     compare_safety_methods,
     evaluate_programs,
     extract_code,
@@ -145,30 +144,6 @@ def test_code_is_cut_out_of_its_fences(text, code):
 # ---- tests
 
 
-def test_a_test_in_two_forms():
-    wanted = UnitTest("f", ([1, -2], "a"), {"b": 3})
-    assert as_test(wanted) is wanted
-    assert as_test("assert f([1, -2], 'a') == {'b': 3}") == wanted
-
-
-@pytest.mark.parametrize(
-    "given",
-    ["f(1)", "assert f(1)", "assert f(1) != 2", "assert f(x) == 1", "assert f(a=1) == 1", "assert f(", "",
-     {"name": "f"}, 3, "assert f({1}) == 1", "assert f(1) == 1\nassert f(2) == 2"],
-)  # fmt: skip
-def test_what_is_no_test_is_refused(given):
-    with pytest.raises(ValueError, match="is no test"):
-        as_test(given)
-
-
-def test_equal_values_of_other_types_are_other_values():
-    assert UnitTest("f", (), 2).passed_by(2)
-    assert not any(UnitTest("f", (), 2).passed_by(value) for value in (2.0, True, "2", [2], None, ...))
-    assert not UnitTest("f", (), [1, 2]).passed_by((1, 2))
-    assert UnitTest("f", (), {"a": 1, "b": 2}).passed_by({"b": 2, "a": 1})
-    assert not UnitTest("f", (), 1).passed_by(True)
-
-
 def test_tests_of_a_task_by_hand():
     prompt = "Write a function f(xs) that keeps the odd numbers, doubles each and returns the sum."
     [visible], [hidden], [weak] = (task_tests([prompt], kind) for kind in ("visible", "hidden", "weak"))
@@ -245,11 +220,13 @@ def test_programs_that_do_not_work_pass_nothing():
     tests = [[UnitTest("f", ([1],), [1]), UnitTest("f", ([2],), None)]] * len(codes)
     assert UnitTestRunner().passed(codes, tests) == [[False, False]] * len(codes)
     half = "def f(xs):\n    return 6 // xs[0]"
-    assert UnitTestRunner().passed([half], [["assert f([0]) == 0", "assert f([3]) == 2"]]) == [[False, True]]
+    assert UnitTestRunner().passed([half], [[UnitTest("f", ([0],), 0), UnitTest("f", ([3],), 2)]]) == [
+        [False, True]
+    ]
     with pytest.raises(ValueError, match="at least one"):
         UnitTestRunner().passed([DOUBLES], [[]])
     with pytest.raises(ValueError, match="for each of 2 programs"):
-        UnitTestRunner().passed([DOUBLES, DOUBLES], [["assert f(1) == 1"]])
+        UnitTestRunner().passed([DOUBLES, DOUBLES], [[UnitTest("f", (1,), 1)]])
 
 
 # ---- rewards
@@ -279,7 +256,7 @@ def test_verifiable_reward_refuses_other_shapes():
 
 
 def test_unit_test_reward():
-    tests = ["assert f([1]) == [2]", "assert f([3, 4]) == [6, 8]"]
+    tests = [UnitTest("f", ([1],), [2]), UnitTest("f", ([3, 4],), [6, 8])]
     nearly = "def f(xs):\n    return [2]"
     codes = [DOUBLES, EVALS, nearly, f"Sure:\n```python\n{DOUBLES}\n```", "gibberish text"]
     runner = UnitTestRunner()
@@ -334,7 +311,7 @@ def test_the_generator_prefers_tests_then_votes(monkeypatch, base):
     wrong, other = "def f(xs):\n    return xs", "def f(xs):\n    return [2 * x for x in xs]"
     says(monkeypatch, EVALS, wrong, other, wrong, DOUBLES, DOUBLES, wrong, EVALS)
     generator = SafeCodeGenerator(base[0])
-    tests = ["assert f([1]) == [2]", "assert f([0]) == [0]"]
+    tests = [UnitTest("f", ([1],), [2]), UnitTest("f", ([0],), [0])]
     assert generator.generate("double", tests=tests) == DOUBLES  # two copies against one, all tests
     assert generator.generate("double") == wrong  # three copies
     rows = {c.code: (round(c.safety, 3), c.passed, c.copies) for c in generator.candidates("double", tests)}

@@ -1,6 +1,7 @@
 """A learner's function cannot change the notebook, end the kernel or run for ever."""
 
 import builtins
+import os
 import random
 import signal
 import sys
@@ -127,7 +128,16 @@ def interrupts_itself():
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("leave", [sys.exit, lambda: builtins.exit(), lambda: builtins.quit(0)])
+@pytest.mark.parametrize(
+    "leave",
+    [
+        sys.exit,
+        lambda: os._exit(3),
+        lambda: os.abort(),
+        lambda: builtins.exit(),
+        lambda: builtins.quit(0),
+    ],
+)
 def test_an_answer_cannot_end_the_kernel(leave):
     assert "your function raised SystemExit" in judge(RLOO, with_side_effect(leave)).message
 
@@ -152,6 +162,23 @@ def test_exit_in_a_notebook_asks_the_shell_which_stays(monkeypatch):
     assert "raised SystemExit" in judge(RLOO, with_side_effect(lambda: shell.ask_exit())).message
     shell.ask_exit()
     assert asked == ["exit"]
+
+
+def test_the_ways_out_work_again_afterwards():
+    ways = os._exit, os.abort, builtins.exit, builtins.quit
+    judge(RLOO, with_side_effect(lambda: os._exit(3)))
+    assert (os._exit, os.abort, builtins.exit, builtins.quit) == ways
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_process_of_an_answer_may_end():
+    def child_ends():
+        child = os.fork()
+        if child == 0:
+            os._exit(7)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    assert call(child_ends) == (7, [])
 
 
 def loops():

@@ -142,7 +142,7 @@ def test_show_source_prints_the_function_with_or_without_docstring(displayed):
         reports.show_source(reports.wilson_interval, docstring=docstring)
         text = displayed[-1][0].data
         assert text.startswith("def wilson_interval(")
-        assert "return float(max(" in text
+        assert "return float(min(" in text
         assert ("Wilson 1927" in text) is docstring
         assert text.count('"""') == (2 if docstring else 0)
 

@@ -8,10 +8,9 @@ from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.shared_prompts import (
     BLOCK_MASK_MODELS,
+    answer_logits,
     answer_outputs,
-    outputs_at,
-    pack_answers,
-    split_prompts,
+    pack,
     takes_block_mask,
 )
 from rlhf_helpers.dpo import DPOTrainer
@@ -97,7 +96,7 @@ def test_chunks_and_limits_change_nothing(request, name, monkeypatch):
     whole, gradient = logps_and_gradients(model)
     monkeypatch.setattr(shared_prompts, "TOKENS_PER_CHUNK", 3)
     monkeypatch.setattr(shared_prompts, "ANSWERS_PER_PROMPT", 2)
-    monkeypatch.setattr(shared_prompts, "PARTS", 3)
+    monkeypatch.setattr(shared_prompts, "ROW_LENGTH", 1.0)
     pieces, other_gradient = logps_and_gradients(model)
     torch.testing.assert_close(pieces, whole, atol=2e-5, rtol=0)
     torch.testing.assert_close(other_gradient, gradient, atol=1e-4, rtol=1e-4)
@@ -115,30 +114,43 @@ def test_chunks_and_limits_change_nothing(request, name, monkeypatch):
 def test_windows_and_alibi_get_one_row_per_answer(checkpoint, kind, sizes):
     model, _ = load_model(checkpoint(kind, **sizes), device="cpu")
     assert not takes_block_mask(model)
-    packed = pack_answers(model, PAIRS)
-    assert [len(packed.inputs[name]) for name in ("input_ids", "attention_mask")] == [6, 6]
+    inputs, _ = pack(model, [prompt + answer for prompt, answer in PAIRS])
+    assert [tensor.shape for tensor in inputs.values()] == [(6, 21), (6, 21)]
     (logps,) = answer_outputs(model, PAIRS, temperature=0.8)
     torch.testing.assert_close(logps.sum(-1).detach(), one_by_one(model), atol=1e-4, rtol=0)
 
 
 def test_layout(tiny_llama_dir):
     model, _ = load_model(tiny_llama_dir, device="cpu")
-    packed = pack_answers(model, PAIRS)
-    ids, places = packed.inputs["input_ids"], packed.inputs["position_ids"].flatten()
-    real = 4 + 3 + 1 + 6 + 2 + 5 + 2 + 19 + 2
+    sequences = [prompt + answer for prompt, answer in PAIRS]
+    inputs, paths = pack(model, sequences)
+    ids, positions = inputs["input_ids"].flatten(), inputs["position_ids"].flatten()
+    # Answers 0 and 5 begin with the same token, which is written once.
+    real = 4 + 3 + 1 + 5 + 2 + 5 + 2 + 19 + 2
     assert real <= ids.numel() < 1.2 * real, "each prompt once, hardly any padding"
-    for (prompt, answer), end in zip(PAIRS, packed.ends.tolist(), strict=True):
-        assert ids.flatten()[end] == answer[-1]
-        assert places[end] == len(prompt) + len(answer) - 1
-    assert (places[packed.before] + 1).tolist() == [
-        len(prompt) + t for prompt, answer in PAIRS for t in range(len(answer))
-    ]
+    for sequence, path in zip(sequences, paths, strict=True):
+        assert ids[path].tolist() == sequence
+        assert positions[path].tolist() == list(range(len(sequence)))
+    visible = inputs["attention_mask"].flatten(0, 2) == 0
+    row = ids.numel() // len(inputs["input_ids"])
+    for path in paths:
+        for t, place in enumerate(path):
+            assert visible[place].nonzero().flatten().tolist() == [seen % row for seen in path[: t + 1]]
+
+
+def test_sequences_share_what_they_begin_with(tiny_llama_dir):
+    model, _ = load_model(tiny_llama_dir, device="cpu")
+    sequences = [[1, 2, 3, 4, 5], [1, 8, 8, 8, 8], [1, 2, 3, 9], [1, 2, 3, 4, 5], [7] * 4]
+    inputs, paths = pack(model, sequences)
+    assert paths[0][:3] == paths[2][:3]
+    assert paths[0] == paths[3]
+    assert set(paths[4]).isdisjoint(paths[0])
+    assert inputs["input_ids"].numel() <= 18, "15 without padding: 5 + 1 for three of them, 5 and 4"
 
 
 def test_states_are_those_that_the_head_reads(tiny_llama_dir):
     model, _ = load_model(tiny_llama_dir, device="cpu")
-    packed = pack_answers(model, PAIRS)
-    logits, states = outputs_at(model, packed.inputs, packed.before)
+    logits, states = answer_logits(model, PAIRS)
     assert len(states) == sum(len(answer) for _, answer in PAIRS)
     torch.testing.assert_close(model.lm_head(states), logits, atol=1e-6, rtol=0)
 
@@ -158,18 +170,6 @@ def test_no_float32_copy_of_all_logits_is_kept(tiny_llama_dir, monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         answer_outputs(model, PAIRS, entropies=True)
     assert len(set(kept) - of_model) <= 1
-
-
-def test_sequences_with_a_common_beginning_share_it():
-    sequences = [[1, 2, 3, 4, 5], [7, 8], [1, 2, 3, 9], [1, 2, 3, 4, 5, 6], [1, 8, 8, 8]]
-    pairs = split_prompts(sequences)
-    assert [prompt + answer for prompt, answer in pairs] == sequences
-    assert pairs[0] == ([1, 2, 3], [4, 5])
-    assert pairs[2] == ([1, 2, 3], [9])
-    assert pairs[3] == ([1, 2, 3], [4, 5, 6])
-    assert pairs[1] == ([7], [8])
-    assert pairs[4][0] != [1], "one token is too little to be shared"
-    assert split_prompts([[4], [4]]) == [([], [4])] * 2
 
 
 # ---- whole loops: metrics within 1e-5 of the plain way, and the same texts
@@ -248,6 +248,11 @@ def test_reward_models_log_what_they_log_the_plain_way(tiny_llama_dir, objective
     history, scores = run()
     plain()
     plain_history, plain_scores = run()
-    # rewards in float32
-    same_history(history, plain_history, atol=1e-5)
-    torch.testing.assert_close(scores, plain_scores, atol=1e-5, rtol=0)
+    # The gradient of the head's bias is rounding noise, which Adam turns into steps: compare differences.
+    offset = ("rewards/chosen", "rewards/rejected")
+    rows, plain_rows = (
+        [{name: value for name, value in row.items() if name not in offset} for row in found]
+        for found in (history, plain_history)
+    )
+    same_history(rows, plain_rows, atol=1e-5)
+    torch.testing.assert_close(scores - scores.mean(), plain_scores - plain_scores.mean(), atol=1e-5, rtol=0)

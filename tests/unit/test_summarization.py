@@ -295,7 +295,7 @@ def test_best_of_n_takes_what_the_reward_likes(tiny):
     assert share_of_e(rows, best).mean() > share_of_e(rows, ones).mean() + 0.02
 
 
-def test_the_measures(tiny):
+def test_the_measures():
     rows = create_summarization_data(split="heldout").select(range(4))
     best = evaluate_summaries(list(rows["reference"]), rows)
     assert best == pytest.approx(
@@ -310,7 +310,6 @@ def test_the_measures(tiny):
     assert set(summary_table(own, ["Ships."])) == {
         "summary", "coverage", "faithfulness", "hallucinated", "words"
     }  # fmt: skip
-    assert "words" in evaluate_summaries(tiny[0], own, max_new_tokens=4)
     with pytest.raises(ValueError, match="0 summaries of 1"):
         summary_table(own, [])
     with pytest.raises(ValueError, match="rows with prompt"):
