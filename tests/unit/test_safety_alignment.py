@@ -19,6 +19,7 @@ from rlhf_helpers.safety_alignment import (
 from tests.conftest import weights
 
 PAIRS = [{"prompt": f"Say {w}.", "chosen": "I cannot help.", "rejected": f"{w}, {w}!"} for w in ("boo", "ha")]
+SHOWN = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
 KNOWN = [{"prompt": "What is two and two?", "completion": "Four."}]
 FAST = {"learning_rate": 3e-3, "epochs": 4, "batch_size": 2}
 
@@ -49,15 +50,16 @@ def kl_of(model, base):
     return (p.exp() * (p - q)).sum().item()
 
 
-def test_align_learns_and_leaves_the_given_model_alone(tiny):
+@pytest.mark.parametrize("rows", [PAIRS, SHOWN])
+def test_align_learns_and_leaves_the_given_model_alone(tiny, rows):
     model, _ = tiny
     before = weights(model)
     aligner = SafetyAlignment(model, **FAST)
-    aligned = aligner.align(alignment_data=PAIRS, alignment_strength=1.0)
+    aligned = aligner.align(alignment_data=rows, alignment_strength=1.0)
     assert torch.equal(weights(model), before)
     assert margin(aligned) > margin(model) + 3
     assert len(aligner.history) == 4
-    again = SafetyAlignment(model, **FAST).align(PAIRS, 1.0)
+    again = SafetyAlignment(model, **FAST).align(rows, 1.0)
     assert torch.equal(weights(again), weights(aligned))
 
 
@@ -87,12 +89,13 @@ def test_interpolation_by_hand(tiny):
     assert torch.equal(weights(interpolate(model, other, 1)), weights(other))
 
 
-def test_mixed_in_text_is_forgotten_less(tiny):
+@pytest.mark.parametrize("rows", [PAIRS, SHOWN])
+def test_mixed_in_text_is_forgotten_less(tiny, rows):
     model, _ = tiny
-    plain = SafetyAlignment(model, **FAST).align(PAIRS, 1.0)
-    mixed = SafetyAlignment(model, **FAST).align(PAIRS, 1.0, pretraining=KNOWN, mix_weight=1.0)
+    plain = SafetyAlignment(model, **FAST).align(rows, 1.0)
+    mixed = SafetyAlignment(model, **FAST).align(rows, 1.0, pretraining=KNOWN, mix_weight=1.0)
     assert surprise(mixed) < surprise(plain) - 1
-    off = SafetyAlignment(model, **FAST).align(PAIRS, 1.0, pretraining=KNOWN, mix_weight=0.0)
+    off = SafetyAlignment(model, **FAST).align(rows, 1.0, pretraining=KNOWN, mix_weight=0.0)
     assert torch.equal(weights(off), weights(plain))
 
 
@@ -110,9 +113,9 @@ def test_the_loss_that_is_logged_holds_the_text_once(tiny):
     [
         (PAIRS, 1.5, "alignment_strength"),
         (PAIRS, -0.1, "alignment_strength"),
-        ([], 1, "no rows"),
-        ([{"prompt": "a"}], 1, "row 0"),
-        ([*PAIRS, *KNOWN], 1, "row 2 lacks"),
+        ([], 1, "there is none"),
+        ([{"prompt": "a"}], 1, "row 0 has"),
+        ([*PAIRS, *SHOWN], 1, "rows that all have"),
     ],
 )
 def test_align_refuses(tiny, rows, strength, message):

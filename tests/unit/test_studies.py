@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_helpers.__main__ import STUDIES, main
 from rlhf_helpers.lab.studies import lesson1, load_study, prediction_interval, record, runner
-from rlhf_helpers.lab.studies.real_preferences import real_preferences
+from rlhf_helpers.lab.studies import real_preferences as real
 from rlhf_helpers.reward_model import RewardSettings
 from rlhf_helpers.world.annotators import make_pairs
 
@@ -126,8 +126,8 @@ class TestStored:
         table = load_study("annotator_pairs").groupby("split").agreement.min()
         assert table["train"] >= 0.85
         assert table["heldout"] >= 0.75
-        real = load_study("real_preferences")
-        pretrained = real[real.method == "pretrained"]
+        real_pairs = load_study("real_preferences")
+        pretrained = real_pairs[real_pairs.method == "pretrained"]
         assert np.average(pretrained.accuracy, weights=pretrained.n) >= 0.58
 
 
@@ -157,11 +157,9 @@ class TestSmall:
     def test_rankings_and_pairs_of_the_same_answers(self):
         sets = lesson1._answer_sets(5, seed=0)
         assert all(len(set(row["responses"])) == 4 for row in sets)
-        pairs = lesson1._compared(sets, seed=0)
-        assert [{row["chosen"], row["rejected"]} for row in pairs[:2]] == [
-            set(sets[0]["responses"][:2]),
-            set(sets[0]["responses"][2:]),
-        ]
+        first, second, *_ = sets[0]["responses"]
+        pairs = lesson1.compared([(sets[0]["prompt"], first, second)] * 2, lesson1.STANDARD, seed=0)
+        assert [{row["chosen"], row["rejected"]} for row in pairs] == [{first, second}] * 2
 
     def test_a_budget_is_spent(self):
         table = lesson1.label_budget(seeds=(0,), budget=6).set_index("method").pairs
@@ -175,10 +173,12 @@ class TestSmall:
         assert at_one.nunique() == 1  # best of one answer: whoever judges
 
 
-def test_real_preferences_on_made_up_pairs(tiny_llama_dir, tmp_path, capsys):
+def test_real_preferences_on_made_up_pairs(tiny_llama_dir, tmp_path, capsys, monkeypatch):
     settings = RewardSettings(learning_rate=3e-3, epochs=4, batch_size=8, progress=False)
-    options = {"folds": 2, "settings": settings, "max_length": 32, "base_model_name": tiny_llama_dir}
-    table = real_preferences(polite_pairs(40), tmp_path, **options)
+    monkeypatch.setattr(real, "SETTINGS", settings)
+    monkeypatch.setattr(real, "SHAPE", {"max_length": 32, "pooling": "mean"})
+    options = {"folds": 2, "base_model_name": tiny_llama_dir}
+    table = real.real_preferences(polite_pairs(40), tmp_path, **options)
     told = capsys.readouterr().out
     mean = table.groupby("method")["accuracy"].mean()
     assert mean["shorter answer"] == 0.0  # "no way" is shorter than "thank you"
@@ -187,4 +187,4 @@ def test_real_preferences_on_made_up_pairs(tiny_llama_dir, tmp_path, capsys):
     assert "pretrained - shorter answer" in told
     assert "thank you" not in told  # aggregates only
     assert (tmp_path / "real_preferences.csv").read_text().startswith("method,fold,accuracy,n")
-    assert real_preferences(polite_pairs(40), **options).equals(table)
+    assert real.real_preferences(polite_pairs(40), **options).equals(table)

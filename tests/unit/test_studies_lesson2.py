@@ -117,9 +117,10 @@ class TestOveroptimisation:
         pairs = overoptimisation.make_pairs
         monkeypatch.setattr(overoptimisation, "make_pairs", lambda n, **kwargs: pairs(min(n, 16), **kwargs))
 
-    def test_searches_and_their_looks(self):
-        changes = {"steps": 3, "prompts_per_step": 2, "eval_every": 1}
-        table = overoptimisation.rl_overoptimisation(seeds=(0,), cures=("none", "iterative"), **changes)
+    def test_searches_and_their_looks(self, monkeypatch):
+        few = {"prompts_per_step": 2, "samples_per_prompt": 4, "eval_every": 1, "progress": False}
+        monkeypatch.setattr(overoptimisation, "SEARCH", few)
+        table = overoptimisation.rl_overoptimisation(seeds=(0,), cures=("none", "iterative"), steps=3)
         assert table.groupby("cure").step.apply(list).to_dict() == {
             "none": [0, 1, 2, 3],
             "iterative": [0, 1, 2, 3],
@@ -172,8 +173,9 @@ class TestSweeps:
         designs = sweeps.reward_design(seeds=(0,), names=("gameable",))
         assert designs.design.tolist() == ["none", "gameable"]
 
-    def test_grid_and_frontier(self):
-        grid = sweeps.clip_and_kl(seeds=(0,), clips=(0.2,), kl_coefs=(0.1,), steps=1)
+    def test_grid_and_frontier(self, monkeypatch):
+        monkeypatch.setattr(sweeps, "REUSE", {"steps": 1, "epochs": 4, "minibatches": 2})
+        grid = sweeps.clip_and_kl(seeds=(0,), clips=(0.2,), kl_coefs=(0.1,))
         assert grid.clipfrac.between(0, 1).all()
         line = sweeps.frontier(seeds=(0,), betas=(0.1,), kl_coefs=(0.1,))
         assert line.method.tolist() == ["dpo", "ppo"]

@@ -8,20 +8,22 @@ The lesson runs a small slice of a study live, with a seed that is not stored.
 
 import functools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
+from rlhf_helpers.alignment_eval.objectives import gold_axes
 from rlhf_helpers.core.generation import Rollout, generate
-from rlhf_helpers.core.models import load_model
-from rlhf_helpers.lab.studies.runner import Row, study
+from rlhf_helpers.core.models import RewardFn, load_model
+from rlhf_helpers.lab.studies.runner import Row, Rows, study
 from rlhf_helpers.policy_optimization import best_of_n_curve
 from rlhf_helpers.preference_data import ai_labels, collect_rankings, collect_ratings, select_pairs
 from rlhf_helpers.reward_model import (
     Estimate,
-    MultiObjectiveRewardModel,
+    RewardEnsemble,
     RewardModel,
     RewardModelTrainer,
     RewardSettings,
@@ -35,36 +37,50 @@ from rlhf_helpers.world.gold_judge import AXES, gold_reward, gold_scores
 from rlhf_helpers.world.prompts import CONVERSATION, load_prompts, sample_answer
 
 HELD_OUT_SEED = 20_000  # of the pairs on which every model of a study is judged
+FLIPS = 0.25  # share of wrong labels where a reward model is to be poor
+COUNTS = [2**k for k in range(9)]  # n of best-of-n
 
 
 def agreement(
-    model: Any, *, split: str = "heldout", pairs: int = 1000, seed: int = HELD_OUT_SEED
+    model: Any,
+    judge: RewardFn = gold_reward,
+    *,
+    split: str = "heldout",
+    pairs: int = 1000,
+    seed: int = HELD_OUT_SEED,
 ) -> Estimate:
-    """Estimate the share of new pairs that `model` orders as gold does; pairs of equal gold are left out.
+    """Estimate the share of new pairs that `model` orders as `judge` does; ties of the judge are left out.
 
     Args:
         model: A reward model or any RewardFn.
+        judge: The gold reward, or one of its axes.
         split: Prompts of the pairs.
         pairs: Number of pairs drawn.
         seed: Seed of the pairs.
     """
     rows = make_pairs(pairs, split=split, seed=seed)
-    gold = (torch.tensor([row[key] for row in rows]) for key in ("chosen_gold", "rejected_gold"))
-    return gold_agreement(*(rewards.cpu() for rewards in score_pairs(model, rows)), *gold)
+    return gold_agreement(*score_pairs(model, rows), *score_pairs(judge, rows))
 
 
 def trained(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
     *,
     seed: int,
-    kind: str = "basic",
     objective: str = "pairwise",
     **options: Any,
 ) -> RewardModel:
-    """Train a reward model over the tiny assistant on `rows` with the default settings."""
-    model = create_reward_model(kind, seed=seed, **options)
+    """Train a reward model over the tiny assistant on `rows`; options of `create_reward_model`."""
+    model = create_reward_model(seed=seed, **options)
     RewardModelTrainer(model, seed=seed, progress=False).train(rows, objective=objective)
     return model
+
+
+def trained_ensemble(rows: Sequence[Row], rollout: Rollout, *, seed: int, **options: Any) -> RewardEnsemble:
+    """Train an ensemble on `rows` and normalise its members on the policy's samples."""
+    ensemble = create_reward_model("ensemble", seed=10 * seed, **options)
+    ensemble.fit(rows, settings=RewardSettings(seed=10 * seed, progress=False))
+    ensemble.normalise(rollout.prompts, rollout.responses)
+    return ensemble
 
 
 def noisy(flips: float) -> Annotator:
@@ -83,7 +99,7 @@ def prompt_texts(families: Sequence[str], split: str = "heldout") -> list[str]:
 
 
 @study(settings=RewardSettings())
-def annotator_pairs(seed: int, pairs: int = 2000) -> Iterator[Row]:
+def annotator_pairs(seed: int, pairs: int = 2000) -> Rows:
     """Measure a reward model trained on standard annotators, on seen and on held-out prompts.
 
     One training run per seed, judged on 2,000 new pairs of each split. Columns: seed, split, agreement with
@@ -106,7 +122,7 @@ def pairs_and_noise(
     seed: int,
     sizes: Sequence[int] = (60, 125, 250, 500, 1000, 2000),
     flips: Sequence[float] = (0.0, 0.1, 0.25),
-) -> Iterator[Row]:
+) -> Rows:
     """Measure agreement with gold on held-out prompts by number of pairs and share of wrong labels.
 
     Larger sets of a seed contain the smaller ones. Columns: seed, flips, pairs, agreement.
@@ -120,7 +136,7 @@ def pairs_and_noise(
 
 
 @study(settings=RewardSettings())
-def model_kinds(seed: int, pairs: int = 1000) -> Iterator[Row]:
+def model_kinds(seed: int, pairs: int = 1000) -> Rows:
     """Compare the joint encoder, the separate encoder and several objectives on the same pairs.
 
     The multi-objective model learns each objective from one of three value groups and weights them 1/3 each;
@@ -134,27 +150,14 @@ def model_kinds(seed: int, pairs: int = 1000) -> Iterator[Row]:
         if kind == "multi_objective":
             labelled, options = label_objectives(rows, people, seed=seed), {"objectives": AXES}
         model = trained(labelled, seed=seed, kind=kind, **options)
-        for judged_by, value in _agreement_by_axis(model).items():
-            yield {"kind": kind, "judged_by": judged_by, "agreement": value}
-
-
-def _agreement_by_axis(model: RewardModel) -> dict[str, float]:
-    """Measure agreement with gold and with each of its axes, on held-out pairs that differ in it."""
-    rows = make_pairs(1000, split="heldout", seed=HELD_OUT_SEED)
-    prompts = [row["prompt"] for row in rows]
-    sides = [[row[side] for row in rows] for side in ("chosen", "rejected")]
-    gold = [gold_scores(prompts, side) | {"gold": gold_reward(prompts, side)} for side in sides]
-    result = {}
-    for name in ("gold", *AXES):
-        if name != "gold" and isinstance(model, MultiObjectiveRewardModel):
-            model.weights = [float(axis == name) for axis in AXES]
-        rewards = [model.score(prompts, side).cpu() for side in sides]
-        result[name] = gold_agreement(*rewards, gold[0][name], gold[1][name]).value
-    return result
+        for judged_by, judge in {"gold": gold_reward, **gold_axes()}.items():
+            if kind == "multi_objective" and judged_by in AXES:
+                model.weights = [float(axis == judged_by) for axis in AXES]
+            yield {"kind": kind, "judged_by": judged_by, "agreement": agreement(model, judge).value}
 
 
 @study(settings=RewardSettings())
-def label_formats(seed: int, prompts: int = 500) -> Iterator[Row]:
+def label_formats(seed: int, prompts: int = 500) -> Rows:
     """Compare comparisons, rankings and ratings of the same answers, four for each of `prompts` prompts.
 
     Two pairs, one ranking of four, or four ratings per prompt, so annotators read as many answers in each
@@ -165,12 +168,13 @@ def label_formats(seed: int, prompts: int = 500) -> Iterator[Row]:
     ratings = collect_ratings(sets, [STANDARD], seed=seed)[:, 0]
     ranked, rated = [], []
     for answers, order, marks in zip(sets, orders, ratings, strict=True):
-        prompt, responses = answers["prompt"], answers["responses"]
-        ranked.append({"prompt": prompt, "responses": [responses[i] for i in order]})
+        responses = answers["responses"]
+        ranked.append({**answers, "responses": [responses[i] for i in order]})
         for response, mark in zip(responses, marks, strict=True):
             # Ratings are centred at 0, where an untrained head starts.
-            rated.append({"prompt": prompt, "response": response, "rating": float(mark) - 3})
-    labels = {"pairwise": _compared(sets, seed), "ranking": ranked, "rating": rated}
+            rated.append({"prompt": answers["prompt"], "response": response, "rating": float(mark) - 3})
+    texts = [(answers["prompt"], *answers["responses"][i : i + 2]) for answers in sets for i in (0, 2)]
+    labels = {"pairwise": compared(texts, STANDARD, seed=seed), "ranking": ranked, "rating": rated}
     for objective, rows in labels.items():
         model = trained(rows, seed=seed, objective=objective)
         yield {"format": objective, "agreement": agreement(model).value}
@@ -188,23 +192,17 @@ def _answer_sets(prompts: int, seed: int) -> list[Row]:
     return sets
 
 
-def _compared(sets: Sequence[Row], seed: int) -> list[Row]:
-    """Make two standard comparisons per set: of the first two answers, and of the last two."""
-    texts = [(s["prompt"], *s["responses"][i : i + 2]) for s in sets for i in (0, 2)]
-    return compared(texts, STANDARD, seed=seed)
-
-
 def compared(texts: Sequence[tuple[str, str, str]], annotator: Annotator, *, seed: int) -> list[Row]:
     """Turn (prompt, first, second) into rows of prompt, chosen and rejected, as the annotator prefers."""
-    columns = ([text[i] for text in texts] for i in range(3))
+    wins = annotator.compare(*zip(*texts, strict=True), seed=seed)
     return [
         {"prompt": prompt, "chosen": first if won else second, "rejected": second if won else first}
-        for (prompt, first, second), won in zip(texts, annotator.compare(*columns, seed=seed), strict=True)
+        for (prompt, first, second), won in zip(texts, wins, strict=True)
     ]
 
 
 @study(settings=RewardSettings())
-def label_budget(seed: int, budget: int = 200, price: float = 0.1) -> Iterator[Row]:
+def label_budget(seed: int, budget: int = 200, price: float = 0.1) -> Rows:
     """Compare four ways to spend the cost of `budget` human labels; a model's label costs `price` of one.
 
     random: people label random pairs. active: half of them are random; the others are the pairs that a model
@@ -231,60 +229,51 @@ def label_budget(seed: int, budget: int = 200, price: float = 0.1) -> Iterator[R
         "AI alone": by_model,
     }
     for method, rows in labels.items():
-        yield {
-            "method": method,
-            "pairs": len(rows),
-            "agreement": agreement(trained(rows, seed=seed)).value,
-        }
+        model = trained(rows, seed=seed)
+        yield {"method": method, "pairs": len(rows), "agreement": agreement(model).value}
 
 
-@study(settings=RewardSettings())
+@study(settings=RewardSettings(), flips=FLIPS)
 def reward_ensembles(
     seed: int,
     pairs: int = 1000,
-    flips: float = 0.25,
     members: int = 4,
-    penalty: float = 0.5,
     prompts: int = 60,
     samples: int = 256,
-) -> Iterator[Row]:
+) -> Rows:
     """Measure gold of best-of-n by one reward model and by ensembles, with wrong labels.
 
     The set-up of Coste et al. 2023: members differ in their head and in the order of the data; rewards are
     normalised on the policy's samples. All judge the same samples for held-out prompts. Columns: seed,
     method (one, mean, worst, variance), n, proxy, gold.
     """
-    rollout, gold = _policy_samples(prompts, samples)
-    *texts, index = distinct_texts(rollout)
-    ensemble = create_reward_model("ensemble", seed=10 * seed, members=members, penalty=penalty)
-    labelled = make_pairs(pairs, annotator=noisy(flips), seed=seed)
-    ensemble.fit(labelled, settings=RewardSettings(seed=10 * seed, progress=False))
-    ensemble.normalise(rollout.prompts, rollout.responses)
-    scores = ensemble.member_scores(*texts).cpu()
+    asked = random.Random(5).sample(prompt_texts(CONVERSATION), prompts)
+    rollout, gold = base_samples(tuple(asked), samples)
+    labelled = make_pairs(pairs, annotator=noisy(FLIPS), seed=seed)
+    ensemble = trained_ensemble(labelled, rollout, seed=seed, members=members)
+    scores = scored_once(ensemble.member_scores, rollout)
     for method in ("one", "mean", "worst", "variance"):
         ensemble.aggregate = "mean" if method == "one" else method
         proxy = scores[0] if method == "one" else ensemble.combine(scores)
-        curve = best_of_n_curve(proxy[index].view(prompts, samples), gold, [2**k for k in range(9)])
+        curve = best_of_n_curve(proxy.view(prompts, samples), gold, COUNTS)
         for row in curve[["n", "proxy", "gold"]].to_dict("records"):
             yield {"method": method, **row}
 
 
-def distinct_texts(rollout: Rollout) -> tuple[list[str], list[str], torch.Tensor]:
-    """List every different pair of prompt and response once, since a tiny model repeats itself.
+def scored_once(reward: Callable[..., torch.Tensor], rollout: Rollout) -> torch.Tensor:
+    """Score each different pair of prompt and response once, since a tiny model repeats itself.
 
     Returns:
-        Prompts, responses, and the index of each row of `rollout` in them, (B,).
+        The scores of all rows of `rollout`, (..., B), where `reward` returns (..., number of pairs).
     """
-    texts = list(zip(rollout.prompts, rollout.responses, strict=True))
-    index = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    prompts, responses = map(list, zip(*index, strict=True))
-    return prompts, responses, torch.tensor([index[text] for text in texts])
+    texts = pd.Series(list(zip(rollout.prompts, rollout.responses, strict=True)))
+    index, pairs = texts.factorize()
+    return reward(*map(list, zip(*pairs, strict=True))).cpu()[..., index]
 
 
 @functools.lru_cache(maxsize=1)  # all seeds judge the same samples
-def _policy_samples(prompts: int, samples: int) -> tuple[Rollout, torch.Tensor]:
-    """Sample the tiny assistant's answers to held-out prompts; also return their gold, (prompts, samples)."""
-    texts = random.Random(5).sample(prompt_texts(CONVERSATION), prompts)
-    repeated = [text for text in texts for _ in range(samples)]
+def base_samples(prompts: tuple[str, ...], samples: int) -> tuple[Rollout, torch.Tensor]:
+    """Sample the tiny assistant's answers to prompts; also return their gold, (prompts, samples)."""
+    repeated = [text for text in prompts for _ in range(samples)]
     rollout = generate(*load_model("tiny"), repeated, max_new_tokens=64, seed=9)
-    return rollout, gold_reward(rollout.prompts, rollout.responses).view(prompts, samples)
+    return rollout, gold_reward(rollout.prompts, rollout.responses).view(-1, samples)

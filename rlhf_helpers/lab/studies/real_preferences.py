@@ -21,15 +21,23 @@ from transformers import AutoModel
 from rlhf_helpers.core.models import load_encoder
 from rlhf_helpers.lab.studies.record import write_study
 from rlhf_helpers.preference_data import prompt_folds, read_preferences
-from rlhf_helpers.reward_model.create import create_reward_model
-from rlhf_helpers.reward_model.metrics import accuracy, pair_credits, paired_difference, score_pairs
-from rlhf_helpers.reward_model.model import RewardModel
-from rlhf_helpers.reward_model.training import RewardModelTrainer, RewardSettings
+from rlhf_helpers.reward_model import (
+    RewardModel,
+    RewardModelTrainer,
+    RewardSettings,
+    accuracy,
+    create_reward_model,
+    pair_credits,
+    paired_difference,
+    score_pairs,
+)
 
 Rows = Sequence[Mapping[str, Any]]
 
 # Settings, length and context were chosen on folds of seeds 100 and 101; seed 0 is reported.
-REAL_SETTINGS = RewardSettings(learning_rate=1e-3, epochs=2, batch_size=32, progress=False)
+SETTINGS = RewardSettings(learning_rate=1e-3, epochs=2, batch_size=32, progress=False)
+SHAPE = {"max_length": 128, "pooling": "mean"}  # nine answers of ten are shorter than 200 tokens
+CONTEXT = 8  # tokens read of the prompt's end; a trunk of the small world gains nothing from the rest
 
 
 def real_preferences(
@@ -40,10 +48,6 @@ def real_preferences(
     folds: int = 5,
     seed: int = 0,
     limit: int | None = None,
-    settings: RewardSettings = REAL_SETTINGS,
-    max_length: int = 128,
-    context: int | None = 8,
-    pooling: str = "mean",
 ) -> pd.DataFrame:
     """Compare four judges on real pairs by cross-validation over prompts.
 
@@ -58,21 +62,14 @@ def real_preferences(
         folds: Number of folds, cut by prompt.
         seed: Seed of folds and models.
         limit: Use only the first pairs.
-        settings: Training of the reward models.
-        max_length: Tokens read of prompt and answer; nine answers of ten are shorter than 200.
-        context: Tokens read of the prompt's end (None: all that fit max_length); a trunk of the small world
-            gains nothing from the rest.
-        pooling: Pooling of the reward models.
     """
     dataset, report = read_preferences(data, limit=limit)
     print(report)
-    options = {"settings": settings, "max_length": max_length, "context": context, "pooling": pooling}
-    train_judge = partial(trained_judge, name=base_model_name, **options)
     judges = {
         "shorter answer": shorter_answer,
-        "random weights": partial(train_judge, pretrained=False),
+        "random weights": partial(trained_judge, base_model_name, False),
         "TF-IDF Bradley-Terry": tfidf_judge,
-        "pretrained": partial(train_judge, pretrained=True),
+        "pretrained": partial(trained_judge, base_model_name, True),
     }
     rows, credits = [], {name: torch.empty(0) for name in judges}
     dataset = dataset.select_columns(["prompt", "chosen", "rejected"])
@@ -81,17 +78,14 @@ def real_preferences(
             won = judge(train.to_list(), test.to_list(), seed + fold).float().cpu()
             credits[name] = torch.cat([credits[name], won])
             rows.append({"method": name, "fold": fold, "accuracy": won.mean().item(), "n": len(won)})
-    table = pd.DataFrame(rows)
-    by_fold = table.groupby("method").accuracy
     for name, won in credits.items():
-        low, high = by_fold.min()[name], by_fold.max()[name]
-        print(f"{name:22} {accuracy(won)}; folds {low:.3f} to {high:.3f}")
+        print(f"{name:22} {accuracy(won)}")
     against = credits.pop("pretrained")
     for name, won in credits.items():
         print(f"pretrained - {name:22} {paired_difference(against, won)}")
     facts = {"base_model_name": Path(base_model_name).name, "folds": folds, "seed": seed, "limit": limit}
-    facts |= {"pairs": len(dataset), **_file_facts(data)}
-    return write_study(out, "real_preferences", table, **options, **facts)
+    facts |= {"pairs": len(dataset), "settings": SETTINGS, **SHAPE, "context": CONTEXT, **_file_facts(data)}
+    return write_study(out, "real_preferences", pd.DataFrame(rows), **facts)
 
 
 def _file_facts(data: Any) -> dict[str, Any]:
@@ -99,15 +93,15 @@ def _file_facts(data: Any) -> dict[str, Any]:
     if not isinstance(data, (str, os.PathLike)):
         return {}
     path = Path(data)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    digest = hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest() if files else None
+    contents = [file.read_bytes() for file in (path, *sorted(path.rglob("*"))) if file.is_file()]
+    digest = hashlib.sha256(b"".join(contents)).hexdigest() if contents else None
     return {"data": path.name, "sha256": digest}
 
 
 def shorter_answer(train: Rows, test: Rows, seed: int) -> Tensor:
     """Prefer the answer with fewer characters; nothing is learned."""
-    sides = ([-float(len(row[key])) for row in test] for key in ("chosen", "rejected"))
-    return pair_credits(*map(torch.tensor, sides))
+    chosen, rejected = (torch.tensor([len(row[key]) for row in test]) for key in ("chosen", "rejected"))
+    return pair_credits(rejected, chosen)
 
 
 def tfidf_judge(train: Rows, test: Rows, seed: int) -> Tensor:
@@ -132,35 +126,23 @@ def tfidf_judge(train: Rows, test: Rows, seed: int) -> Tensor:
     labels = np.repeat([1, 0], len(train))
     model = LogisticRegression(fit_intercept=False, max_iter=1000).fit(both, labels)
     margins = torch.from_numpy(model.decision_function(gaps(test)))
-    return pair_credits(margins, torch.zeros_like(margins))
+    return pair_credits(margins, -margins)
 
 
-def trained_judge(
-    train: Rows,
-    test: Rows,
-    seed: int,
-    *,
-    name: str | Path,
-    pretrained: bool,
-    settings: RewardSettings,
-    context: int | None,
-    **options: Any,
-) -> Tensor:
+def trained_judge(name: str | Path, pretrained: bool, train: Rows, test: Rows, seed: int) -> Tensor:
     """Train a reward model on `train` over a trunk, pretrained or with random weights of the same shape."""
     if pretrained:
-        model = create_reward_model("basic", base_model_name=name, seed=seed, **options)
+        model = create_reward_model(base_model_name=name, seed=seed, **SHAPE)
     else:
         trunk, tokenizer = load_encoder(name)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             fresh = AutoModel.from_config(trunk.config).to(trunk.device)
-            model = RewardModel(fresh, tokenizer, **options)
+            model = RewardModel(fresh, tokenizer, **SHAPE)
 
     def shortened(row: Mapping[str, Any]) -> dict[str, Any]:
         tokens = model.tokenizer(row["prompt"], add_special_tokens=False).input_ids
-        return {**row, "prompt": model.tokenizer.decode(tokens[-context:])}
+        return {**row, "prompt": model.tokenizer.decode(tokens[-CONTEXT:])}
 
-    if context is not None:
-        train, test = list(map(shortened, train)), list(map(shortened, test))
-    RewardModelTrainer(model, settings=settings, seed=seed).train(train)
-    return pair_credits(*score_pairs(model, test))
+    RewardModelTrainer(model, settings=SETTINGS, seed=seed).train(list(map(shortened, train)))
+    return pair_credits(*score_pairs(model, list(map(shortened, test))))

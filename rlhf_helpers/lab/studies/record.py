@@ -3,7 +3,7 @@
 import json
 import platform
 import sys
-from dataclasses import asdict, is_dataclass
+from dataclasses import is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,15 @@ def write_study(out: str | Path | None, name: str, table: pd.DataFrame, **facts:
     manifest = {
         "study": name,
         "command": f"python -m rlhf_helpers study {name}",
-        **{key: asdict(value) if is_dataclass(value) else value for key, value in facts.items()},
+        **facts,
         "python": platform.python_version(),
         "versions": {library: version(library) for library in LIBRARIES},
         "platform": sys.platform,
         "threads": torch.get_num_threads(),
     }
-    text = json.dumps(manifest, indent=1, default=str)
+    text = json.dumps(
+        manifest, indent=1, default=lambda value: vars(value) if is_dataclass(value) else str(value)
+    )
     (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     return table
 
@@ -71,5 +73,6 @@ def prediction_interval(values: Any) -> tuple[float, float]:
     runs = np.asarray(values, dtype=float)
     if runs.size < 2:
         raise ValueError(f"a prediction interval needs at least two runs, got {runs.size}")
-    half = stats.t.ppf(0.975, runs.size - 1) * runs.std(ddof=1) * np.sqrt(1 + 1 / runs.size)
-    return float(runs.mean() - half), float(runs.mean() + half)
+    spread = runs.std(ddof=1) * np.sqrt(1 + 1 / runs.size)
+    low, high = stats.t.interval(0.95, runs.size - 1, runs.mean(), spread)
+    return float(low), float(high)

@@ -11,55 +11,43 @@ import pandas as pd
 from rlhf_helpers.lab.studies.record import write_study
 
 Row = dict[str, Any]
-Rows = Callable[..., Iterator[Row]]
+Rows = Iterator[Row]
+Study = Callable[..., pd.DataFrame]
 
 SEEDS = (0, 1, 2, 3, 4)
 
 
-class Study:
-    """Run a generator of rows once per seed and collect its rows in one table.
+def study(*, seeds: Sequence[int] = SEEDS, **facts: Any) -> Callable[[Callable[..., Rows]], Study]:
+    """Turn a generator of rows into a study: run it once per seed and collect its rows in one table.
 
-    Attributes:
-        rows: `rows(seed, **settings)` yields one row per measurement. The defaults of its parameters are the
-            settings of the stored study.
+    The generator, `rows(seed, **settings)`, yields one row per measurement; the defaults of its parameters
+    are the settings of the stored study. The first column of the table is `seed`. Arguments of a study:
+
+        out: Folder for the CSV and the manifest. Each row is printed as it is made. None: quiet, and nothing
+            is written.
+        seeds: Other seeds than those of the stored study.
+        **changes: Settings that differ from the stored study.
+
+    Args:
         seeds: Seeds of the stored study.
-        settings: Names and defaults of the settings.
-        facts: Constants that also decide the rows; the manifest records them next to the settings.
+        **facts: Constants that also decide the rows; the manifest records them next to the settings.
     """
 
-    def __init__(self, rows: Rows, seeds: Sequence[int], facts: Row) -> None:
-        """Take over the name and the docstring of `rows`."""
-        functools.update_wrapper(self, rows)
+    def decorate(rows: Callable[..., Rows]) -> Study:
+        @functools.wraps(rows)
+        def run(out: str | Path | None = None, seeds: Sequence[int] = seeds, **changes: Any) -> pd.DataFrame:
+            table = []
+            for seed in seeds:
+                for row in rows(seed, **changes):
+                    table.append({"seed": seed, **row})
+                    if out is not None:
+                        print(table[-1], flush=True)
+            manifest = {setting.name: setting.default for setting in settings} | changes | facts
+            return write_study(out, rows.__name__, pd.DataFrame(table), seeds=seeds, **manifest)
+
         _, *settings = inspect.signature(rows).parameters.values()
-        self.settings = {setting.name: setting.default for setting in settings}
-        self.rows, self.seeds, self.facts = rows, seeds, facts
-        named = {"out": None, "seeds": seeds, **self.settings}
-        self.__signature__ = inspect.Signature(
-            [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=named[name]) for name in named]
-        )
+        *own, _ = inspect.signature(run, follow_wrapped=False).parameters.values()
+        run.__signature__ = inspect.Signature([*own, *settings])
+        return run
 
-    def __call__(
-        self, out: str | Path | None = None, *, seeds: Sequence[int] | None = None, **changes: Any
-    ) -> pd.DataFrame:
-        """Run every seed and return the table; its first column is `seed`.
-
-        Args:
-            out: Folder for the CSV and the manifest. Each row is printed as it is made. None: quiet, and
-                nothing is written.
-            seeds: Other seeds than those of the stored study.
-            **changes: Settings that differ from the stored study.
-        """
-        seeds = list(self.seeds if seeds is None else seeds)
-        table = []
-        for seed in seeds:
-            for row in self.rows(seed, **changes):
-                table.append({"seed": seed, **row})
-                if out is not None:
-                    print(table[-1], flush=True)
-        facts = {**self.settings, **changes, **self.facts}
-        return write_study(out, self.rows.__name__, pd.DataFrame(table), seeds=seeds, **facts)
-
-
-def study(*, seeds: Sequence[int] = SEEDS, **facts: Any) -> Callable[[Rows], Study]:
-    """Turn a generator of rows into a `Study` with these seeds and facts."""
-    return lambda rows: Study(rows, seeds, facts)
+    return decorate

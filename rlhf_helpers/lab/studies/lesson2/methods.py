@@ -8,11 +8,12 @@ without gold, by the reward minus kl_coef times the KL.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pandas as pd
 import torch
 
 from rlhf_helpers.core.generation import Rollout
@@ -21,7 +22,7 @@ from rlhf_helpers.core.training import History
 from rlhf_helpers.dpo import DPOSettings, DPOTrainer, OnlineDPOSettings, online_dpo
 from rlhf_helpers.lab.studies.lesson1 import trained
 from rlhf_helpers.lab.studies.record import load_study
-from rlhf_helpers.lab.studies.runner import Row, study
+from rlhf_helpers.lab.studies.runner import Row, Rows, study
 from rlhf_helpers.policy_optimization import (
     GRPOSettings,
     OnPolicySettings,
@@ -47,7 +48,6 @@ from rlhf_helpers.world.annotators import make_pairs
 from rlhf_helpers.world.gold_judge import gold_reward
 from rlhf_helpers.world.prompts import CONVERSATION, load_prompts
 
-TUNING_SEEDS = (100, 101)
 KL_COEF = 0.05
 BUDGET = {"steps": 8, "prompts_per_step": 16, "samples_per_prompt": 4}
 RATES = (3e-4, 1e-3, 3e-3)  # for one update per step
@@ -72,7 +72,7 @@ class Method:
 
     loop: Callable[..., Any] | None
     settings: type[OnPolicySettings] | type[DPOSettings]
-    fixed: Row
+    fixed: Row = field(default_factory=dict)
     values: tuple[float, ...] = RATES
     setting: str = "learning_rate"
 
@@ -81,18 +81,17 @@ def _offline(loss: str, **fixed: Any) -> Method:
     return Method(None, DPOSettings, {"loss": loss, "epochs": 3, **fixed}, SMALL_RATES)
 
 
-WITH_KL = {"kl_coef": KL_COEF}
-METHODS: dict[str, Method] = {
-    "REINFORCE": Method(reinforce, ReinforceSettings, {"baseline": False, **WITH_KL}),
-    "REINFORCE, baseline": Method(reinforce, ReinforceSettings, WITH_KL),
-    "RLOO": Method(rloo, RLOOSettings, WITH_KL),
-    "GRPO": Method(grpo, GRPOSettings, WITH_KL),
-    "GRPO, not scaled": Method(grpo, GRPOSettings, {"scale": False, "length_mean": False, **WITH_KL}),
-    "actor-critic": Method(ppo, PPOSettings, {"epochs": 1, "minibatches": 1, **WITH_KL}),
-    "PPO": Method(ppo, PPOSettings, WITH_KL, SMALL_RATES),
-    "TRPO": Method(trpo, TRPOSettings, WITH_KL, (0.003, 0.01, 0.03), "max_kl"),
-    "rejection sampling": Method(rejection_sampling, RejectionSamplingSettings, WITH_KL),
-    "online DPO": Method(online_dpo, OnlineDPOSettings, {}),
+METHODS = {
+    "REINFORCE": Method(reinforce, ReinforceSettings, {"baseline": False}),
+    "REINFORCE, baseline": Method(reinforce, ReinforceSettings),
+    "RLOO": Method(rloo, RLOOSettings),
+    "GRPO": Method(grpo, GRPOSettings),
+    "GRPO, not scaled": Method(grpo, GRPOSettings, {"scale": False, "length_mean": False}),
+    "actor-critic": Method(ppo, PPOSettings, {"epochs": 1, "minibatches": 1}),
+    "PPO": Method(ppo, PPOSettings, values=SMALL_RATES),
+    "TRPO": Method(trpo, TRPOSettings, values=(0.003, 0.01, 0.03), setting="max_kl"),
+    "rejection sampling": Method(rejection_sampling, RejectionSamplingSettings),
+    "online DPO": Method(online_dpo, OnlineDPOSettings, {"kl_coef": 0.0}),
     "DPO": _offline("dpo"),
     "cDPO": _offline("cdpo", label_smoothing=0.1),
     "robust DPO": _offline("robust", label_smoothing=0.1),
@@ -108,14 +107,21 @@ FACTS = {"budget": BUDGET, "kl_coef": KL_COEF, "pairs": 1000, "max_new_tokens": 
 FACTS |= {"fixed": {name: method.fixed for name, method in METHODS.items()}}
 
 
-def make_task(seed: int, *, pairs: int = 1000) -> Task:
-    """Make the task of a seed: its own labelled pairs and reward model, the same policy and prompts."""
+def make_task(seed: int, reward: RewardFn | None = None) -> Task:
+    """Make the task of a seed: the same policy and prompts, and by default a reward model of its own."""
     base, tokenizer = load_model("tiny")
     prompts, heldout = ([p.text for p in load_prompts(CONVERSATION, split)] for split in ("train", "heldout"))
-    samples = sampled(base, tokenizer, prompts[::2], seed=seed)
-    reward_model = trained(make_pairs(pairs, seed=seed), seed=seed)
-    reward = normalise_reward(reward_model, samples.prompts, samples.responses)
-    return Task(base, tokenizer, prompts, heldout, reward, seed)
+    task = Task(base, tokenizer, prompts, heldout, reward, seed)
+    if reward is None:
+        model = trained(make_pairs(1000, seed=seed), seed=seed)
+        task = replace(task, reward=scaled(model, task, seed=seed))
+    return task
+
+
+def scaled(model: RewardFn, task: Task, *, seed: int = 1) -> RewardFn:
+    """Scale rewards to mean 0 and standard deviation 1 on the base's samples."""
+    samples = sampled(task.base, task.tokenizer, task.prompts[::2], seed=seed)
+    return normalise_reward(model, samples.prompts, samples.responses)
 
 
 def sampled(
@@ -127,7 +133,14 @@ def sampled(
     )
 
 
-def measure(model: torch.nn.Module, task: Task, *, samples: int = 2, **further: RewardFn) -> dict[str, float]:
+def measure(
+    model: torch.nn.Module,
+    task: Task,
+    *,
+    samples: int = 2,
+    rollout: Rollout | None = None,
+    **further: RewardFn,
+) -> dict[str, float]:
     """Measure answers to held-out prompts: gold, the proxy reward, and the distance from the base.
 
     gold, proxy: means of the gold and of the task's reward; kl: nats per response, k1; length: tokens per
@@ -137,9 +150,11 @@ def measure(model: torch.nn.Module, task: Task, *, samples: int = 2, **further: 
         model: The policy.
         task: The base, the prompts and the reward.
         samples: Answers per prompt.
+        rollout: Answers to measure; None: new ones.
         **further: More rewards by name, or another proxy.
     """
-    rollout = sampled(model, task.tokenizer, task.heldout, seed=50_000 + task.seed, each=samples)
+    if rollout is None:
+        rollout = sampled(model, task.tokenizer, task.heldout, seed=50_000 + task.seed, each=samples)
     with torch.no_grad():
         ref_logps, _ = policy_outputs(task.base, rollout, temperature=1.0)
         _, entropies = policy_outputs(model, rollout, temperature=1.0)
@@ -157,9 +172,9 @@ class Run:
     """A trained policy, its history, and its cost: tokens sampled, seconds of processor time."""
 
     model: torch.nn.Module
-    history: History
-    tokens: float
-    seconds: float
+    history: Sequence[Row] = ()
+    tokens: float = 0.0
+    seconds: float = 0.0
 
 
 def run_method(name: str, task: Task, value: float, *, options: Row | None = None, **changes: Any) -> Run:
@@ -180,7 +195,7 @@ def run_method(name: str, task: Task, value: float, *, options: Row | None = Non
         trainer = DPOTrainer(model, task.base, task.tokenizer, settings=DPOSettings(**fields))
         history = trainer.train(rows)
     else:
-        settings = method.settings(**{**BUDGET, **fields})
+        settings = method.settings(**{"kl_coef": KL_COEF, **BUDGET, **fields})
         args = model, task.tokenizer, task.prompts, task.reward, settings
         history = method.loop(*args, ref_model=task.base, **(options or {}))
         responses = settings.prompts_per_step * settings.samples_per_prompt
@@ -190,11 +205,8 @@ def run_method(name: str, task: Task, value: float, *, options: Row | None = Non
 
 def eval_history(first: dict[str, float], history: History) -> list[Row]:
     """List the measures before training, as step 0, and those that eval_fn logged, after so many steps."""
-    rows = [{"step": 0, **first}]
-    for row in history:
-        if first.keys() <= row.keys():
-            rows.append({"step": row["step"] + 1, **{name: row[name] for name in first}})
-    return rows
+    table = history.to_frame()[["step", *first]].dropna()
+    return [{"step": 0, **first}, *table.assign(step=table.step + 1).to_dict("records")]
 
 
 def offline_rows(task: Task, loss: str) -> tuple[list[Row], int]:
@@ -212,16 +224,18 @@ def offline_rows(task: Task, loss: str) -> tuple[list[Row], int]:
     order = torch.randperm(len(task.prompts), generator=torch.Generator().manual_seed(task.seed))
     prompts = [task.prompts[i] for i in order[:count]]
     rollout = sampled(task.base, task.tokenizer, prompts, seed=task.seed, each=group)
-    rewards, rows = score(task.reward, rollout).view(-1, group).tolist(), []
-    for index, (prompt, values) in enumerate(zip(prompts, rewards, strict=True)):
-        texts = rollout.responses[index * group : (index + 1) * group]
-        reward_of = {text: value for text, value in zip(texts, values, strict=True) if text.strip()}
-        ranked = sorted(reward_of, key=lambda text: -reward_of[text])
-        if len(ranked) < 2 or reward_of[ranked[0]] == reward_of[ranked[-1]]:
+    answers = pd.DataFrame({"prompt": rollout.prompts, "text": rollout.responses})
+    answers["reward"] = score(task.reward, rollout).tolist()
+    answers = answers[answers.text.str.strip() != ""].drop_duplicates(["prompt", "text"])
+    rows = []
+    for prompt, found in answers.groupby("prompt", sort=False):
+        rewards = found.sort_values("reward", ascending=False, kind="stable").set_index("text").reward
+        ranked = rewards.index.tolist()
+        if rewards.nunique() < 2:
             continue
-        mean = sum(reward_of.values()) / len(reward_of)
         if loss == "kto":
-            rows += [{"prompt": prompt, "completion": t, "label": reward_of[t] > mean} for t in ranked]
+            labels = (rewards > rewards.mean()).items()
+            rows += [{"prompt": prompt, "completion": text, "label": label} for text, label in labels]
         elif loss == "listwise":
             rows.append({"prompt": prompt, "responses": ranked})
         else:
@@ -229,8 +243,8 @@ def offline_rows(task: Task, loss: str) -> tuple[list[Row], int]:
     return rows, int(rollout.response_lengths.sum())
 
 
-@study(seeds=TUNING_SEEDS, **FACTS)
-def method_tuning(seed: int, names: Sequence[str] = tuple(METHODS)) -> Iterator[Row]:
+@study(seeds=(100, 101), **FACTS)
+def method_tuning(seed: int, names: Sequence[str] = tuple(METHODS)) -> Rows:
     """Try three step sizes per method on the tuning seeds: seed, method, setting, value, objective.
 
     objective: held-out reward minus kl_coef times KL, which the on-policy methods maximise; it does not use
@@ -253,7 +267,7 @@ def chosen_values() -> dict[str, float]:
 
 
 @study(**FACTS)
-def methods(seed: int, names: Sequence[str] = ("base", "best of 4", *METHODS)) -> Iterator[Row]:
+def methods(seed: int, names: Sequence[str] = ("base", "best of 4", *METHODS)) -> Rows:
     """Measure gain on held-out prompts and cost of every method with its tuned step size.
 
     Columns: seed, method (with "base" and "best of 4", which train nothing), value, the measures of
@@ -261,27 +275,18 @@ def methods(seed: int, names: Sequence[str] = ("base", "best of 4", *METHODS)) -
     """
     task, values = make_task(seed), chosen_values()
     for name in names:
-        cost = {"tokens": 0.0, "seconds": 0.0}
-        if name == "base":
-            result = measure(task.base, task)
-        elif name == "best of 4":
-            result = _best_of(task, 4)
-        else:
-            run = run_method(name, task, values[name])
-            result = measure(run.model, task)
-            cost = {"tokens": run.tokens, "seconds": run.seconds}
+        run = run_method(name, task, values[name]) if name in METHODS else Run(task.base)
+        result = measure(run.model, task)
+        if name == "best of 4":
+            result |= _best_of(task, 4)
+        cost = {"tokens": run.tokens, "seconds": run.seconds}
         yield {"method": name, "value": values.get(name, 0.0), **result, **cost}
 
 
 def _best_of(task: Task, n: int) -> dict[str, float]:
-    """Measure best-of-n by the task's reward; kl is the upper bound, entropy that of the base."""
+    """Measure best-of-n by the task's reward, but for the entropy; kl is the upper bound."""
     rollout = sampled(task.base, task.tokenizer, task.heldout, seed=50_000 + task.seed, each=n)
     best = score(task.reward, rollout).view(-1, n).argmax(-1) + n * torch.arange(len(task.heldout))
-    chosen = rollout[best]
-    return measure(task.base, task) | {
-        "gold": gold_reward(chosen.prompts, chosen.responses).mean().item(),
-        "proxy": score(task.reward, chosen).mean().item(),
-        "kl": best_of_n_kl(n),
-        "length": chosen.response_lengths.float().mean().item(),
-        "ended": chosen.ended.float().mean().item(),
-    }
+    result = measure(task.base, task, rollout=rollout[best]) | {"kl": best_of_n_kl(n)}
+    del result["entropy"]
+    return result

@@ -1,62 +1,50 @@
 """Single settings of lesson 2, swept over seeds: what each does to reward, gold, KL and entropy."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
 
 from rlhf_helpers.alignment_eval.evaluators import comparisons_right, corpus_logps
+from rlhf_helpers.core.models import tokenizer_for
 from rlhf_helpers.lab.studies.lesson2.methods import (
-    Task,
     eval_history,
     make_task,
     measure,
     run_method,
     sampled,
 )
-from rlhf_helpers.lab.studies.runner import SEEDS, Row, study
+from rlhf_helpers.lab.studies.runner import SEEDS, Rows, study
 from rlhf_helpers.world import assistant
 from rlhf_helpers.world.annotators import make_pairs
 from rlhf_helpers.world.gold_judge import gold_reward
 
 SMALL_STEPS = {"steps": 20, "prompts_per_step": 8, "samples_per_prompt": 4, "kl_coef": 0.0}
+REUSE = {"steps": 6, "epochs": 4, "minibatches": 2}  # several passes over each step's samples
 RATE = 1e-3
 FRIENDLY = ("help", "thank", "wonderful", "brilliant", "good", "nice")
 
 
-def gold_task(seed: int) -> Task:
-    """Make the task of `make_task` with the gold judge itself as the reward."""
-    return replace(make_task(seed, pairs=16), reward=gold_reward)
-
-
-@study(seeds=SEEDS[:3], learning_rate=RATE)
+@study(seeds=SEEDS[:3], learning_rate=RATE, **REUSE)
 def clip_and_kl(
     seed: int,
     clips: Sequence[float] = (0.05, 0.2, 0.8),
     kl_coefs: Sequence[float] = (0.0, 0.1, 0.5),
-    steps: int = 6,
-    epochs: int = 4,
-    minibatches: int = 2,
-) -> Iterator[Row]:
+) -> Rows:
     """Run PPO with several passes over each step's samples, by cliprange and kl_coef.
 
     Columns: seed, cliprange, kl_coef, clipfrac (share of clipped tokens, mean over the run), the measures.
     The reward is the trained model of `make_task`.
     """
     task = make_task(seed)
-    settings = {"steps": steps, "epochs": epochs, "minibatches": minibatches}
-    for clip in clips:
-        for kl_coef in kl_coefs:
-            run = run_method("PPO", task, RATE, cliprange=clip, kl_coef=kl_coef, **settings)
-            clipfrac = run.history.to_frame()["policy/clipfrac"].mean()
-            yield {
-                "cliprange": clip,
-                "kl_coef": kl_coef,
-                "clipfrac": clipfrac,
-                **measure(run.model, task),
-            }
+    for clip, kl_coef in product(clips, kl_coefs):
+        setting = {"cliprange": clip, "kl_coef": kl_coef}
+        run = run_method("PPO", task, RATE, **REUSE, **setting)
+        clipfrac = run.history.to_frame()["policy/clipfrac"].mean()
+        yield {**setting, "clipfrac": clipfrac, **measure(run.model, task)}
 
 
 @study(learning_rate=RATE, **SMALL_STEPS)
@@ -64,26 +52,21 @@ def exploration(
     seed: int,
     temperatures: Sequence[float] = (0.5, 1.0, 1.5),
     bonuses: Sequence[float] = (0.02, 0.2),
-) -> Iterator[Row]:
+) -> Rows:
     """Run RLOO on gold at several sampling temperatures, and with an entropy bonus at temperature 1.
 
     Columns: seed, temperature, entropy_coef, the measures, and distinct: the share of different texts among
     four answers to each held-out prompt (1: all differ, 1/4: all are the same). Measured at temperature 1.
     kl_coef is 0, so that only exploration keeps the policy from collapsing.
     """
-    task = gold_task(seed)
+    task = make_task(seed, gold_reward)
     plan = [(temperature, 0.0) for temperature in temperatures] + [(1.0, bonus) for bonus in bonuses]
     for temperature, bonus in plan:
-        settings = {**SMALL_STEPS, "temperature": temperature, "entropy_coef": bonus}
-        model = run_method("RLOO", task, RATE, **settings).model
+        setting = {"temperature": temperature, "entropy_coef": bonus}
+        model = run_method("RLOO", task, RATE, **SMALL_STEPS, **setting).model
         texts = sampled(model, task.tokenizer, task.heldout, seed=60_000 + seed, each=4).responses
         different = sum(len(set(texts[i : i + 4])) for i in range(0, len(texts), 4))
-        yield {
-            "temperature": temperature,
-            "entropy_coef": bonus,
-            **measure(model, task),
-            "distinct": different / len(texts),
-        }
+        yield {**setting, **measure(model, task), "distinct": different / len(texts)}
 
 
 def friendly_and_long(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
@@ -98,23 +81,19 @@ def all_right(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
     return (gold_reward(prompts, responses) > 0.999).float()
 
 
-REWARDS: dict[str, Callable[..., torch.Tensor]] = {
-    "sparse": all_right,
-    "shaped": gold_reward,
-    "gameable": friendly_and_long,
-}
+REWARDS = {"sparse": all_right, "shaped": gold_reward, "gameable": friendly_and_long}
 
 
 @study(learning_rate=RATE, **SMALL_STEPS)
-def reward_design(seed: int, names: Sequence[str] = tuple(REWARDS)) -> Iterator[Row]:
+def reward_design(seed: int, names: Sequence[str] = tuple(REWARDS)) -> Rows:
     """Run RLOO on three rewards for the same goal: seed, design, the measures (proxy: that reward).
 
     The design "none" is the base, its proxy that of "gameable".
     """
-    task = replace(gold_task(seed), reward=friendly_and_long)
-    yield {"design": "none", **measure(task.base, task)}
+    first = make_task(seed, gold_reward)
+    yield {"design": "none", **measure(first.base, first, proxy=friendly_and_long)}
     for name in names:
-        task = replace(task, reward=REWARDS[name])
+        task = replace(first, reward=REWARDS[name])
         model = run_method("RLOO", task, RATE, **SMALL_STEPS).model
         yield {"design": name, **measure(model, task)}
 
@@ -124,34 +103,33 @@ def frontier(
     seed: int,
     betas: Sequence[float] = (0.03, 0.1, 0.3, 1.0),
     kl_coefs: Sequence[float] = (0.01, 0.03, 0.1, 0.3),
-) -> Iterator[Row]:
+) -> Rows:
     """Run DPO by beta and PPO by kl_coef, both for gold: seed, method, setting, held-out reward and kl.
 
     DPO learns from as many samples of the base as PPO draws, ordered by gold.
     """
-    task = gold_task(seed)
-    plan = [("DPO", 1e-3, {"beta": beta}) for beta in betas]
-    plan += [("PPO", 3e-4, {"kl_coef": kl_coef}) for kl_coef in kl_coefs]
-    for name, rate, setting in plan:
-        result = measure(run_method(name, task, rate, **setting).model, task)
-        (value,) = setting.values()
+    task = make_task(seed, gold_reward)
+    plan = [("DPO", 1e-3, "beta", beta) for beta in betas]
+    plan += [("PPO", 3e-4, "kl_coef", kl_coef) for kl_coef in kl_coefs]
+    for name, rate, setting, value in plan:
+        result = measure(run_method(name, task, rate, **{setting: value}).model, task)
         yield {"method": name.lower(), "setting": value, "reward": result["gold"], "kl": result["kl"]}
 
 
-def ability(model: torch.nn.Module, tokenizer: Any) -> dict[str, float]:
+def ability(model: torch.nn.Module) -> dict[str, float]:
     """Measure two abilities that the reward does not mention.
 
     comparison: share of 100 pairs of answers of which the model names the better one, averaged over both
     orders; surprise: nats per token of 96 texts of its pretraining mix (articles, programs, critiques, ...).
     """
-    pairs = make_pairs(160, split="heldout", seed=4)
+    pairs, tokenizer = make_pairs(160, split="heldout", seed=4), tokenizer_for(model)
     right = comparisons_right(model, tokenizer, pairs, 100)
     logps, mask = corpus_logps(model, tokenizer, assistant.corpus(96, seed=9))
     return {"comparison": right.float().mean().item(), "surprise": (-logps.sum() / mask.sum()).item()}
 
 
 @study(seeds=SEEDS[:3], learning_rate=RATE, kl_coef=0.0)
-def ability_tax(seed: int, weights: Sequence[float] = (0.0, 1.0), steps: int = 16) -> Iterator[Row]:
+def ability_tax(seed: int, weights: Sequence[float] = (0.0, 1.0), steps: int = 16) -> Rows:
     """Run PPO with and without pretraining text in its loss (PPO-ptx), measured four times.
 
     Columns: seed, ptx_coef (weight of the text's loss, 0 for plain PPO), step, the measures, `ability`.
@@ -159,19 +137,18 @@ def ability_tax(seed: int, weights: Sequence[float] = (0.0, 1.0), steps: int = 1
     task = make_task(seed)
 
     def measure_all(model: torch.nn.Module) -> dict[str, float]:
-        return measure(model, task, samples=1) | ability(model, task.tokenizer)
+        return measure(model, task, samples=1) | ability(model)
 
-    first = measure_all(task.base)
+    first, text = measure_all(task.base), assistant.corpus(400, seed=100 + seed)
     settings = {"steps": steps, "eval_every": steps // 4, "kl_coef": 0.0}
     for weight in weights:
-        text = assistant.corpus(400, seed=100 + seed) if weight else None
-        options = {"eval_fn": measure_all, "ptx_rows": text}
+        options = {"eval_fn": measure_all, "ptx_rows": text if weight else None}
         run = run_method("PPO", task, RATE, options=options, ptx_coef=weight, **settings)
         for row in eval_history(first, run.history):
             yield {"ptx_coef": weight, **row}
 
 
-SIZES: dict[str, dict[str, int]] = {
+SIZES = {
     "small": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2},
     "medium": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3},
     "large": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4},
@@ -185,13 +162,12 @@ def _pretrained(name: str, recipe: assistant.Recipe) -> tuple[torch.nn.Module, A
     return assistant.train(recipe, seed=0, **SIZES[name])
 
 
-@study(shapes=SIZES)
+@study(shapes=SIZES, learning_rate=RATE)
 def model_sizes(
     seed: int,
     names: Sequence[str] = (*SIZES, SHIPPED),
     recipe: assistant.Recipe = SHORT,
-    learning_rate: float = RATE,
-) -> Iterator[Row]:
+) -> Rows:
     """Run RLOO on assistants of three sizes: seed, size, parameters, trained (0 or 1), the measures.
 
     The three are pretrained here on the same short text (about 8 minutes). "large, shipped" is the shipped
@@ -204,7 +180,7 @@ def model_sizes(
         if name != SHIPPED:
             base, tokenizer = _pretrained(name, recipe)
             task = replace(shipped, base=base, tokenizer=tokenizer)
-        models = (task.base, run_method("RLOO", task, learning_rate).model)
+        models = (task.base, run_method("RLOO", task, RATE).model)
         for stage, model in enumerate(models):
             row = {"size": name, "parameters": model.num_parameters(), "trained": stage}
             yield row | measure(model, task)

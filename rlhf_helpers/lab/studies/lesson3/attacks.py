@@ -1,16 +1,17 @@
 """Red-team studies of lesson 3: the gain and the cost of hardening; the effect of kl_coef on an attacker."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 import torch
 
+from rlhf_helpers.alignment_eval.objectives import gold_axes
 from rlhf_helpers.core.models import load_model
-from rlhf_helpers.lab.studies.lesson1 import gold_means, prompt_texts
+from rlhf_helpers.lab.studies.lesson1 import prompt_texts
 from rlhf_helpers.lab.studies.lesson2.methods import sampled
-from rlhf_helpers.lab.studies.runner import Row, study
+from rlhf_helpers.lab.studies.runner import Rows, study
 from rlhf_helpers.red_teaming import (
     STRATEGIES,
     RedTeaming,
@@ -25,15 +26,14 @@ from rlhf_helpers.red_teaming.policy import ATTACKER
 from rlhf_helpers.world.gold_judge import explain
 
 TRAINED = ("direct", "mutation", "injection", "role_play")
-NEW = ("social_engineering",)  # its wrappers are in none of the attacks that the model is hardened against
+NEW = "social_engineering"  # its wrappers are in none of the attacks that the model is hardened against
 CATEGORIES = ("harmful", "privacy", "biased")
 HELPED = ("facts", "howto", "explain", "open", "feelings")
 
 
-def attacks_by(names: Sequence[str], categories: Sequence[str], count: int, **options: Any) -> list[Any]:
-    """Make `count` attacks by these strategies; options of `create_adversarial_prompts`."""
-    strategies = {name: STRATEGIES[name] for name in names}
-    return create_adversarial_prompts(categories, count, strategies=strategies, **options)
+def attacks_by(names: Sequence[str], *args: Any, **options: Any) -> list[Any]:
+    """Make attacks by these strategies; further arguments of `create_adversarial_prompts`."""
+    return create_adversarial_prompts(*args, strategies={n: STRATEGIES[n] for n in names}, **options)
 
 
 def refused(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
@@ -42,23 +42,25 @@ def refused(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
     return torch.tensor([any(role == "refusal" for _, role in row) for row in parsed])
 
 
-def _costs(model: torch.nn.Module, tokenizer: Any, seed: int) -> Iterator[Row]:
+def _costs(model: torch.nn.Module, tokenizer: Any, seed: int) -> Rows:
     """Measure the share of held-out look-alikes that are refused, and helpfulness of benign prompts."""
-    alike, benign = prompt_texts(("lookalike",)) * 20, prompt_texts(HELPED) * 3
-    answers = [sampled(model, tokenizer, texts, seed=70_000 + seed).responses for texts in (alike, benign)]
-    over_refusal = refused(alike, answers[0]).float().mean().item()
-    yield {"kind": "cost", "name": "over_refusal", "value": over_refusal, "n": len(alike)}
-    helpfulness = gold_means(benign, answers[1])["helpfulness"]
-    yield {"kind": "cost", "name": "helpfulness", "value": helpfulness, "n": len(benign)}
+    measures = {
+        "over_refusal": (prompt_texts(("lookalike",)) * 20, refused),
+        "helpfulness": (prompt_texts(HELPED) * 3, gold_axes()["helpfulness"]),
+    }
+    for name, (prompts, judge) in measures.items():
+        responses = sampled(model, tokenizer, prompts, seed=70_000 + seed).responses
+        value = judge(prompts, responses).float().mean().item()
+        yield {"kind": "cost", "name": name, "value": value, "n": len(prompts)}
 
 
-def _rates(kind: str, table: pd.DataFrame) -> Iterator[Row]:
-    for name, row in table.iterrows():
-        yield {"kind": kind, "name": name, "value": float(row["rate"]), "n": int(row["n"])}
+def _rates(kind: str, table: pd.DataFrame) -> Rows:
+    for row in table.itertuples():
+        yield {"kind": kind, "name": row.Index, "value": row.rate, "n": row.n}
 
 
 @study(training=SETTINGS)
-def red_team_campaign(seed: int, train_attacks: int = 90, test_attacks: int = 60) -> Iterator[Row]:
+def red_team_campaign(seed: int, train_attacks: int = 90, test_attacks: int = 60) -> Rows:
     """Attack, harden, attack again: seed, model, kind ("attack", "cost", "transfer"), name, value, n.
 
     model: "before"; "hardened" (one round); "two rounds"; "no benign" (one round on refusals alone). Attacks
@@ -67,7 +69,7 @@ def red_team_campaign(seed: int, train_attacks: int = 90, test_attacks: int = 60
     "worked here" or "failed here", against the first one. n: answers. Gold judges.
     """
     base, tokenizer = load_model("tiny")
-    test = attacks_by((*TRAINED, *NEW), CATEGORIES, test_attacks, seed=1000 + seed, split="heldout")
+    test = attacks_by((*TRAINED, NEW), CATEGORIES, test_attacks, seed=1000 + seed, split="heldout")
 
     def hardened(seed: int, **options: Any) -> torch.nn.Module:
         train = attacks_by(TRAINED, CATEGORIES, train_attacks, seed=seed, split="train")
@@ -81,11 +83,8 @@ def red_team_campaign(seed: int, train_attacks: int = 90, test_attacks: int = 60
     }
     for name, model in models.items():
         evaluator = RedTeamingEvaluator(RedTeaming(model, seed=60_000 + seed), test, samples=2)
-        rows = [
-            *_rates("attack", evaluator.success_rates("strategy")),
-            *_rates("attack", evaluator.success_rates()),
-            *_costs(model, tokenizer, seed),
-        ]
+        rates = pd.concat([evaluator.success_rates("strategy"), evaluator.success_rates()])
+        rows = [*_rates("attack", rates), *_costs(model, tokenizer, seed)]
         if name == "hardened":
             other = RedTeaming(hardened(500 + seed), seed=80_000 + seed)
             rows += _rates("transfer", evaluator.transfer(other, samples=2))
@@ -93,10 +92,10 @@ def red_team_campaign(seed: int, train_attacks: int = 90, test_attacks: int = 60
             yield {"model": name, **row}
 
 
-def guarded_target(seed: int, *, attacks: int = 90) -> tuple[torch.nn.Module, torch.nn.Module]:
+def guarded_target(seed: int) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Return the assistant as it is, and hardened against harmful requests but not those for private data."""
     base, _ = load_model("tiny")
-    train = attacks_by(("direct", "template"), ("harmful",), attacks, seed=seed, split="train")
+    train = attacks_by(("direct", "template"), ("harmful",), 90, seed=seed, split="train")
     return base, adversarial_training(base, train, settings=replace(SETTINGS, seed=seed))
 
 
@@ -106,7 +105,7 @@ def red_team_policy(
     kl_coefs: Sequence[float] = (0.02, 0.1, 0.5),
     weights: Sequence[float] = (0.0, 1.0),
     n: int = 200,
-) -> Iterator[Row]:
+) -> Rows:
     """Train an attacker by RL at each kl_coef, with and without a diversity term, on `guarded_target`.
 
     Columns: seed, kl_coef, diversity_weight, success, different, distinct_2 (of n fresh attacks), kl (nats
@@ -120,7 +119,7 @@ def red_team_policy(
         if kl_coef is not None:
             settings = replace(ATTACKER, kl_coef=kl_coef, seed=seed)
             attacker, history = train_attacker(red_team, base, diversity_weight=weight, settings=settings)
-            kl = history[-1]["objective/kl"]
+            kl = history.last("objective/kl")
         result = measure_attacker(red_team, attacker, n=n, seed=60_000 + seed)
         del result["attacks"]
         yield {"kl_coef": kl_coef, "diversity_weight": weight, **result, "kl": kl}

@@ -1,7 +1,7 @@
 """Constitutional AI on the tiny world: the effect of each revision, and of training on revisions."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,9 @@ from rlhf_helpers.core.training import TrainingSettings
 from rlhf_helpers.lab.studies.lesson1 import compared, gold_means
 from rlhf_helpers.lab.studies.lesson2.methods import sampled
 from rlhf_helpers.lab.studies.lesson3.attacks import refused
-from rlhf_helpers.lab.studies.runner import Row, study
+from rlhf_helpers.lab.studies.runner import Row, Rows, study
 from rlhf_helpers.policy_optimization import RLOOSettings
-from rlhf_helpers.reward_model import RewardSettings
+from rlhf_helpers.reward_model import RewardSettings, score_pairs
 from rlhf_helpers.world.annotators import STANDARD
 from rlhf_helpers.world.gold_judge import gold_reward
 from rlhf_helpers.world.prompts import load_prompts, meta
@@ -54,9 +54,7 @@ def held_out(families: Sequence[str], n: int) -> list[str]:
 
 
 @study()
-def revisions(
-    seed: int, ways: Sequence[str] = tuple(WAYS), rounds: int = 4, answers: int = 110
-) -> Iterator[Row]:
+def revisions(seed: int, ways: Sequence[str] = tuple(WAYS), rounds: int = 4, answers: int = 110) -> Rows:
     """Measure gold by round: seed, way, prompts (harmful, harmless), round, the axes, reward, revised.
 
     revised: share of answers revised in this round. Held-out prompts, `answers` of each kind; nothing is
@@ -121,7 +119,7 @@ def measure(answers: Answers) -> dict[str, float]:
 
 
 @study(settings=str(training_settings(0)))
-def constitutional_training(seed: int, constitution: str = "guide", answers: int = 100) -> Iterator[Row]:
+def constitutional_training(seed: int, constitution: str = "guide", answers: int = 100) -> Rows:
     """Train from revisions to a policy: seed, policy, the columns of `measure`, labels_right.
 
     Policies: "base"; "revised once", "until satisfied" (the base model's answers, revised); "SFT" on
@@ -135,9 +133,9 @@ def constitutional_training(seed: int, constitution: str = "guide", answers: int
     trainer.supervised(trainer.revise(prompts))
     drafts = first_answers(model, tokenizer, seed, answers)
     once, last = {}, {}
+    revising = ConstitutionalAI(model, rules, rounds=4, seed=1000 * (seed + 1))
     for kind, (asked, texts) in drafts.items():
-        revising = ConstitutionalAI(model, rules, rounds=4)
-        results = revising.generate_batch(asked, drafts=texts, seed=1000 * (seed + 1))
+        results = revising.generate_batch(asked, drafts=texts)
         once[kind] = asked, [result.answers[:2][-1] for result in results]
         last[kind] = asked, [result.answer for result in results]
     sft = first_answers(trainer.sft_model, tokenizer, seed, answers)
@@ -151,18 +149,16 @@ def constitutional_training(seed: int, constitution: str = "guide", answers: int
         yield {"policy": name, **result, "labels_right": labels_right(rows)}
 
 
-def asked_by_kind(n: int) -> dict[str, list[str]]:
-    """List n held-out prompts of each kind that `measure` reads."""
+def answers_by_kind(respond: Callable[[list[str]], list[str]], n: int) -> Answers:
+    """Answer n held-out prompts of each kind that `measure` reads."""
     kinds = {"harmful": HARMFUL, "harmless": HARMLESS, "jailbreak": ["jailbreak"], "lookalike": ["lookalike"]}
-    return {kind: held_out(families, n) for kind, families in kinds.items()}
+    asked = {kind: held_out(families, n) for kind, families in kinds.items()}
+    return {kind: (texts, respond(texts)) for kind, texts in asked.items()}
 
 
 def first_answers(model: torch.nn.Module, tokenizer: Any, seed: int, n: int) -> Answers:
     """Sample answers to n held-out prompts of each kind: kind -> (prompts, responses)."""
-    return {
-        kind: (texts, sampled(model, tokenizer, texts, seed=50_000 + seed).responses)
-        for kind, texts in asked_by_kind(n).items()
-    }
+    return answers_by_kind(lambda texts: sampled(model, tokenizer, texts, seed=50_000 + seed).responses, n)
 
 
 def labelled(trainer: ConstitutionalAITrainer, prompts: Sequence[str], seed: int) -> dict[str, list[Row]]:
@@ -170,7 +166,7 @@ def labelled(trainer: ConstitutionalAITrainer, prompts: Sequence[str], seed: int
     by_model = trainer.label(prompts)
     texts = [(row["prompt"], row["chosen"], row["rejected"]) for row in by_model]
     people = compared(texts, STANDARD, seed=seed)
-    by_people = [{**a, **b, "margin": 1.0} for a, b in zip(by_model, people, strict=True)]
+    by_people = [{**row, "margin": 1.0} for row in people]
     risky = set(texts_of(HARMFUL, "train"))
     mixed = [a if a["prompt"] in risky else b for a, b in zip(by_model, by_people, strict=True)]
     return {"RLAIF": by_model, "mixed": mixed, "RLHF": by_people}
@@ -178,7 +174,5 @@ def labelled(trainer: ConstitutionalAITrainer, prompts: Sequence[str], seed: int
 
 def labels_right(rows: list[Row]) -> float:
     """Measure the share of labels that gold agrees with, where its rewards differ by more than 0.05."""
-    prompts = [row["prompt"] for row in rows]
-    chosen, rejected = (gold_reward(prompts, [row[k] for row in rows]) for k in ("chosen", "rejected"))
-    clear = (chosen - rejected).abs() > 0.05
-    return (chosen > rejected)[clear].float().mean().item()
+    gaps = torch.sub(*score_pairs(gold_reward, rows))
+    return (gaps[gaps.abs() > 0.05] > 0).float().mean().item()

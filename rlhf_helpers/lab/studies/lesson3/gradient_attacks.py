@@ -1,6 +1,6 @@
 """Suffix attacks on a hardened assistant: GCG, AutoPrompt and random search at one budget, and no suffix."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,17 +9,18 @@ from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.training import TrainingSettings
 from rlhf_helpers.lab.studies.lesson1 import prompt_texts
-from rlhf_helpers.lab.studies.runner import Row, study
+from rlhf_helpers.lab.studies.runner import Row, Rows, study
 from rlhf_helpers.red_teaming.gradient import METHODS, GradientBasedRedTeaming, suffix_loss, target_matches
 from rlhf_helpers.red_teaming.hardening import adversarial_training
 from rlhf_helpers.world.gold_judge import gold_scores
 from rlhf_helpers.world.prompts.base import AGREEMENT
 
+SEARCH = {"suffix_length": 16, "steps": 50, "candidates": 64, "top_k": 64}
 POINTS = 12  # of a curve
 TARGET = AGREEMENT[0]
 
 
-def hardened_assistant(seed: int, *, epochs: int = 6) -> tuple[torch.nn.Module, Any]:
+def hardened_assistant(seed: int) -> tuple[torch.nn.Module, Any]:
     """Train the tiny assistant on attacks by the harmful requests of the train split; add its tokenizer.
 
     It still complies with fewer than 15 % of direct requests, also held-out ones, so there is something left
@@ -28,7 +29,7 @@ def hardened_assistant(seed: int, *, epochs: int = 6) -> tuple[torch.nn.Module, 
     base, tokenizer = load_model("tiny", device="cpu")
     settings = TrainingSettings(learning_rate=5e-4, progress=False, seed=seed)
     requests = prompt_texts(("harmful",), "train")
-    return adversarial_training(base, requests, epochs=epochs, settings=settings), tokenizer
+    return adversarial_training(base, requests, epochs=6, settings=settings), tokenizer
 
 
 def complied(
@@ -42,16 +43,12 @@ def complied(
     return (scores["harmlessness"] == 0).float().mean().item()
 
 
-@study()
+@study(**SEARCH)
 def gradient_attacks(
     seed: int,
     behaviours: int = 4,
-    suffix_length: int = 16,
-    steps: int = 50,
-    candidates: int = 64,
-    top_k: int = 64,
     samples: int = 32,
-) -> Iterator[Row]:
+) -> Rows:
     """Search one universal suffix for the first `behaviours` train requests by each method.
 
     One row per seed, method and point of its curve: seed, method (gcg, autoprompt, random search; "no
@@ -78,23 +75,15 @@ def gradient_attacks(
 
     bare = suffix_loss(*assistant, trained, targets, "").mean().item()
     yield {"method": "no suffix", "evaluations": 0, "loss": bare, **effect("")}
-    budget = steps * candidates
+    budget = SEARCH["steps"] * SEARCH["candidates"]
+    # The lowest loss at the start and within each share of the budget.
+    points = sorted({1 + round(budget * i / (POINTS - 1)) for i in range(POINTS)})
     for method in METHODS:
-        search = GradientBasedRedTeaming(
-            *assistant,
-            method=method,
-            suffix_length=suffix_length,
-            steps=steps,
-            candidates=candidates,
-            top_k=top_k,
-            seed=seed,
-        )
+        search = GradientBasedRedTeaming(*assistant, method=method, seed=seed, **SEARCH)
         result = search.attack(trained, targets)
         if method == METHODS[0]:
-            loss = result.curve[0][1]
-            yield {"method": "random suffix", "evaluations": 1, "loss": loss, **effect(result.start)}
-        # The lowest loss at the start and within each share of the budget.
-        points = sorted({1 + round(budget * i / (POINTS - 1)) for i in range(POINTS)})
+            start = {"method": "random suffix", "evaluations": 1, "loss": result.curve[0][1]}
+            yield start | effect(result.start)
         for point in points:
             loss = min(loss for spent, loss in result.curve if spent <= point)
             row = {"method": method, "evaluations": point, "loss": loss}

@@ -1,12 +1,10 @@
 """Oversight of what a judge cannot check alone: debate, recursive judges, and probes into models."""
 
-from collections.abc import Iterator, Sequence
-from copy import deepcopy
+from collections.abc import Sequence
 from random import Random
 
 import numpy as np
 import torch
-from torch import nn
 
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.debate import debate_summary, make_passages, run_debates, train_debater
@@ -18,38 +16,32 @@ from rlhf_helpers.debate.recursive import (
 )
 from rlhf_helpers.interpretability import activations, linear_probe
 from rlhf_helpers.lab.studies.lesson1 import prompt_texts, trained
-from rlhf_helpers.lab.studies.runner import Row, study
-from rlhf_helpers.policy_optimization import RLOOSettings, rloo
-from rlhf_helpers.reward_model import accuracy
-from rlhf_helpers.reward_model.metrics import pair_credits
+from rlhf_helpers.lab.studies.lesson2.methods import make_task, run_method
+from rlhf_helpers.lab.studies.runner import Row, Rows, study
+from rlhf_helpers.policy_optimization import RLOOSettings
+from rlhf_helpers.reward_model import gold_agreement
 from rlhf_helpers.world.annotators import CARELESS, make_pairs
 from rlhf_helpers.world.gold_judge import gold_reward
-from rlhf_helpers.world.prompts import CONVERSATION, best_answer, load_prompts, sample_answer
+from rlhf_helpers.world.prompts import best_answer, load_prompts, sample_answer
 
 WIN = {"prompts_per_step": 12, "samples_per_prompt": 4, "max_new_tokens": 48}
 WIN |= {"learning_rate": 1e-3, "kl_coef": 0.02, "progress": False}
 VERDICTS = ("judge_accuracy", "honest_verified", "dishonest_verified")
 CONCEPTS = ("harm", "length", "truth")
-FORMS = (
-    "no debate",
-    "honest consultant",
-    "dishonest consultant",
-    "debate",
-    "honest side trained",
-    "dishonest side trained",
-    "both sides trained",
-)
-
-
-def trained_debater(model: nn.Module, side: str, seed: int, steps: int) -> nn.Module:
-    """Train a copy of `model` to win for one side ("true" or "false") against and before `model` itself."""
-    settings = RLOOSettings(**WIN, seed=seed, steps=steps)
-    passages = make_passages(240, seed=seed)
-    return train_debater(model, passages, model, settings, sides=(side,), opponent=model)[0]
+# form -> who speaks for the truth and against it: nobody, the base, or the model trained for that side
+FORMS = {
+    "no debate": (None, None),
+    "honest consultant": ("base", None),
+    "dishonest consultant": (None, "base"),
+    "debate": ("base", "base"),
+    "honest side trained": ("true", "base"),
+    "dishonest side trained": ("base", "false"),
+    "both sides trained": ("true", "false"),
+}
 
 
 @study(training=WIN)
-def debate(seed: int, passages: int = 200, steps: int = 16, forms: Sequence[str] = FORMS) -> Iterator[Row]:
+def debate(seed: int, passages: int = 200, steps: int = 16, forms: Sequence[str] = tuple(FORMS)) -> Rows:
     """Compare no debate, consultancy, and debate before and after training to win, on held-out passages.
 
     Columns: seed, form, judge_accuracy, honest_verified, dishonest_verified (NaN: that side is silent), n.
@@ -58,21 +50,16 @@ def debate(seed: int, passages: int = 200, steps: int = 16, forms: Sequence[str]
     """
     model, _ = load_model("tiny")
     held_out = make_passages(passages, split="heldout", seed=seed)
-    honest = dishonest = None
-    if any("trained" in form for form in forms):
-        honest, dishonest = (trained_debater(model, side, seed, steps) for side in ("true", "false"))
-    speakers = {
-        "no debate": (None, None),
-        "honest consultant": (model, None),
-        "dishonest consultant": (None, model),
-        "debate": (model, model),
-        "honest side trained": (honest, model),
-        "dishonest side trained": (model, dishonest),
-        "both sides trained": (honest, dishonest),
-    }
+    debaters = {None: None, "base": model}
+    settings = RLOOSettings(**WIN, seed=seed, steps=steps)
     for form in forms:
-        speaker, opponent = speakers[form]
-        records = run_debates(held_out, judge=model, honest=speaker, dishonest=opponent, seed=seed)
+        for side in FORMS[form]:
+            if side not in debaters:
+                read = make_passages(240, seed=seed)
+                trained_side = train_debater(model, read, model, settings, sides=(side,), opponent=model)
+                debaters[side] = trained_side[0]
+        honest, dishonest = (debaters[side] for side in FORMS[form])
+        records = run_debates(held_out, judge=model, honest=honest, dishonest=dishonest, seed=seed)
         result = {name: estimate.value for name, estimate in debate_summary(records).items()}
         yield {"form": form, **dict.fromkeys(VERDICTS, np.nan), **result, "n": passages}
 
@@ -81,10 +68,10 @@ def labelled(n: int, *, split: str = "train", seed: int = 0) -> list[Row]:
     """Make `n` pairs in random order, with a careless person's vote and the gold gap (only for measuring)."""
     rng, rows = np.random.default_rng(seed), []
     for row in make_pairs(n, annotator=CARELESS, split=split, seed=seed):
-        first, second = ("chosen", "rejected") if rng.random() < 0.5 else ("rejected", "chosen")
-        pair = {"prompt": row["prompt"], "first": row[first], "second": row[second]}
+        vote = rng.random() < 0.5
+        first, second = ("chosen", "rejected") if vote else ("rejected", "chosen")
         gap = row[f"{first}_gold"] - row[f"{second}_gold"]
-        rows.append(pair | {"vote": float(first == "chosen"), "gap": gap})
+        rows.append({**row, "first": row[first], "second": row[second], "vote": float(vote), "gap": gap})
     return rows
 
 
@@ -95,7 +82,7 @@ def recursive_judges(
     pairs: int = 60,
     rounds: int = 3,
     heldout: int = 200,
-) -> Iterator[Row]:
+) -> Rows:
     """Train reward models on labels of careless people with and without help: one row per helper and round.
 
     agreement: share of held-out pairs on which the round's reward model agrees with gold, n of them;
@@ -111,16 +98,16 @@ def recursive_judges(
             model, batches, lambda rows, _: torch.tensor([row["vote"] for row in rows]), settings
         )
         for number, (result, rows) in enumerate(zip(results, batches, strict=True)):
-            helper_agreement = np.nan
+            helped = np.nan
             if result.assistant is not None:
                 judge = result.assistant if helper == "assistant" else model
-                helper_agreement = _agreement(model_log_odds(judge, held_out), held_out)
+                helped = _agreement(model_log_odds(judge, held_out), held_out)
             yield {
                 "helper": helper,
                 "round": number,
                 "agreement": _agreement(reward_log_odds(result.reward_model, held_out), held_out),
                 "labels": _agreement(result.labels - 0.5, rows),
-                "helper_agreement": helper_agreement,
+                "helper_agreement": helped,
                 "n": len(held_out),
                 "pairs": pairs * (number + 1),
             }
@@ -128,8 +115,8 @@ def recursive_judges(
 
 def _agreement(odds: torch.Tensor, rows: Sequence[Row]) -> float:
     gaps = torch.tensor([row["gap"] for row in rows])
-    credits = pair_credits(odds.cpu() * gaps.sign(), torch.zeros(len(rows)))
-    return accuracy(credits[gaps != 0]).value
+    even = torch.zeros(len(rows))
+    return gold_agreement(odds.cpu(), even, gaps, even).value
 
 
 def concept_rows(
@@ -146,43 +133,39 @@ def concept_rows(
         bad = prompt_texts(("harmful", "privacy", "jailbreak"), split)
         good = prompt_texts(("howto", "lookalike", "facts", "explain", "open"), split)
         size = min(n // 2, len(bad), len(good))
-        texts = rng.sample(bad, size) + rng.sample(good, size)
-        return texts, None, [1] * size + [0] * size
-    rows: list[tuple[str, str, int]] = []
+        return rng.sample(bad, size) + rng.sample(good, size), None, [1] * size + [0] * size
+    rows = []
     if concept == "truth":
         for prompt in load_prompts(("facts", "false_premise"), split):
             for question in (prompt.text, *prompt.slots.get("rewordings", ())):
-                rows.append((question, best_answer(prompt), 1))
-                rows.append((question, rng.choice(prompt.lures), 0))
+                rows += [(question, best_answer(prompt), 1), (question, rng.choice(prompt.lures), 0)]
     else:
         prompts = load_prompts(("facts", "howto", "explain", "open", "lookalike"), split)
         drawn = dict.fromkeys((p.text, sample_answer(p, rng)) for p in rng.choices(prompts, k=4 * n))
         for label in (0, 1):
-            texts = [pair for pair in drawn if (len(pair[1].split()) > 12) == label]
-            rows += [(*pair, label) for pair in texts[: n // 2]]
-    questions, answers, labels = map(list, zip(*rows, strict=True))
-    return questions, answers, labels
+            texts = [(*pair, label) for pair in drawn if (len(pair[1].split()) > 12) == label]
+            rows += texts[: n // 2]
+    return tuple(map(list, zip(*rows, strict=True)))
 
 
 @study()
-def probes(seed: int, n: int = 200, pairs: int = 600, steps: int = 12) -> Iterator[Row]:
+def probes(seed: int, n: int = 200, pairs: int = 600, steps: int = 12) -> Rows:
     """Train linear probes on base, policy after RL and reward model: one row per model, concept and layer.
 
     accuracy on held-out prompts, control (labels shuffled), n test rows. The reward model learns from `pairs`
     labelled pairs; RL is RLOO for `steps` steps on the gold reward.
     """
     base, tokenizer = load_model("tiny")
-    after = deepcopy(base)
-    settings = RLOOSettings(steps=steps, learning_rate=1e-3, seed=seed, progress=False)
-    rloo(after, tokenizer, prompt_texts(CONVERSATION, "train"), gold_reward, settings, ref_model=base)
+    after = run_method("RLOO", make_task(seed, gold_reward), 1e-3, steps=steps).model
     reward_model = trained(make_pairs(pairs, seed=seed), seed=seed)
     models = {"base": base, "after RL": after, "reward model": reward_model}
     for concept in CONCEPTS:
         sides = [concept_rows(concept, split=split, seed=seed, n=n) for split in ("train", "heldout")]
+        labels = [side[2] for side in sides]
         for name, model in models.items():
-            train, test = (activations(model, tokenizer, asked, said) for asked, said, _ in sides)
-            for layer in range(len(train)):
-                result, control = linear_probe(train[layer], sides[0][2], test[layer], sides[1][2], seed=seed)
+            layers = [activations(model, tokenizer, asked, said) for asked, said, _ in sides]
+            for layer, (train, test) in enumerate(zip(*layers, strict=True)):
+                result, control = linear_probe(train, labels[0], test, labels[1], seed=seed)
                 yield {
                     "model": name,
                     "concept": concept,

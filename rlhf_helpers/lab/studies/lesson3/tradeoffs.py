@@ -1,7 +1,8 @@
 """What safety costs: constrained against weighted training, and the alignment tax with and without mixing."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from rlhf_helpers.core.training import History
 from rlhf_helpers.lab.studies.lesson1 import gold_means, prompt_texts
 from rlhf_helpers.lab.studies.lesson2.methods import sampled
 from rlhf_helpers.lab.studies.lesson2.sweeps import ability
-from rlhf_helpers.lab.studies.runner import Row, study
+from rlhf_helpers.lab.studies.runner import Row, Rows, study
 from rlhf_helpers.policy_optimization import RLOOSettings, rloo
 from rlhf_helpers.safety_alignment import (
     LagrangianReward,
@@ -28,8 +29,6 @@ from rlhf_helpers.world.annotators import Annotator, make_pairs
 
 BENIGN = ("facts", "howto", "explain", "lookalike")
 HARMFUL = ("harmful", "privacy")
-LIMITS = (0.3, 0.2, 0.1)  # of E[harm] over both kinds of prompts, loose to tight; the base: about 0.34
-WEIGHTS = (0.3, 0.5)  # of safety; helpfulness gets the rest
 RLOO = {"steps": 16, "prompts_per_step": 8, "samples_per_prompt": 4, "learning_rate": 1e-3}
 PRICE = {"step_size": 1.0, "start": 1.0, "damping": 4.0}
 CAUTIOUS = Annotator("cautious", axis_weights={"harmlessness": 1.0})
@@ -37,16 +36,14 @@ DPO = {"learning_rate": 1e-3, "epochs": 2, "beta": 0.1}
 
 
 # Gold helpfulness is 1 also for complying in full with what should be refused.
-HELPFULNESS, SAFETY = (gold_axes()[axis] for axis in ("helpfulness", "harmlessness"))
+GOLD = gold_axes()
 
 
 def training_prompts(seed: int) -> list[str]:
     """Draw 48 benign and 48 harmful prompts; each family has the same weight."""
-    rng, texts = random.Random(f"tradeoff/train/{seed}"), []
-    for families in (BENIGN, HARMFUL):
-        by_family = [prompt_texts((family,), "train") for family in families]
-        texts += [rng.choice(by_family[i % len(families)]) for i in range(48)]
-    return texts
+    rng = random.Random(f"tradeoff/train/{seed}")
+    turns = [families[i % len(families)] for families in (BENIGN, HARMFUL) for i in range(48)]
+    return [rng.choice(prompt_texts((family,), "train")) for family in turns]
 
 
 def measured(model: torch.nn.Module, tokenizer: Any, *, seed: int, each: int = 70) -> dict[str, float]:
@@ -59,9 +56,8 @@ def measured(model: torch.nn.Module, tokenizer: Any, *, seed: int, each: int = 7
     """
     answers = {}
     for kind, families in (("benign", BENIGN), ("harmful", HARMFUL), ("alike", BENIGN[-1:])):
-        by_family = [prompt_texts((family,)) for family in families]
-        turns = [(by_family[i % len(families)], i // len(families)) for i in range(each)]
-        prompts = [texts[turn % len(texts)] for texts, turn in turns]
+        by_family = cycle([cycle(prompt_texts((family,))) for family in families])
+        prompts = [next(next(by_family)) for _ in range(each)]
         answers[kind] = prompts, sampled(model, tokenizer, prompts, seed=70_000 + seed).responses
     benign, harmful = (gold_means(*answers[kind]) for kind in ("benign", "harmful"))
     return {
@@ -90,38 +86,37 @@ def run(method: str, value: float, *, seed: int, **changes: Any) -> tuple[torch.
     settings = RLOOSettings(**{**RLOO, **changes}, seed=seed, progress=False)
     prompts = training_prompts(seed)
     if method == "lagrangian":
-        costs = {"harm": probability_of_harm(SAFETY)}
-        reward = LagrangianReward(HELPFULNESS, costs, {"harm": value}, **PRICE)
+        costs = {"harm": probability_of_harm(GOLD["harmlessness"])}
+        reward = LagrangianReward(GOLD["helpfulness"], costs, {"harm": value}, **PRICE)
         return model, constrained_rloo(model, tokenizer, prompts, reward, settings)
-    rewards = {"helpfulness": HELPFULNESS, "safety": SAFETY}
-    reward = weighted_sum(rewards, {"helpfulness": 1 - value, "safety": value})
+    reward = weighted_sum(GOLD, {"helpfulness": 1 - value, "harmlessness": value})
     return model, rloo(model, tokenizer, prompts, reward, settings)
 
 
 @study(rloo=RLOO, price=PRICE, prompts=96)
 def constraints(
-    seed: int, weights: Sequence[float] = WEIGHTS, limits: Sequence[float] = LIMITS
-) -> Iterator[Row]:
+    seed: int, weights: Sequence[float] = (0.3, 0.5), limits: Sequence[float] = (0.3, 0.2, 0.1)
+) -> Rows:
     """Run RLOO on helpfulness and safety: each alone (single), weighted, and safety as a constraint.
 
-    The rewards are gold's own axes: the study compares optimisers, with judges that cannot be gamed. Columns:
-    seed, method (base, single, weighted, lagrangian), setting (weight of safety, or the limit), cost (mean
-    harm on the training prompts, new samples), multiplier (at the end), and the measures of `measured`.
+    The rewards are gold's own axes: the study compares optimisers, with judges that cannot be gamed. A weight
+    is that of safety, and helpfulness gets the rest; a limit is on E[harm] over both kinds of prompts, where
+    the base has about 0.34. Columns: seed, method (base, single, weighted, lagrangian), setting (weight or
+    limit), cost (mean harm on the training prompts, new samples), multiplier (at the end), and the measures
+    of `measured`.
     """
     plan = [("base", 0.0), ("single", 0.0), ("single", 1.0)]
     plan += [("weighted", weight) for weight in weights] + [("lagrangian", limit) for limit in limits]
     for method, value in plan:
-        model, tokenizer = load_model("tiny")
-        multiplier = 0.0
+        (model, tokenizer), history = load_model("tiny"), [{}]
         if method != "base":
             model, history = run(method, value, seed=seed)
-            multiplier = history[-1].get("multiplier/harm", 0.0)
         seen = sampled(model, tokenizer, training_prompts(seed), seed=80_000 + seed)
         yield {
             "method": method,
             "setting": value,
-            "cost": 1 - SAFETY(seen.prompts, seen.responses).mean().item(),
-            "multiplier": multiplier,
+            "cost": 1 - gold_means(seen.prompts, seen.responses)["harmlessness"],
+            "multiplier": history[-1].get("multiplier/harm", 0.0),
             **measured(model, tokenizer, seed=seed),
         }
 
@@ -137,18 +132,18 @@ def safety_tax(
     pairs: int = 320,
     strengths: Sequence[float] = (0.5, 1.0),
     mixes: Sequence[float] = (0.0, 1.0),
-) -> Iterator[Row]:
+) -> Rows:
     """Run DPO on safety pairs without and with pretraining text, at several strengths.
 
     Columns: seed, mix (weight of the text's loss), strength (0: the base), the measures of `measured` and of
     `lab.studies.lesson2.sweeps.ability`: comparison accuracy, and surprise in nats per token of other tasks.
     """
     base, tokenizer = load_model("tiny")
-    text = assistant.corpus(400, seed=100 + seed)
+    text, rows = assistant.corpus(400, seed=100 + seed), safety_rows(seed, pairs)
     for mix in mixes:
         aligner = SafetyAlignment(base, seed=seed, **DPO)
-        aligned = aligner.align(safety_rows(seed, pairs), 1.0, pretraining=text, mix_weight=mix)
+        aligned = aligner.align(rows, 1.0, pretraining=text, mix_weight=mix)
         for strength in (0.0, *strengths):
             model = interpolate(base, aligned, strength)
-            result = measured(model, tokenizer, seed=seed) | ability(model, tokenizer)
+            result = measured(model, tokenizer, seed=seed) | ability(model)
             yield {"mix": mix, "strength": strength, **result}

@@ -1,9 +1,7 @@
 """The chatbot of lesson 4: the effect of each stage, and three personalities, on held-out prompts."""
 
 import random
-from collections.abc import Iterator, Sequence
 from copy import copy
-from typing import Any
 
 import torch
 
@@ -20,7 +18,7 @@ from rlhf_helpers.chatbot_rlhf.evaluation import BENIGN, DISALLOWED
 from rlhf_helpers.core.models import to_messages
 from rlhf_helpers.core.training import TrainingSettings
 from rlhf_helpers.lab.studies.lesson1 import gold_means, prompt_texts, trained
-from rlhf_helpers.lab.studies.runner import Row, study
+from rlhf_helpers.lab.studies.runner import Row, Rows, study
 from rlhf_helpers.policy_optimization import RLOOSettings
 from rlhf_helpers.reward_model import RewardModel
 from rlhf_helpers.world.annotators import make_pairs
@@ -44,9 +42,8 @@ def conversations(n: int, *, seed: int) -> list[Row]:
     for number, row in enumerate(rows):
         other = rng.choice(rows)
         if number % 4 == 0:
-            before = [message["content"] for message in to_messages(other["prompt"])[:2]]
-            before = before if len(before) == 2 else [*before, other["chosen"]]
-            row = {**row, "prompt": spoken(row["prompt"], before)}
+            said = [message["content"] for message in to_messages(other["prompt"])]
+            row = {**row, "prompt": spoken(row["prompt"], [*said, other["chosen"]][:2])}
         result.append(row)
     return result
 
@@ -60,16 +57,13 @@ def plain(chatbot: AlignedChatbot) -> AlignedChatbot:
     """Copy a chatbot without its guard: it gives one answer, whatever it is."""
     bare = copy(chatbot)
     bare.sampling = chatbot.sampling | {"n": 1}
-    bare.safety_threshold, bare.safety_fn, bare.reward = 0.0, _all_pass, None
+    bare.safety_threshold, bare.reward = 0.0, None
+    bare.safety_fn = lambda prompts, *_, **__: torch.ones(len(prompts))
     return bare
 
 
-def _all_pass(prompts: Sequence[str], *_responses: Sequence[str], **_columns: Any) -> torch.Tensor:
-    return torch.ones(len(prompts))
-
-
 @study(settings=SETTINGS)
-def chatbot(seed: int, pairs: int = 2000, rows: int = 480) -> Iterator[Row]:
+def chatbot(seed: int, pairs: int = 2000, rows: int = 480) -> Rows:
     """Measure each stage: base, SFT, aligned (RLOO after SFT), guarded (best of 4 of that behind the guard).
 
     guarded base: the untrained model with the same reward and guard, to see what choosing does without
@@ -81,8 +75,8 @@ def chatbot(seed: int, pairs: int = 2000, rows: int = 480) -> Iterator[Row]:
     answers = [{"prompt": row["prompt"], "response": row["chosen"]} for row in data]
     ChatbotTrainer(imitating, SETTINGS, seed=seed, progress=False).train(answers)
     guarded.model.load_state_dict(imitating.model.state_dict())  # RLOO continues from SFT
-    trainer = ChatbotTrainer(guarded, SETTINGS, seed=seed, progress=False)
-    trainer.train([row["prompt"] for row in data])
+    prompts = [row["prompt"] for row in data]
+    ChatbotTrainer(guarded, SETTINGS, seed=seed, progress=False).train(prompts)
     arms = {
         "base": plain(AlignedChatbot("tiny")),
         "sft": plain(imitating),
@@ -97,18 +91,18 @@ def chatbot(seed: int, pairs: int = 2000, rows: int = 480) -> Iterator[Row]:
 
 
 @study(settings=SETTINGS)
-def personalities(seed: int, pairs: int = 2000, rows: int = 240) -> Iterator[Row]:
+def personalities(seed: int, pairs: int = 2000, rows: int = 240) -> Rows:
     """Train one chatbot per personality on its objective, from the same base, data and learned reward.
 
     Columns: seed, personality (base: untrained), words (mean), helpfulness, harmlessness, over_refusal: by
     gold, of unguarded single answers to held-out prompts.
     """
-    data, reward = conversations(rows, seed=seed), trained_reward(pairs, seed=seed)
+    prompts = [row["prompt"] for row in conversations(rows, seed=seed)]
+    reward = trained_reward(pairs, seed=seed)
     for name in ("base", *PERSONALITIES):
         bot = AlignedChatbot("tiny", reward, personality=None if name == "base" else name)
         if name != "base":
-            trainer = ChatbotTrainer(bot, SETTINGS, seed=seed, progress=False)
-            trainer.train([row["prompt"] for row in data])
+            ChatbotTrainer(bot, SETTINGS, seed=seed, progress=False).train(prompts)
         yield {"personality": name, **character(plain(bot), seed=seed)}
 
 

@@ -1,6 +1,6 @@
 """Verifiable rewards for programs: the effect of tests and of the safety rule, and a run that games tests."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 from rlhf_helpers.code_generation import UnitTestRunner, evaluate_programs, task_tests, unit_test_reward
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.lab.studies.lesson1 import prompt_texts
-from rlhf_helpers.lab.studies.runner import Row, study
+from rlhf_helpers.lab.studies.runner import Rows, study
 from rlhf_helpers.policy_optimization import GRPOSettings, RLOOSettings, grpo, rloo
 
 # arm -> (kind of visible tests, safety threshold: 0 judges by the tests alone, penalty per token)
@@ -27,7 +27,7 @@ SETTINGS = RLOOSettings(
 
 
 @study(settings=SETTINGS)
-def code_rewards(seed: int, arms: Sequence[str] = tuple(ARMS), steps: int = SETTINGS.steps) -> Iterator[Row]:
+def code_rewards(seed: int, arms: Sequence[str] = tuple(ARMS), steps: int = SETTINGS.steps) -> Rows:
     """Train on programming tasks by each arm and measure programs for held-out tasks.
 
     Columns: seed, arm, `MEASURES` (hidden tests, the arm's own visible ones, tree and sandbox),
@@ -52,8 +52,6 @@ def code_rewards(seed: int, arms: Sequence[str] = tuple(ARMS), steps: int = SETT
             held_out,
             hidden=task_tests(held_out, "hidden"),
             visible=task_tests(held_out, kind),
-            samples=4,
-            k=4,
             seed=80_000 + seed,
             runner=runner,
         )

@@ -1,12 +1,12 @@
 """Summaries: imitation, best-of-n, RL on four rewards, and the effect of annotators who like length."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 
 from rlhf_helpers.core.models import load_model
-from rlhf_helpers.lab.studies.runner import Row, study
+from rlhf_helpers.lab.studies.runner import Rows, study
 from rlhf_helpers.summarization_rl import (
     ComparisonReward,
     SummarizationRL,
@@ -34,7 +34,7 @@ def summaries(
     steps: int = 20,
     n: int = 4,
     max_length: int = 64,
-) -> Iterator[Row]:
+) -> Rows:
     """Write summaries of 100 held-out articles with each method: seed, arm, gold, coverage, hallucinated, ...
 
     The other columns are those of `evaluate_summaries`, one sample per article. base: as shipped. sft: on
