@@ -13,7 +13,7 @@ from typing import Any
 # write a CSV and a manifest into the folder `out`
 _STUDIES_OF = {
     "lesson1": (
-        "annotator_pairs", "pairs_and_noise", "model_kinds", "label_formats", "label_budget",
+        "pairs_and_noise", "model_kinds", "label_formats", "label_budget",
         "reward_ensembles",
     ),
     "real_preferences": ("real_preferences",),

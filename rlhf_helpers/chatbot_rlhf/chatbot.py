@@ -182,10 +182,6 @@ class AlignedChatbot:
         self.replies.append(reply)
         return reply.text
 
-    def reset(self) -> None:
-        """Forget the conversation; replies and thumbs stay."""
-        self.history = []
-
     def answer_batch(self, conversations: Sequence[Sequence[Message]], **changes: Any) -> list[ChatReply]:
         """Answer the last message of each conversation, all together; `history` is not read.
 

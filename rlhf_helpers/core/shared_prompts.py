@@ -43,8 +43,11 @@ BLOCK_MASK_MODELS = [
     "gemma",
     "phi",
     "phi3",
+    "olmo2",
+    "granite",
+    "opt",
+    "stablelm",
 ]
-BLOCK_MASK_MODELS += ["olmo2", "granite", "opt", "stablelm"]
 ANSWERS_PER_PROMPT = 8  # attention costs the square of a row's length: then it is cheaper to read it again
 ROW_LENGTH = 2  # of rows, in lengths of the longest prompt with its answers: little is left over as padding
 TOKENS_PER_CHUNK = 256  # tokens whose distributions over the vocabulary exist at the same time

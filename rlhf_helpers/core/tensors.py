@@ -149,23 +149,16 @@ def token_logps(
     return logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
-def entropy_from_logits(
-    logits: Float[Tensor, "B T V"], mask: Shaped[Tensor, "B T"], *, temperature: float = 1.0
-) -> Float[Tensor, ""]:
-    """Average `token_entropies` over the masked positions, in nats per token.
-
-    Raises ValueError where shapes do not fit, the mask is not 0/1 or selects nothing, or temperature <= 0.
-    """
-    return masked_mean(token_entropies(logits, mask, temperature=temperature), mask)
-
-
 def token_entropies(
     logits: Float[Tensor, "B T V"], mask: Shaped[Tensor, "B T"], *, temperature: float = 1.0
 ) -> Float[Tensor, "B T"]:
     """Entropy of each next-token distribution, in nats; 0 where the mask is 0.
 
     H = -sum_v p_v log p_v with p = softmax(logits / temperature); a token of logit -inf adds 0. Keeps its
-    gradient, so it serves as a bonus as well as a diagnostic. Raises as `entropy_from_logits`.
+    gradient, so it serves as a bonus as well as a diagnostic.
+
+    Raises:
+        ValueError: shapes do not fit, the mask is not 0/1, or temperature <= 0.
     """
     logps = _vocabulary_logps(logits, temperature, mask=mask)
     probs = logps.exp()

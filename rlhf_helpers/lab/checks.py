@@ -11,9 +11,7 @@ from filelock import FileLock
 
 from rlhf_helpers.alignment_eval.evaluators import write_atomically
 from rlhf_helpers.lab.exercises import EXERCISES
-from rlhf_helpers.lab.judging import Verdict, judge
-
-__all__ = ["Verdict", "check", "judge", "progress"]
+from rlhf_helpers.lab.judging import judge
 
 # What could not be saved, by progress file; None: RLHF_PROGRESS is empty, and nothing is saved.
 _unsaved: dict[Path | None, dict[str, str]] = {}

@@ -9,9 +9,7 @@ import pandas as pd
 from IPython.display import Code, display
 from matplotlib.figure import Figure
 
-from rlhf_helpers.alignment_eval.statistics import mean_interval, wilson_interval
-
-__all__ = ["figure_png", "mean_interval", "show_source", "table", "wilson_interval"]
+from rlhf_helpers.alignment_eval.statistics import mean_interval, wilson_interval  # noqa: F401  (lessons)
 
 
 def table(rows: Mapping[str, tuple[float, float, float]], *, quantity: str, digits: int = 3) -> pd.DataFrame:

@@ -26,10 +26,7 @@ from datasets import Dataset
 
 from rlhf_helpers.preference_data.conversions import (
     CONVERSIONS,
-    pairs_to_unpaired,
     rankings_to_pairs,
-    ratings_to_pairs,
-    to_conversational,
 )
 from rlhf_helpers.preference_data.formats import Findings, Format, Row, detect_format, detect_prompts
 from rlhf_helpers.preference_data.reading import Source, read_records

@@ -1,13 +1,11 @@
 """From one kind of judgement to another: rankings and ratings to pairs, pairs to labels or messages."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import combinations
-from typing import Any
 
 import datasets
 
-from rlhf_helpers.core.text import to_messages
 from rlhf_helpers.preference_data.tidying import Row, clean_rows, to_dataset
 
 
@@ -91,23 +89,3 @@ def rankings_to_pairs(rankings: datasets.Dataset) -> datasets.Dataset:
     pairs are left out (`read_preferences` counts them); raises PreferenceDataError if none is left.
     """
     return to_dataset("rankings", clean_rows(pairs_of_rankings(rankings, Counter()), "pairs")[0])
-
-
-def ratings_to_pairs(ratings: datasets.Dataset) -> datasets.Dataset:
-    """Turn ratings (prompt, response, rating) into pairs with margin = rating difference > 0.
-
-    All responses to one prompt are compared; tied, empty and identical pairs are left out
-    (`read_preferences` on the source counts them); raises PreferenceDataError if none is left.
-    """
-    return to_dataset("ratings", clean_rows(pairs_of_ratings(ratings, Counter()), "pairs")[0])
-
-
-def pairs_to_unpaired(pairs: datasets.Dataset) -> datasets.Dataset:
-    """Turn each pair into two rows prompt, completion, label: chosen is True, rejected False."""
-    return to_dataset("pairs", labels_of_pairs(pairs, Counter()))
-
-
-def to_conversational(row: Mapping[str, Any]) -> Row:
-    """Write one pair in TRL's conversational form, for export; reading it back gives the same pair."""
-    sides = {key: [{"role": "assistant", "content": row[key]}] for key in ("chosen", "rejected")}
-    return {**row, "prompt": to_messages(row["prompt"]), **sides}

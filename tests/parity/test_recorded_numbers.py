@@ -21,7 +21,7 @@ from rlhf_helpers.core.policy_losses import (
     gae,
 )
 from rlhf_helpers.core.preference_losses import listwise_dpo_loss, plackett_luce_loss
-from rlhf_helpers.core.tensors import entropy_from_logits, masked_mean, masked_whiten, token_logps
+from rlhf_helpers.core.tensors import masked_mean, masked_whiten, token_entropies, token_logps
 
 LOGITS = torch.tensor([[1.0, 1.0, 1.0], [2.0, 0.0, 0.0], [-1.0, -2.0, -3.0]])
 
@@ -50,7 +50,7 @@ def test_clipped_surrogate_is_rlaxs():
 
 def test_entropy_is_rlaxs():
     """Theirs is the weighted negative entropy; with weights (-2, 2, 0) the third row drops out."""
-    rows = [entropy_from_logits(LOGITS[None, i : i + 1], torch.ones(1, 1)) for i in range(2)]
+    rows = token_entropies(LOGITS[None, :2], torch.ones(1, 2))[0]
     close((2 * rows[0] - 2 * rows[1]) / 3, 0.288693)
 
 

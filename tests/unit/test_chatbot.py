@@ -79,7 +79,7 @@ def test_remembers_and_resets(tiny, scripted):
     chatbot.generate_response("Who am I?")
     assert [m["role"] for m in chatbot.history] == ["user", "assistant"] * 2
     assert chatbot.replies[1].prompt == "User: I am Ana.\n\nAssistant: Hello Ana.\n\nUser: Who am I?"
-    chatbot.reset()
+    chatbot.history = []
     chatbot.generate_response("Who am I?")
     assert chatbot.replies[2].prompt == "Who am I?"
     assert len(chatbot.replies) == 3
@@ -221,7 +221,7 @@ def test_the_given_model_stays_and_seeds_repeat(tiny):
     ]
     assert one.model is not tiny[0]
     assert one.base is tiny[0]
-    one.reset()
+    one.history = []
     assert one.generate_response("Hello") != other.history[1]["content"]  # another call, another draw
     with torch.no_grad():
         next(one.model.parameters()).add_(1)

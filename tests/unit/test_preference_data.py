@@ -14,10 +14,8 @@ from rlhf_helpers.preference_data import (
     PreferenceDataError,
     leaked_prompts,
     load_preferences,
-    pairs_to_unpaired,
     prompt_folds,
     rankings_to_pairs,
-    ratings_to_pairs,
     read_demonstrations,
     read_preferences,
     read_prompts,
@@ -25,7 +23,6 @@ from rlhf_helpers.preference_data import (
     read_ratings,
     read_unpaired,
     split_by_prompt,
-    to_conversational,
 )
 from rlhf_helpers.preference_data.formats import detect_format
 
@@ -189,14 +186,6 @@ def test_parquet_of_conversations(tmp_path):
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "chat.parquet")
     expected = {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go."}
     assert load_preferences(tmp_path / "chat.parquet").to_list() == [expected]
-
-
-def test_conversational_export_reads_back_as_the_same_pair():
-    pair = {"prompt": "User: a\n\nAssistant: b\n\nUser: c", "chosen": "x", "rejected": "y", "margin": 1.0}
-    exported = to_conversational(pair)
-    assert exported["prompt"] == [user("a"), assistant("b"), user("c")]
-    assert exported["chosen"] == [assistant("x")]
-    assert load_preferences([exported]).to_list() == [pair]
 
 
 def test_a_turn_that_holds_a_role_label_is_dropped_as_ambiguous():
@@ -381,12 +370,11 @@ def test_ratings_pair_by_difference_without_ties():
         {"prompt": "p", "chosen": "b", "rejected": "a", "margin": 2.0},
         {"prompt": "p", "chosen": "b", "rejected": "c", "margin": 2.0},
     ]
-    assert ratings_to_pairs(ratings).to_list() == expected
     direct, report = read_preferences(rows)
     assert direct.to_list() == expected
     assert report.noted["ties left out"] == report.noted["prompts with a single rating"] == 1
-    with pytest.raises(PreferenceDataError, match="no example is left"):
-        ratings_to_pairs(ratings.select([0, 2]))
+    with pytest.raises(PreferenceDataError, match="nothing is left"):
+        read_preferences(rows[:1] + rows[2:3])
 
 
 def test_unpaired_labels_and_pairs_turned_into_them(tmp_path):
@@ -395,7 +383,7 @@ def test_unpaired_labels_and_pairs_turned_into_them(tmp_path):
     labels, report = read_unpaired(path)
     assert labels["label"][:] == [True, False, True]
     assert (report.read, report.kept, report.dropped["empty"]) == (4, 3, 1)
-    assert pairs_to_unpaired(load_preferences([{**PAIR, "margin": 1.0}])).to_list() == [
+    assert read_unpaired([{**PAIR, "margin": 1.0}])[0].to_list() == [
         {"prompt": PAIR["prompt"], "completion": "Paris.", "label": True, "margin": 1.0},
         {"prompt": PAIR["prompt"], "completion": "Rome.", "label": False, "margin": 1.0},
     ]

@@ -58,6 +58,7 @@ class TestRecord:
     def test_prediction_interval_of_one_more_run(self):
         # mean 2, s = 1, t_(0.975; 2) = 4.3027: 2 -+ 4.3027 sqrt(1 + 1/3) = 2 -+ 4.9683
         assert prediction_interval([1.0, 2.0, 3.0]) == pytest.approx((-2.9683, 6.9683), abs=1e-3)
+        assert prediction_interval([0.5, 0.5]) == (0.5, 0.5), "equal runs predict the same again"
         with pytest.raises(ValueError, match="at least two runs"):
             prediction_interval([1.0])
 
@@ -123,9 +124,9 @@ class TestStored:
         assert again == pytest.approx(stored, abs=0.005)
 
     def test_what_a_reward_model_must_reach(self):
-        table = load_study("annotator_pairs").groupby("split").agreement.min()
-        assert table["train"] >= 0.85
-        assert table["heldout"] >= 0.75
+        table = load_study("pairs_and_noise")
+        most = table[(table.pairs == 2000) & (table.flips == 0)]
+        assert most.agreement.min() >= 0.75, "held-out prompts, in the worst of five seeds"
         real_pairs = load_study("real_preferences")
         pretrained = real_pairs[real_pairs.method == "pretrained"]
         assert np.average(pretrained.accuracy, weights=pretrained.n) >= 0.58

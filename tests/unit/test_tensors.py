@@ -10,17 +10,21 @@ from torch.testing import assert_close
 
 from rlhf_helpers.core.tensors import (
     as_bool_mask,
-    entropy_from_logits,
     masked_mean,
     masked_whiten,
     pad_left,
     pad_right,
     require_number,
     require_shapes,
+    token_entropies,
     token_logps,
 )
 
 NAN = math.nan
+
+
+def mean_entropy(logits, mask, **options):
+    return masked_mean(token_entropies(logits, mask, **options), mask)
 
 
 def test_masked_mean_literal_value_and_gradient():
@@ -138,23 +142,23 @@ def test_logits_shifted_without_their_labels_are_refused():
     with pytest.raises(ValueError, match=r"\(2, 5\).*\(2, 4, 3\).*shifted"):
         token_logps(torch.zeros(2, 5, 3)[:, :-1], torch.zeros(2, 5, dtype=torch.long))
     with pytest.raises(ValueError, match=r"\(2, 5\).*\(2, 4, 3\)"):
-        entropy_from_logits(torch.zeros(2, 4, 3), torch.ones(2, 5))
+        mean_entropy(torch.zeros(2, 4, 3), torch.ones(2, 5))
 
 
 def test_entropy_literal_value_and_gradient():
     logits = torch.tensor([[[1.0, 2.0, 0.0], [0.0, 0.0, 0.0], [9.0, 0.0, 0.0]]], requires_grad=True)
-    entropy = entropy_from_logits(logits, torch.tensor([[1, 1, 0]]))
+    entropy = mean_entropy(logits, torch.tensor([[1, 1, 0]]))
     assert_close(entropy, torch.tensor((0.8323956 + 1.0986123) / 2))
     entropy.backward()
     assert_close(logits.grad[0, 0], torch.tensor([0.1407704, -0.2825875, 0.1418171]) / 2)
     assert (logits.grad[0, 2] == 0).all()
-    warm = entropy_from_logits(logits[:, :1], torch.ones(1, 1), temperature=2.0)
+    warm = mean_entropy(logits[:, :1], torch.ones(1, 1), temperature=2.0)
     assert_close(warm, torch.tensor(1.0201913))
 
 
 def test_entropy_with_impossible_tokens_is_finite_in_value_and_gradient():
     logits = torch.tensor([[[0.0, 0.0, -math.inf], [1e4, -1e4, 0.0]]], requires_grad=True)
-    entropy = entropy_from_logits(logits, torch.ones(1, 2))
+    entropy = mean_entropy(logits, torch.ones(1, 2))
     assert_close(entropy, torch.tensor(0.3465736))
     entropy.backward()
     assert torch.isfinite(logits.grad).all()
@@ -210,7 +214,7 @@ def test_temperature_must_be_positive(temperature):
     with pytest.raises(ValueError, match="temperature"):
         token_logps(torch.zeros(1, 1, 2), torch.zeros(1, 1, dtype=torch.long), temperature=temperature)
     with pytest.raises(ValueError, match="temperature"):
-        entropy_from_logits(torch.zeros(1, 1, 2), torch.ones(1, 1), temperature=temperature)
+        mean_entropy(torch.zeros(1, 1, 2), torch.ones(1, 1), temperature=temperature)
 
 
 def test_the_annotated_shapes_are_the_real_ones():

@@ -1,7 +1,7 @@
 """Studies of lesson 1: how the labels and the kind of model decide how good a reward model is.
 
     python -m rlhf_helpers study NAME [--out FOLDER]
-    NAME: annotator_pairs, pairs_and_noise, model_kinds, label_formats, label_budget, reward_ensembles
+    NAME: pairs_and_noise, model_kinds, label_formats, label_budget, reward_ensembles
 
 The lesson runs a small slice of a study live, with a seed that is not stored.
 """
@@ -96,25 +96,6 @@ def gold_means(prompts: Sequence[str], responses: Sequence[str]) -> dict[str, fl
 def prompt_texts(families: Sequence[str], split: str = "heldout") -> list[str]:
     """List the prompts of families of the world."""
     return [prompt.text for prompt in load_prompts(families, split)]
-
-
-@study(settings=RewardSettings())
-def annotator_pairs(seed: int, pairs: int = 2000) -> Rows:
-    """Measure a reward model trained on standard annotators, on seen and on held-out prompts.
-
-    One training run per seed, judged on 2,000 new pairs of each split. Columns: seed, split, agreement with
-    gold, low, high, n.
-    """
-    model = trained(make_pairs(pairs, seed=seed), seed=seed)
-    for split in ("train", "heldout"):
-        result = agreement(model, split=split, pairs=2000, seed=10_000 + seed)
-        yield {
-            "split": split,
-            "agreement": result.value,
-            "low": result.low,
-            "high": result.high,
-            "n": result.n,
-        }
 
 
 @study(settings=RewardSettings())

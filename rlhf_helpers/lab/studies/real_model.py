@@ -53,7 +53,6 @@ def real_model(
     model_name: str = "smollm2",
     methods: Sequence[str] = METHODS,
     steps: int = 30,
-    samples_per_prompt: int = 4,
     heldout: int = 40,
 ) -> Iterator[Row]:
     """Train SmolLM2-135M-Instruct on `short_and_on_topic` by each method and answer the held-out prompts.
@@ -62,10 +61,10 @@ def real_model(
     against the untrained model; for best-of-n its upper bound), ended; cpu_seconds and peak_mb of the method,
     loading included, repeated on each of its rows.
 
-    RLOO takes `steps` steps of four prompts. DPO learns from the best and the worst of samples_per_prompt
-    answers to each training prompt.
+    RLOO takes `steps` steps of four prompts with four answers each. DPO learns from the best and the worst of
+    four answers to each training prompt.
     """
-    options = (seed, model_name, steps, samples_per_prompt, heldout, torch.get_num_threads())
+    options = (seed, model_name, steps, heldout)
     for method in methods:
         # A fresh process for each method: peak memory is a property of a process.
         spawn = multiprocessing.get_context("spawn")
@@ -73,18 +72,15 @@ def real_model(
             yield from pool.submit(_train_and_answer, method, *options).result()
 
 
-def _train_and_answer(
-    method: str, seed: int, model_name: str, steps: int, group: int, heldout: int, threads: int
-) -> list[Row]:
+def _train_and_answer(method: str, seed: int, model_name: str, steps: int, heldout: int) -> list[Row]:
     """Train by one method, answer the held-out prompts and return one row per answer."""
-    torch.set_num_threads(threads)
-    policy, tokenizer = load_model(model_name, device="cpu", dtype=torch.float32)
+    policy, tokenizer = load_model(model_name, dtype=torch.float32)
     base = frozen_copy(policy)
     if method.startswith("RLOO"):
         settings = RLOOSettings(
             steps=steps,
             prompts_per_step=4,
-            samples_per_prompt=group,
+            samples_per_prompt=4,
             kl_coef=float(method.split()[-1]),
             seed=seed,
             **SAMPLING,
@@ -94,8 +90,8 @@ def _train_and_answer(
         )
     elif method == "DPO":
         dpo = DPOSettings(batch_size=8, epochs=2, seed=seed)
-        DPOTrainer(policy, base, tokenizer, settings=dpo).train(_own_pairs(policy, tokenizer, group, seed))
-    questions = list(load_table("real_model")["heldout"][:heldout])
+        DPOTrainer(policy, base, tokenizer, settings=dpo).train(_own_pairs(policy, tokenizer, seed))
+    questions = load_table("real_model")["heldout"][:heldout]
     columns = _answers(method, policy, base, tokenizer, questions, seed)
     seconds = round(time.process_time())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -106,7 +102,7 @@ def _train_and_answer(
 
 
 def _answers(
-    method: str, policy: nn.Module, base: nn.Module, tokenizer: Any, questions: list[str], seed: int
+    method: str, policy: nn.Module, base: nn.Module, tokenizer: Any, questions: Sequence[str], seed: int
 ) -> list[Row]:
     """Answer each question once, or with the best of n answers, and measure the answer."""
     if method.startswith("best of"):
@@ -126,10 +122,10 @@ def _answers(
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _own_pairs(policy: nn.Module, tokenizer: Any, group: int, seed: int) -> list[Row]:
-    """Let the model answer each training prompt `group` times; pair the best answer with the worst."""
+def _own_pairs(policy: nn.Module, tokenizer: Any, seed: int) -> list[Row]:
+    """Let the model answer each training prompt four times; pair the best answer with the worst."""
     prompts = load_table("real_model")["train"]
-    drawn = best_of_n(policy, tokenizer, prompts, short_and_on_topic, n=group, seed=20_000 + seed, **SAMPLING)
+    drawn = best_of_n(policy, tokenizer, prompts, short_and_on_topic, n=4, seed=20_000 + seed, **SAMPLING)
     pairs = []
     for prompt, answers, rewards in zip(prompts, drawn["all_responses"], drawn["all_rewards"], strict=True):
         if rewards.max() > rewards.min():  # equal answers teach nothing

@@ -73,6 +73,6 @@ def prediction_interval(values: Any) -> tuple[float, float]:
     runs = np.asarray(values, dtype=float)
     if runs.size < 2:
         raise ValueError(f"a prediction interval needs at least two runs, got {runs.size}")
-    spread = runs.std(ddof=1) * np.sqrt(1 + 1 / runs.size)
-    low, high = stats.t.interval(0.95, runs.size - 1, runs.mean(), spread)
-    return float(low), float(high)
+    # Not t.interval: that is NaN where all runs are the same.
+    half = stats.t.ppf(0.975, runs.size - 1) * runs.std(ddof=1) * np.sqrt(1 + 1 / runs.size)
+    return float(runs.mean() - half), float(runs.mean() + half)
