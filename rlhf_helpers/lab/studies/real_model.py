@@ -89,7 +89,7 @@ def _train_and_answer(method: str, seed: int, model_name: str, steps: int, heldo
             policy, tokenizer, load_table("real_model")["train"], short_and_on_topic, settings, ref_model=base
         )
     elif method == "DPO":
-        dpo = DPOSettings(batch_size=8, epochs=2, seed=seed)
+        dpo = DPOSettings(batch_size=8, epochs=6, seed=seed)
         DPOTrainer(policy, base, tokenizer, settings=dpo).train(_own_pairs(policy, tokenizer, seed))
     questions = load_table("real_model")["heldout"][:heldout]
     columns = _answers(method, policy, base, tokenizer, questions, seed)
