@@ -202,14 +202,15 @@ def measured_check(model: nn.Module, *, tokenizer: Any = None) -> RewardFn:
     Warns (UserWarning) where even that wording may be guessing. Lesson 4.
     """
     rows = labeled_answers()
-    own = critique_check(model, tokenizer=tokenizer)
-    familiar = [row for row in rows if row["kind"] != "same answer"]
-    if measure_judge(own, familiar).agreement.value >= GOOD_AGREEMENT:
-        return own
+    familiar = [index for index, row in enumerate(rows) if row["kind"] != "same answer"]
     measured = []
     for template, verdicts in WORDINGS:
         check = critique_check(model, tokenizer=tokenizer, template=template, verdicts=verdicts)
         scores = _scores(check, rows)
+        if not measured:  # the assistant's own wording comes first
+            own = _quality(scores[familiar], [rows[index] for index in familiar])
+            if own.agreement.value >= GOOD_AGREEMENT:
+                return check
         measured.append((_quality(scores, rows), scores, check))
     quality, scores, check = max(measured, key=lambda found: found[0].auc.value)
     if quality.at_chance:

@@ -25,7 +25,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from datasets import Dataset
 from torch import nn
 
-from rlhf_helpers.core.models import RewardFn, as_reward_fn, load_model
+from rlhf_helpers.core.models import SMOLLM2, RewardFn, as_reward_fn, load_model
 from rlhf_helpers.core.training import History, TrainingSettings, sft
 from rlhf_helpers.core.training.checkpoints import checkpoints
 from rlhf_helpers.core.training.distributed import process_state, save_model
@@ -58,7 +58,6 @@ from rlhf_helpers.reward_model import (
 )
 
 PROGRAM = "python -m rlhf_helpers train"
-EXAMPLE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULTS = {"checkpoint_every": 100, "log": "jsonl"}  # a run of hours must be able to continue
 INTERRUPTED = 130  # exit status of a run that a signal ended
 
@@ -294,11 +293,11 @@ def example(name: str) -> str:
     """Return one whole command for a task."""
     data = TASKS[name].data
     reward = " --reward runs/reward" if data == "prompts" else ""
-    return f"{PROGRAM} {name} --model {EXAMPLE_MODEL} --data {data}.jsonl{reward} --out runs/{name}"
+    return f"{PROGRAM} {name} --model {SMOLLM2} --data {data}.jsonl{reward} --out runs/{name}"
 
 
 def add_flags(parser: argparse.ArgumentParser, task: Task) -> None:
-    """Add what is no setting: model, data, reward, evaluation, output."""
+    """Add the flags that are not settings: model, data, reward, evaluation, output."""
     parser.add_argument(
         "--model", required=True, help="'tiny', 'smollm2', a local folder or a name on the hub"
     )

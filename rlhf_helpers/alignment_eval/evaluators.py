@@ -122,7 +122,7 @@ class AlignmentEvaluator:
             cache: keeps the answers; None: every call samples.
 
         Raises:
-            ValueError: robust_on is no criterion, or there are no attacks.
+            ValueError: robust_on is not a criterion, or attacks is empty.
         """
         given = gold_axes() if criteria is None else criteria
         self.criteria = {name: as_reward_fn(reward) for name, reward in given.items()}

@@ -85,7 +85,7 @@ class MultiObjectiveAlignmentEvaluator:
         """Keep objectives: name -> reward, higher is better; None: the three gold scores of the world.
 
         Raises:
-            ValueError: there is no objective, or one is named like a column of the scores.
+            ValueError: no objective is given, or one is named like a column of the scores.
         """
         given = gold_axes() if objectives is None else objectives
         if not given or set(given) & set(KEYS):
@@ -157,7 +157,7 @@ class MultiObjectiveAlignmentEvaluator:
             The means with two columns: feasible, and best, which holds for at most one policy.
 
         Raises:
-            ValueError: a name is no objective.
+            ValueError: a name is not an objective.
         """
         if unknown := {maximise, *limits} - set(self.objectives):
             raise ValueError(f"{sorted(unknown)} are no objectives; there are {list(self.objectives)}")

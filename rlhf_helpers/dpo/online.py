@@ -94,7 +94,9 @@ def online_dpo(
     encode_prompts(model, tokenizer, prompts, **lengths)
     reference = reference_model(model, ref_model, lora=settings.lora)
     if settings.refresh_reference:
-        reference = own_reference(reference, model, settings)
+        require_no_adapters(model, settings)
+        if ref_model is not None:
+            reference = frozen_copy(ref_model)  # it will be overwritten, and the caller's must not be
     engine = _start(model, settings, prompts, reference)
     if resume:
         engine.resume()
@@ -123,17 +125,16 @@ def online_dpo(
     return engine.history
 
 
-def own_reference(reference: nn.Module, model: nn.Module, settings: OnlineDPOSettings) -> nn.Module:
-    """Return a reference that may be overwritten: a copy, since the caller's must not be.
+def require_no_adapters(model: nn.Module, settings: OnlineDPOSettings) -> None:
+    """Refuse LoRA, where the reference is the model without its adapters and cannot become the policy.
 
     Raises:
-        ValueError: with LoRA, where the reference is the model without its adapters.
+        ValueError: The model has adapters or will get them.
     """
     if settings.lora or has_adapter(model):
         raise ValueError(
             "refresh_reference must be 0 with LoRA: merge the adapters and train new ones instead"
         )
-    return frozen_copy(reference)
 
 
 def online_dpo_update(engine: Engine, data: DPODataset, loss_fn: LossFn | None = None) -> dict[str, float]:

@@ -283,7 +283,7 @@ def test_the_wording_that_ranks_best_is_chosen_and_calibrated(tiny, monkeypatch)
 
     monkeypatch.setattr(guards, "critique_check", check)
     chosen = measured_check(tiny[0])
-    assert asked == [0, 0, 1, 2]
+    assert asked == [0, 1, 2], "each wording is read once"
     rows = labeled_answers(seed=1)
     quality = measure_judge(chosen, rows)
     assert asked[-1] == 1

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rlhf_helpers.core.generation import rollout_logps
 from rlhf_helpers.core.models import frozen_copy, load_model
 from rlhf_helpers.dpo import DPOSettings, DPOTrainer
+from rlhf_helpers.lab.studies.lesson2.methods import best_against_worst
 from rlhf_helpers.lab.studies.runner import Row, study
 from rlhf_helpers.policy_optimization import RLOOSettings, best_of_n, rloo
 from rlhf_helpers.policy_optimization.rollouts import collect, score, sequence_kl
@@ -126,9 +127,4 @@ def _own_pairs(policy: nn.Module, tokenizer: Any, seed: int) -> list[Row]:
     """Let the model answer each training prompt four times; pair the best answer with the worst."""
     prompts = load_table("real_model")["train"]
     drawn = best_of_n(policy, tokenizer, prompts, short_and_on_topic, n=4, seed=20_000 + seed, **SAMPLING)
-    pairs = []
-    for prompt, answers, rewards in zip(prompts, drawn["all_responses"], drawn["all_rewards"], strict=True):
-        if rewards.max() > rewards.min():  # equal answers teach nothing
-            chosen, rejected = answers[rewards.argmax()], answers[rewards.argmin()]
-            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    return pairs
+    return best_against_worst(prompts, drawn, gap=0)

@@ -209,6 +209,22 @@ def eval_history(first: dict[str, float], history: History) -> list[Row]:
     return [{"step": 0, **first}, *table.assign(step=table.step + 1).to_dict("records")]
 
 
+def best_against_worst(prompts: Sequence[str], drawn: dict[str, Any], *, gap: float) -> list[Row]:
+    """Pair the best with the worst answer to each prompt, where their rewards differ by more than `gap`.
+
+    Equal answers teach nothing, and DPO refuses an empty one; prompts with such answers give no pair.
+
+    Args:
+        drawn: all_responses and all_rewards, as from `best_of_n`.
+    """
+    rows = []
+    for prompt, texts, rewards in zip(prompts, drawn["all_responses"], drawn["all_rewards"], strict=True):
+        chosen, rejected = texts[rewards.argmax()], texts[rewards.argmin()]
+        if rewards.max() - rewards.min() > gap and chosen.strip() and rejected.strip():
+            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
 def offline_rows(task: Task, loss: str) -> tuple[list[Row], int]:
     """Order by the reward as many samples of the base as an on-policy run draws.
 

@@ -10,7 +10,7 @@ from rlhf_helpers.constitutional_ai import ConstitutionalAI, ConstitutionalAITra
 from rlhf_helpers.core.models import load_model, tokenizer_for
 from rlhf_helpers.core.training import TrainingSettings
 from rlhf_helpers.guards import Guard
-from rlhf_helpers.lab.studies.lesson2.methods import sampled
+from rlhf_helpers.lab.studies.lesson2.methods import best_against_worst, sampled
 from rlhf_helpers.lab.studies.lesson2.sweeps import ability
 from rlhf_helpers.lab.studies.lesson3 import constitution, tradeoffs
 from rlhf_helpers.lab.studies.runner import Rows, study
@@ -82,11 +82,7 @@ def techniques_of(seed: int) -> dict[str, Callable[[], Any]]:
     def preferences() -> nn.Module:
         """Run DPO on pairs of the base's own answers that the judge tells apart."""
         drawn = best_of_n(base, tokenizer, asked, judge, n=4, seed=62_000 + seed)
-        rows = []
-        for prompt, texts, scores in zip(asked, drawn["all_responses"], drawn["all_rewards"], strict=True):
-            chosen, rejected = texts[scores.argmax()], texts[scores.argmin()]
-            if scores.max() - scores.min() > 0.3 and chosen.strip() and rejected.strip():
-                rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        rows = best_against_worst(asked, drawn, gap=0.3)
         return SafetyAlignment(base, seed=seed, learning_rate=1e-3, epochs=2).align(rows)
 
     return {
