@@ -33,14 +33,19 @@ del sys.path[0]
 FILE_BYTES, DISK_BYTES, MAX_FILES, MAX_PATH = 1 << 20, 8 << 20, 1000, 500
 OUTPUT_BYTES, MESSAGE_BYTES, MAX_EVENTS = 1 << 16, 1 << 18, 50
 NO_MEMORY = 111  # exit status of a worker that has none left to say so
+CHILDREN = "/proc/self/task/{}/children"
 FIRST_UID = 1_900_000_000  # plus the keeper's process id: a user of its own for every program
 WATCHED = ("open", "exec", "compile", "import", "os.", "shutil.", "subprocess.", "socket.", "ctypes.")
 COMMON = (
-    "collections copy dataclasses datetime decimal functools heapq itertools math mmap operator random re"
+    "collections copy dataclasses datetime decimal functools heapq itertools math mmap operator random re "
+    "socket statistics string subprocess threading typing"
 )
-COMMON += " socket statistics string subprocess threading typing"
-LIMITS = {errno.EAGAIN: "NoProcess", errno.ENOMEM: "MemoryError"}
-LIMITS |= {errno.ENOSPC: "DiskFull", errno.EFBIG: "DiskFull"}
+LIMITS = {
+    errno.EAGAIN: "NoProcess",
+    errno.ENOMEM: "MemoryError",
+    errno.ENOSPC: "DiskFull",
+    errno.EFBIG: "DiskFull",
+}
 
 
 # ---- the worker
@@ -48,17 +53,19 @@ LIMITS |= {errno.ENOSPC: "DiskFull", errno.EFBIG: "DiskFull"}
 
 def describe(fault: BaseException) -> tuple[str, str]:
     """Name and message of an exception, whose methods may be hostile; the name says which limit it met."""
-    kind, text, code = type(fault), "", None
+    kind, text = type(fault), ""
+    name = type.__dict__["__name__"].__get__(kind)[:80]
     with contextlib.suppress(BaseException):
         text = str(fault)[:300]
-    with contextlib.suppress(BaseException):
-        code = LIMITS.get(fault.errno) if issubclass(kind, OSError) else None
-    if code or text == "can't start new thread":
-        return code or "NoProcess", text
     for known in (MemoryError, RecursionError, SystemExit):
         if issubclass(kind, known):
-            return known.__name__, text
-    return type.__dict__["__name__"].__get__(kind)[:80], text
+            name = known.__name__
+    if text == "can't start new thread":
+        name = "NoProcess"
+    elif issubclass(kind, OSError):
+        with contextlib.suppress(BaseException):
+            name = LIMITS.get(fault.errno, name)
+    return name, text
 
 
 def watch(send: Callable[..., None]) -> Callable[[str, tuple], None]:
@@ -124,7 +131,8 @@ def lock_up(request: dict[str, Any]) -> None:
                 list(map(__import__, COMMON.split()))
             cage.become(request["uid"], reads)
     limits = {"CPU": int(request["timeout"] + 0.999), "AS": request["memory_mb"] << 20, "FSIZE": FILE_BYTES}
-    for name, most in {**limits, "NPROC": 0, "NOFILE": 64, "CORE": 0}.items():
+    # A core file of 1 byte is none, and of this size alone a program that collects them is not started.
+    for name, most in {**limits, "NPROC": 0, "NOFILE": 64, "CORE": 1}.items():
         if name not in request["without"]:  # soft and hard limit: nobody can raise it again
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
@@ -159,48 +167,56 @@ def worker(request: dict[str, Any], output: int, channel: int) -> None:
 # ---- the keeper
 
 
-def end_all(pid: int | None) -> None:
+def end_all(left: list[int]) -> None:
     """Kill the worker and what it left: orphans, whatever their session, were handed to the keeper."""
     deadline = time.monotonic() + 3
-    while time.monotonic() < deadline:
-        left = [pid] if pid else []
-        for entry in filter(str.isdigit, os.listdir("/proc") if LINUX else []):
-            with contextlib.suppress(OSError, IndexError), open(f"/proc/{entry}/stat") as file:
-                if int(file.read().rpartition(")")[2].split()[1]) == os.getpid():
-                    left.append(int(entry))
-        try:
+    with contextlib.suppress(ChildProcessError):  # none is left
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), open(CHILDREN.format(os.getpid())) as file:
+                left = [int(child) for child in file.read().split()]
             for child in left:
                 os.kill(child, signal.SIGKILL)
-            while os.waitpid(-1, 0 if left else os.WNOHANG)[0]:
-                pid = None
-        except ProcessLookupError:
-            pid = None
-        except ChildProcessError:
-            return
+            left = left if os.waitpid(-1, os.WNOHANG)[0] == 0 else []
 
 
-def too_much(folder: str) -> bool:
-    """Whether the files in a folder are more, larger or deeper than a program may write."""
-    files = used = 0
-    try:
-        for root, folders, names in os.walk(folder):
-            files += len(folders) + len(names)
-            used += sum(os.lstat(os.path.join(root, name)).st_blocks * 512 for name in names)
-            if files > MAX_FILES or used > DISK_BYTES or len(root) - len(folder) > MAX_PATH:
-                return True
-    except OSError:  # removed while we looked
-        return False
-    return False
+def nameless_files(process: int | str) -> int:
+    """How many files a process holds, open or mapped, that are in no folder: deleted or made in memory."""
+    found = 0
+    with contextlib.suppress(OSError):
+        with open(f"/proc/{process}/maps", "rb") as file:
+            found = file.read().count(b" (deleted)\n")
+        for name in os.listdir(f"/proc/{process}/fd"):
+            with contextlib.suppress(FileNotFoundError):  # closed while we looked
+                found += os.readlink(f"/proc/{process}/fd/{name}").endswith(" (deleted)")
+    return found
+
+
+def too_much(folder: str, nameless: int) -> bool:
+    """Whether files are more, larger or deeper than a program may write, or hidden from the keeper."""
+    files, used, hidden = 0, nameless * FILE_BYTES, []
+    for root, folders, names in os.walk(folder, onerror=hidden.append):
+        files += len(folders) + len(names)
+        for name in names:
+            try:
+                used += os.lstat(os.path.join(root, name)).st_blocks * 512
+            except OSError as fault:
+                hidden.append(fault)
+        if files > MAX_FILES or used > DISK_BYTES or len(root) - len(folder) > MAX_PATH:
+            return True
+    # What is gone or replaced was so while we looked; anything else keeps the keeper from looking.
+    return any(fault.errno not in (errno.ENOENT, errno.ENOTDIR) for fault in hidden)
 
 
 def watch_over(pid: int, output: int, channel: int, request: dict[str, Any]) -> dict[str, Any]:
     """Collect what the worker writes until it ends, or is too late, too loud or too large; then kill all."""
     texts, most = {output: b"", channel: b""}, {output: OUTPUT_BYTES, channel: MESSAGE_BYTES}
-    start = looked = time.monotonic()
+    start = time.monotonic()
     limit = request["timeout"] * (60 if "wall" in request["without"] else 1)
-    stopped, ended, status = None, 0, 0
+    usual = nameless_files("self")  # such as libraries that were updated since they were loaded
+    stopped, ended, status = "", 0, 0
     while not stopped:
-        now = time.monotonic()
+        if select.select([sys.stdin], [], [], 0)[0]:  # the caller has ended: nobody waits for the report
+            stopped = "timeout"
         ready = select.select(list(most), [], [], 0 if ended else 0.01)[0]
         if not most:
             time.sleep(0.001)
@@ -211,20 +227,22 @@ def watch_over(pid: int, output: int, channel: int, request: dict[str, Any]) -> 
                 stopped = "output"
             elif not data:
                 del most[source]
-        if now - looked > 0.03 or ended:
-            looked, stopped = now, stopped or ("disk" if too_much(request["folder"]) else None)
+        if too_much(request["folder"], 0 if ended else nameless_files(pid) - usual):
+            stopped = stopped or "disk"
         if ended and not ready:
             break
         if not ended:
             ended, status, used = os.wait4(pid, os.WNOHANG)
-            stopped = stopped or ("timeout" if not ended and now - start > limit else None)
-    end_all(None if ended else pid)
+            late = not ended and time.monotonic() - start > limit
+            stopped = stopped or ("timeout" if late else "")
+    end_all([] if ended else [pid])
+    if os.WIFSIGNALED(status) and used.ru_utime + used.ru_stime > int(request["timeout"] + 0.999) - 0.1:
+        stopped = stopped or "timeout"  # the kernel's limit on seconds of CPU
     return {
-        "status": status if ended else None,
+        "status": os.waitstatus_to_exitcode(status) if ended else 0,
         "stopped": stopped,
         "messages": texts[channel].decode("latin-1"),
         "stdout": texts[output][:OUTPUT_BYTES].decode("utf-8", "replace"),
-        "cpu": used.ru_utime + used.ru_stime,
         "seconds": time.monotonic() - start,
     }
 
@@ -237,7 +255,7 @@ def keeper(request: dict[str, Any]) -> None:
         if layers:
             cage.adopt()
         if "user" in layers and os.getuid() == 0:
-            os.chown(request["folder"], request["uid"], -1)
+            os.chown(request["folder"], request["uid"], -1, follow_symlinks=False)
         if "namespaces" in layers:
             cage.enter_namespaces()
     (output, output_w), (channel, channel_w) = os.pipe(), os.pipe()
@@ -250,18 +268,15 @@ def keeper(request: dict[str, Any]) -> None:
     os._exit(0)
 
 
-def unguarded(request: dict[str, Any]) -> dict[str, Any]:
+def unguarded(request: dict[str, Any]) -> None:
     """Where there is no fork (Windows): run the program in this process, which the parent kills in time."""
-    lines, text, start = [], io.StringIO(), time.monotonic()
+    lines, text, nonce = [], io.StringIO(), request["nonce"]
     os.chdir(request["folder"])
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
         work(request, lines.append)
     os.chdir(HERE)  # a folder that a process stands in cannot be removed
-    return {
-        "messages": b"".join(lines).decode("latin-1"),
-        "stdout": text.getvalue()[:OUTPUT_BYTES],
-        "seconds": time.monotonic() - start,
-    }
+    print(json.dumps([nonce, "stdout", text.getvalue()[:OUTPUT_BYTES]]))
+    print(b"".join(lines).decode(), end="", flush=True)
 
 
 def main() -> None:
@@ -270,8 +285,8 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if not hasattr(os, "fork") or "fork" in request["without"]:
-            print(json.dumps(unguarded(request)), flush=True)
-            return
+            unguarded(request)
+            os._exit(0)
         pid = os.fork()
         if pid == 0:
             keeper(request)

@@ -1,25 +1,25 @@
 """The parent's side of the sandbox: start the child, read its report, name the verdict."""
 
 import contextlib
+import functools
 import json
 import os
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from ..core.tensors import require_number
-from . import wire
+from . import folders, wire
 
 VERDICTS = (
     "ok",
@@ -42,6 +42,13 @@ _KINDS = {"raised": "error", "failed": "error", "syntax": "syntax", "unserialisa
 _WITHOUT: frozenset[str] = frozenset()  # layers that the tests switch off, to see that the others hold
 _GRACE = 5.0  # seconds after which the parent kills a keeper that has not done its work
 _CHILD = Path(__file__).with_name("child.py")
+_MOST_BYTES, _MAX_STDOUT, _MAX_EVENTS = 1 << 23, 1 << 16, 50
+_STOPPED = {
+    "output": "more output than a program may write",
+    "disk": "more or larger files than a program may write",
+    "timeout": "still running after {:g} s",
+    "": "ended by itself before all calls had returned",
+}
 
 Calls = Sequence[tuple[str, tuple[Any, ...]]]
 
@@ -120,24 +127,23 @@ def run_programs(
     keys = [json.dumps([code, some]) for code, some in zip(codes, sent, strict=True)]
     options = {"timeout": timeout, "memory_mb": memory_mb, "readable": _readable()}
     options["without"] = sorted(_WITHOUT)
-    waiting, done = deque(dict.fromkeys(keys)), {}
+    programs = list(dict.fromkeys(keys))
+    workers = min(workers or os.cpu_count() or 1, len(programs)) or 1
+    folders.remove_left()
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(workers) as pool:
+        idle = SimpleQueue()
+        for _ in range(workers):
+            idle.put(stack.enter_context(_Child()))
 
-    def serve(_: int) -> None:
-        with _Child() as child:
-            while True:
-                try:
-                    key = waiting.popleft()
-                except IndexError:
-                    return
-                done[key] = child.run(*json.loads(key), options)
+        def run_one(key: str) -> SandboxResult:
+            child = idle.get()
+            try:
+                return child.run(*json.loads(key), options)
+            finally:
+                idle.put(child)
 
-    workers = min(workers or os.cpu_count() or 1, len(waiting)) or 1
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            list(pool.map(serve, range(workers)))
-        except BaseException:
-            waiting.clear()  # an interrupt waits for the programs that run, not for the rest
-            raise
+        # An interrupt waits for the programs that run; map gives up the rest.
+        done = dict(zip(programs, pool.map(run_one, programs), strict=True))
     return [done[key] for key in keys]
 
 
@@ -150,47 +156,62 @@ def _readable() -> list[str]:
 class _Child:
     """A child process that runs programs one after another; started anew when it had to be killed."""
 
-    process: subprocess.Popen[bytes] | None = None
+    thread: threading.Thread
 
     def __enter__(self) -> "_Child":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.process:
-            _kill(self.process)
-            self.process.communicate()
-        self.process = None
+        process = self.__dict__.pop("process", None)
+        if process is None:
+            return
+        with contextlib.suppress(OSError, AttributeError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+        # Without fork, a process that the program has started may hold the pipe that the thread waits for.
+        self.thread.join(1.0)
+        if not self.thread.is_alive():
+            with contextlib.suppress(OSError), process:
+                pass
 
     def run(self, code: str, calls: list[Any], options: dict[str, Any]) -> SandboxResult:
         """One program, from request to result; its folder is gone afterwards."""
-        nonce, folder = secrets.token_hex(16), tempfile.mkdtemp(prefix="sandbox-")
-        request = {**options, "code": code, "calls": calls, "nonce": nonce, "folder": folder}
-        try:
+        nonce = secrets.token_hex(16)
+        with folders.program_folder() as folder:
+            request = {**options, "code": code, "calls": calls, "nonce": nonce, "folder": folder}
             report = self._ask(json.dumps(request).encode() + b"\n", options["timeout"] + _GRACE)
-        finally:
-            _remove(folder)
         return _result(report, nonce, len(calls), options["timeout"])
 
-    def _ask(self, line: bytes, limit: float) -> dict[str, Any]:
-        process, start, report = self.process or self._start(), time.monotonic(), None
-        timer = threading.Timer(limit, _kill, [process])
-        timer.start()
-        with contextlib.suppress(OSError, ValueError):
-            process.stdin.write(line)
-            process.stdin.flush()
-            report = json.loads(process.stdout.readline())
-        timer.cancel()
-        if report is None or not hasattr(os, "fork") or "fork" in _WITHOUT:
-            self.__exit__()
-        seconds = time.monotonic() - start
-        late = "timeout" if seconds >= limit else None
-        return report or {"stopped": late, "messages": "", "seconds": seconds}
+    def _ask(self, request: bytes, limit: float) -> dict[str, Any]:
+        """A keeper's report; without fork there is no keeper, and the program may have written every line."""
+        process, start, answer = self.process, time.monotonic(), []
+        forks, report = hasattr(os, "fork") and "fork" not in _WITHOUT, None
 
-    def _start(self) -> subprocess.Popen[bytes]:
+        def exchange() -> None:
+            with contextlib.suppress(OSError):
+                process.stdin.write(request)
+                process.stdin.flush()
+                answer.append(process.stdout.readline() if forks else process.stdout.read(_MOST_BYTES))
+
+        self.thread = threading.Thread(target=exchange, daemon=True)
+        self.thread.start()
+        self.thread.join(limit)
+        late, text = self.thread.is_alive(), b"".join(answer).decode("latin-1")
+        with contextlib.suppress(ValueError):  # a keeper that was killed has written nothing or half a line
+            report = json.loads(text) if forks else {"messages": text}
+        if report is None or not forks:
+            self.__exit__()
+        why = "timeout" if late else ""
+        unknown = {"stopped": why, "status": 0, "messages": "", "seconds": time.monotonic() - start}
+        return {**unknown, **(report or {})}
+
+    @functools.cached_property
+    def process(self) -> subprocess.Popen[bytes]:
         # -I without its -E, for the one variable that there is: sets of strings iterate alike in every run.
         command = [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", str(_CHILD)]
         kept = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}  # Windows needs it
-        self.process = subprocess.Popen(
+        return subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -199,78 +220,54 @@ class _Child:
             cwd=tempfile.gettempdir(),
             start_new_session=True,
         )
-        return self.process
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(OSError, AttributeError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-
-
-def _remove(folder: str) -> None:
-    """Remove a folder however deep it is: each folder in it is moved to its top before it is looked into."""
-    rest = [folder]
-    while rest:
-        here = rest.pop()
-        for entry in list(os.scandir(here)):
-            with contextlib.suppress(OSError):
-                if not entry.is_dir(follow_symlinks=False):
-                    os.unlink(entry.path)
-                    continue
-                os.chmod(entry.path, 0o700)
-                os.rename(entry.path, moved := os.path.join(folder, secrets.token_hex(8)))
-                rest.append(moved)
-        if here != folder:
-            os.rmdir(here)
-    shutil.rmtree(folder, ignore_errors=True)
+def _text(text: Any, most: int) -> str:
+    """Text of a program, short and such that it can be printed anywhere."""
+    return str(text)[:most].encode("utf-8", "replace").decode()
 
 
 def _result(report: dict[str, Any], nonce: str, n_calls: int, timeout: float) -> SandboxResult:
     """Read the lines that the worker wrote; whatever is not exactly such a line is the program's own work."""
     values, events, faults, ended = [], [], [], False
+    stdout = report.get("stdout", "")
     try:
         for line in report["messages"].split("\n")[:-1]:  # the last, if any, was cut off by the end
             mark, kind, *parts = json.loads(line)
             if mark != nonce or ended:
                 raise ValueError("not a line of the worker")
             if kind == "value":
-                values.append(wire.decode(*parts))
+                (value,) = parts
+                values.append(wire.decode(value))
             elif kind == "event":
-                events.append(str(*parts))
+                events.append(_text(*parts, 120))
+            elif kind == "stdout":
+                (stdout,) = parts
             elif kind == "end":
                 ended = True
             else:
-                (name, text), plain = map(str, parts), _KINDS[kind]
+                (name, text), plain = [_text(part, 300) for part in parts], _KINDS[kind]
                 faults.append((_BY_NAME.get(name, plain), f"{name}: {text}" if text else name))
                 if kind in ("raised", "unserialisable"):
                     values.append(Raised(name, text))
-        if len(values) > n_calls or (ended and not faults and len(values) < n_calls):
+        complete = len(values) == n_calls or faults or not ended
+        if len(values) > n_calls or len(events) > _MAX_EVENTS or not complete:
             raise ValueError("more or fewer values than calls")
     except (ValueError, TypeError, KeyError, IndexError, RecursionError):
         faults, ended = [("forged", "the program wrote into the channel of its values")], True
-    if not ended or report.get("stopped"):  # how the process ended says more than what went wrong before
+    if not ended or report["stopped"]:  # how the process ended says more than what went wrong before
         faults = [_stopped(report, timeout)]
     verdict, error = faults[0] if faults else ("ok", None)
     values = (values + [MISSING] * n_calls)[:n_calls]
-    text = report.get("stdout", "")
-    return SandboxResult(verdict, tuple(values), error, text, report["seconds"], tuple(events))
+    stdout, events = _text(stdout, _MAX_STDOUT), tuple(events[:_MAX_EVENTS])
+    return SandboxResult(verdict, tuple(values), error, stdout, report["seconds"], events)
 
 
 def _stopped(report: dict[str, Any], timeout: float) -> tuple[str, str]:
     """Verdict and words for a program that did not come to its end."""
-    why, status = report.get("stopped"), report.get("status")
-    if why is None and status:
-        signalled = os.WTERMSIG(status)
-        if signalled and report["cpu"] > int(timeout + 0.999) - 0.1:  # the kernel's limit on CPU seconds
-            why = "timeout"
-        elif signalled:
-            return "crashed", f"killed by signal {signalled} ({signal.strsignal(signalled)})"
-        elif os.WEXITSTATUS(status) == 111:
-            return "memory", "MemoryError"
-    return why or "exited", {
-        "timeout": f"still running after {timeout:g} s",
-        "output": "more output than a program may write",
-        "disk": "more or larger files than a program may write",
-        None: "ended by itself before all calls had returned",
-    }[why]
+    status = report["status"]
+    if not report["stopped"] and status < 0:
+        return "crashed", f"killed by signal {-status} ({signal.strsignal(-status)})"
+    if not report["stopped"] and status == 111:
+        return "memory", "MemoryError"
+    return report["stopped"] or "exited", _STOPPED[report["stopped"]].format(timeout)

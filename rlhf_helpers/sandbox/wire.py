@@ -29,10 +29,10 @@ def encode(value: Any, budget: list[int] | None = None, depth: int = 0) -> Any:
     return [kind.__name__, *(encode(part, budget, depth + 1) for part in parts)]
 
 
-def decode(value: Any) -> Any:
+def decode(value: Any, depth: int = 0) -> Any:
     """The value that encode wrote; raises TypeError, KeyError or ValueError for anything else. Lesson 4."""
-    if type(value) is list:
-        return TAGS[value[0]]([decode(part) for part in value[1:]])
+    if type(value) is list and depth <= MAX_DEPTH:
+        return TAGS[value[0]]([decode(part, depth + 1) for part in value[1:]])
     if type(value) not in SCALARS:
         raise TypeError(f"not written by encode: {type(value).__name__}")
     return value

@@ -4,6 +4,7 @@ Every attack is small even where nothing stops it: bombs fork six times, floods 
 """
 
 import ctypes
+import json
 import os
 import platform
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_helpers.sandbox import MISSING, VERDICTS, enforced, run, run_code, run_programs
+from rlhf_helpers.sandbox import MISSING, VERDICTS, enforced, folders, run, run_code, run_programs
 
 SECRET = "kept-from-programs-7319"
 OUR_WORK = Path(run.__file__).parent
@@ -224,6 +225,53 @@ def f(t):
     os.mkdir('d', 0)
     os.mkdir('e', 0)
 
+## deleted files, still open | disk | disk
+import os, time
+def f(t):
+    held = []
+    for i in range(12):
+        held.append(open('d', 'wb'))
+        held[i].write(bytes(1 << 20))
+        os.unlink('d')
+    time.sleep(5)
+
+## deleted files, still mapped | disk | disk
+import mmap, os, time
+def f(t):
+    held = []
+    for i in range(12):
+        with open('d', 'w+b') as file:
+            file.write(bytes(1 << 20)); file.flush()
+            held.append(mmap.mmap(file.fileno(), 4096))
+        os.unlink('d')
+    time.sleep(5)
+
+## many files in memory, mapped | disk | disk
+import mmap, os, time
+def f(t):
+    held = []
+    for i in range(40):
+        fd = os.memfd_create('x')
+        os.write(fd, bytes(1 << 20))
+        held.append(mmap.mmap(fd, 4096))
+        os.close(fd)
+    time.sleep(5)
+
+## large files among some that come and go | disk | disk
+import os
+def f(t):
+    for i in range(12): open('large' + str(i), 'wb').write(bytes(1 << 20))
+    while True:
+        for i in range(50): open('small' + str(i), 'w').close()
+        for i in range(50): os.unlink('small' + str(i))
+
+## large files in a folder that cannot be listed | disk | disk
+import os, time
+def f(t):
+    os.mkdir('hidden', 0o300)
+    for i in range(12): open('hidden/' + str(i), 'wb').write(bytes(1 << 20))
+    time.sleep(5)
+
 ## file in memory | file_size | disk
 import os
 def f(t):
@@ -318,6 +366,47 @@ import os
 def f(t):
     os.chmod(t['secret'], 0)
 
+## watches a folder outside | file_names | error
+import ctypes, os
+def f(t):
+    c = ctypes.CDLL(None, use_errno=True)
+    if c.inotify_add_watch(c.inotify_init1(0), t['outside'].encode(), 0xfff) < 0:
+        raise OSError(ctypes.get_errno(), 'refused')
+
+## watches all files | file_names | error
+import ctypes
+def f(t):
+    c = ctypes.CDLL(None, use_errno=True)
+    if c.fanotify_init(0x200, 0) < 0: raise OSError(ctypes.get_errno(), 'refused')
+
+## is told of changes in the library | file_names | error
+import fcntl, os
+def f(t):
+    fcntl.fcntl(os.open(os.path.dirname(os.__file__), os.O_RDONLY), fcntl.F_NOTIFY, fcntl.DN_CREATE)
+
+## asks for the handle of a file outside | file_names | error
+import ctypes
+def f(t):
+    c = ctypes.CDLL(None, use_errno=True)
+    handle, mount = ctypes.create_string_buffer(b'\x80' + bytes(135)), ctypes.c_int()
+    if c.name_to_handle_at(-100, t['secret'].encode(), handle, ctypes.byref(mount), 0) < 0:
+        raise OSError(ctypes.get_errno(), 'refused')
+
+## reads attributes of a file outside | file_names | error
+import os
+def f(t):
+    os.listxattr(t['secret'])
+
+## locks a file of the library | file_names | error
+import fcntl, os
+def f(t):
+    fcntl.flock(open(os.__file__), fcntl.LOCK_EX)
+
+## leases a file of the library | file_names | error
+import fcntl, os
+def f(t):
+    fcntl.fcntl(open(os.__file__), fcntl.F_SETLEASE, fcntl.F_RDLCK)
+
 ## leaves the root | file_writes | error
 import os
 def f(t):
@@ -366,6 +455,52 @@ def f(t):
 import os
 def f(t):
     os.kill(os.getppid(), 9)
+
+## has the kernel kill the parent | signals | error
+import fcntl, os
+def f(t):
+    r, w = os.pipe()
+    fcntl.fcntl(r, fcntl.F_SETOWN, t['parent'])
+    fcntl.fcntl(r, 10, 9)
+    fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+    os.write(w, b'x')
+
+## has the kernel stop the parent | signals | error
+import fcntl, os, struct
+def f(t):
+    r, w = os.pipe()
+    fcntl.fcntl(r, 15, struct.pack('ii', 1, t['parent']))
+    fcntl.fcntl(r, 10, 19)
+    fcntl.ioctl(r, 0x5452, struct.pack('i', 1))
+    os.write(w, b'x')
+
+## has the kernel kill the parent's group | signals | error
+import fcntl, os
+def f(t):
+    r, w = os.pipe()
+    fcntl.fcntl(r, fcntl.F_SETOWN, -os.getpgid(t['parent']))
+    fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)
+    os.write(w, b'x')
+
+## becomes the owner by another command | signals | error
+import fcntl, os, struct
+def f(t):
+    r, w = os.pipe()
+    fcntl.ioctl(r, 0x8901, struct.pack('i', t['parent']))
+
+## has a timer of the kernel signal the parent | signals | error
+import ctypes, struct
+def f(t):
+    c = ctypes.CDLL(None, use_errno=True)
+    event = ctypes.create_string_buffer(struct.pack('qiii', 0, 9, 4, t['parent']) + bytes(64))
+    if c.syscall(222, 1, event, ctypes.byref(ctypes.c_int())) < 0:
+        raise OSError(ctypes.get_errno(), 'refused')
+
+## means to survive its keeper | orphans | error
+import ctypes
+def f(t):
+    c = ctypes.CDLL(None, use_errno=True)
+    if c.prctl(1, 0, 0, 0, 0) < 0: raise OSError(ctypes.get_errno(), 'refused')
 
 ## kills all | signals | error ok
 import os
@@ -840,3 +975,203 @@ def test_a_program_is_never_root(targets):
     assert first[0] == first[1] == first[2] > 0
     assert first[3] == []
     assert first[0] != second[0]  # programs are strangers to each other
+
+
+@pytest.mark.parametrize(
+    "line", ["[1]", "5", '{"messages": ""}', '{"messages": 5, "seconds": 1}', "[" * 100_000]
+)
+def test_a_program_in_the_childs_own_process_loses_no_other_results(targets, monkeypatch, line):
+    monkeypatch.setattr(run, "_WITHOUT", frozenset({"fork"}))
+    codes = [f"import os\nos.write(1, {line!r}.encode() + b'\\n')", "def f(t):\n    return 7"]
+    bad, good = run_programs(codes, calls=[("f", (targets,))], workers=1)
+    assert (bad.verdict, bad.values) == ("forged", (MISSING,))
+    assert (good.verdict, good.values) == ("ok", (7,))
+
+
+def test_a_process_that_holds_the_pipe_does_not_stop_the_caller(targets, monkeypatch):
+    if not hasattr(os, "fork"):
+        pytest.skip("the process is started by fork")
+    monkeypatch.setattr(run, "_WITHOUT", frozenset({"fork"}))
+    monkeypatch.setattr(run, "_GRACE", 0.5)
+    code = "import os, time\nif os.fork() == 0:\n    time.sleep(4)\n    os._exit(0)\nos._exit(0)"
+    start = time.monotonic()
+    first, second = run_programs(
+        [code, "def f(t):\n    return 7"], calls=[("f", (targets,))], timeout=0.5, workers=1
+    )
+    assert time.monotonic() - start < 4
+    assert (first.verdict, second.values) == ("timeout", (7,))
+
+
+def test_a_deep_value_is_not_taken(targets):
+    code = """
+import os, sys
+def f(t):
+    n = sys._getframe(1).f_locals["nonce"]
+    value = '["list", ' * 60 + "1" + "]" * 60
+    os.write(3, f'["{n}", "value", {value}]\\n["{n}", "end"]\\n'.encode())
+    os._exit(0)
+"""
+    assert run_code(code, calls=[("f", (targets,))]).verdict == "forged"
+
+
+def test_what_a_program_says_can_be_printed_and_is_short(targets):
+    code = """
+import json, os, sys
+def f(t):
+    n = sys._getframe(1).f_locals["nonce"]
+    for kind in ("event", "stdout"):
+        os.write(3, json.dumps([n, kind, "\\ud800" * 10_000]).encode() + b"\\n")
+    raise ValueError("\\ud800")
+"""
+    result = run_code(code, calls=[("f", (targets,))])
+    assert (result.verdict, result.error) == ("error", "ValueError: ?")
+    for text in (*result.events, result.stdout):
+        text.encode()
+        assert len(text) <= 10_000
+
+
+# ---- folders
+
+
+def test_a_folder_in_whose_place_a_link_stands(targets, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "_WITHOUT", frozenset({"landlock"}))
+    victim = tmp_path / "victim"
+    (victim / "sub").mkdir(parents=True)
+    (victim / "thesis").write_text("years of work")
+    code = """
+import os
+def f(victim):
+    here = os.getcwd()
+    os.rename(here, here + "-moved")
+    os.symlink(victim, here)
+"""
+    run_code(code, calls=[("f", (str(victim),))])
+    assert sorted(entry.name for entry in victim.iterdir()) == ["sub", "thesis"]
+    if os.getuid():  # the program is then the owner of all and may put its folder elsewhere
+        for left in Path(tempfile.gettempdir()).iterdir():
+            shutil.rmtree(left)
+
+
+def swapped(tmp_path, name):
+    """A folder that a run has left, with a link or a folder of another kind in the place of the program's."""
+    (victim := tmp_path / "victim").mkdir(exist_ok=True)
+    (victim / "thesis").write_text("years of work")
+    (outer := Path(tempfile.gettempdir()) / f"{folders.PREFIX}{name}").mkdir()
+    return victim, outer
+
+
+def test_what_was_left_is_removed_without_following_links(targets, tmp_path):
+    victim, outer = swapped(tmp_path, "left")
+    deep = outer / folders.INSIDE
+    (deep / "a" / "b").mkdir(parents=True)
+    (deep / "a" / "b" / "file").write_text("x")
+    (deep / "a" / "link").symlink_to(victim)
+    (deep / "hard").hardlink_to(victim / "thesis")
+    (deep / "closed").mkdir(0)
+    folders.remove_left()
+    assert not outer.exists()
+    assert (victim / "thesis").read_text() == "years of work"
+
+
+def test_what_is_not_a_programs_folder_is_left_alone(targets, tmp_path):
+    victim, outer = swapped(tmp_path, "link")
+    (outer / folders.INSIDE).symlink_to(victim)
+    link = outer.with_name(f"{folders.PREFIX}victim")
+    link.symlink_to(victim)
+    _, other = swapped(tmp_path, "other")
+    (other / "thesis").write_text("years of work")
+    _, foreign = swapped(tmp_path, "foreign")
+    (foreign / folders.INSIDE).mkdir()
+    if os.getuid() == 0:
+        os.chown(foreign, 65534, -1)
+    with folders.program_folder() as used:
+        (Path(used) / "file").write_text("x")
+        folders.remove_left()
+        assert (Path(used) / "file").exists()
+    assert (victim / "thesis").exists()
+    assert (other / "thesis").exists()
+    assert foreign.exists() or os.getuid()
+    for path in (link, outer / folders.INSIDE):
+        path.unlink()
+    for path in (outer, other, foreign):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+CALLER = """
+import tempfile
+from pathlib import Path
+from rlhf_helpers.sandbox import run, run_code
+tempfile.tempdir, run._CHILD = {temp!r}, Path({child!r})
+run_code("open('started', 'w').close()\\nwhile True: pass", calls=[], timeout=60.0)
+"""
+
+
+def test_a_killed_caller_takes_its_program_along(targets):
+    temp = Path(tempfile.gettempdir())
+    caller = subprocess.Popen([sys.executable, "-c", CALLER.format(temp=str(temp), child=str(run._CHILD))])
+    for _ in range(600):
+        if list(temp.glob("*/*/started")):
+            break
+        time.sleep(0.05)
+    assert list(temp.glob("*/*/started"))
+    caller.kill()
+    caller.wait()
+    assert not processes(run._CHILD.parent)
+    assert list(temp.iterdir())
+    assert run_code("def f(t):\n    return 1", calls=[("f", (targets,))]).values == (1,)
+    assert not list(temp.iterdir())
+
+
+# ---- as an ordinary user
+
+AS_A_USER = """
+import importlib.util, json, os, socket, sys, tempfile
+from rlhf_helpers.sandbox import enforced, run, run_code, run_programs
+spec = importlib.util.spec_from_file_location("attacks", sys.argv[1])
+attacks = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(attacks)
+run._WITHOUT = frozenset(sys.argv[2:])
+found = {"enforced": enforced()}
+with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as listener:
+    outside = os.path.join(folder, "outside")
+    os.mkdir(outside)
+    with open(os.path.join(folder, "secret"), "w") as file:
+        file.write(attacks.SECRET)
+    port = listener.getsockname()[1]
+    targets = {"secret": file.name, "outside": outside, "port": port, "parent": os.getpid()}
+    names = [name for name, attack in attacks.ATTACKS.items() if attack[0] in attacks.HARM]
+    codes = [attacks.ATTACKS[name][2] for name in names]
+    results = run_programs(codes, calls=[("f", (targets,))], timeout=1.0, workers=2)
+    found["verdicts"] = {name: [r.verdict, r.error] for name, r in zip(names, results)}
+    found["intact"] = open(file.name).read() == attacks.SECRET and not os.listdir(outside)
+    found["left"] = [name for name in os.listdir(tempfile.gettempdir()) if name.startswith("rlhf-sandbox-")]
+print(json.dumps(found))
+"""
+HARM = ("signals", "file_names", "file_reads", "file_writes", "parent_memory", "processes", "orphans", "disk")
+
+
+@pytest.mark.parametrize("without", [[], ["namespaces"]])
+def test_attacks_as_an_ordinary_user(tmp_path_factory, without):
+    if not hasattr(os, "getuid") or os.getuid() or not shutil.which("setpriv"):
+        pytest.skip("only root becomes an ordinary user, by setpriv")
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    package = str(OUR_WORK.parents[1])
+    with tempfile.TemporaryDirectory(dir="/tmp") as temp:
+        os.chmod(temp, 0o777)
+        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": package, "TMPDIR": temp, "HOME": temp}
+        options = {"env": environment, "cwd": "/", "capture_output": True, "text": True}
+        tries = subprocess.run([*user, sys.executable, "-c", "import rlhf_helpers.sandbox"], **options)
+        if tries.returncode:
+            pytest.skip("an ordinary user may not read this interpreter or its packages")
+        command = [*user, sys.executable, "-c", AS_A_USER, __file__, *without]
+        done = subprocess.run(command, **options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    if "namespaces" in without and not found["enforced"]["signals"]:
+        pytest.skip("a kernel without filters of system calls")
+    assert found["intact"]
+    assert not found["left"]
+    for name, (verdict, error) in found["verdicts"].items():
+        need, verdicts, _ = ATTACKS[name]
+        if found["enforced"][need]:
+            assert verdict in verdicts.split(), (name, verdict, error)
