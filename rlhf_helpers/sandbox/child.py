@@ -130,7 +130,7 @@ def lock_up(request: dict[str, Any]) -> None:
             if not reads and os.getuid() == 0:  # whom it becomes may not be allowed to read the library
                 list(map(__import__, COMMON.split()))
             cage.become(request["uid"], reads)
-    limits = {"CPU": int(request["timeout"] + 0.999), "AS": request["memory_mb"] << 20, "FSIZE": FILE_BYTES}
+    limits = {"CPU": request["cpu_seconds"], "AS": request["memory_mb"] << 20, "FSIZE": FILE_BYTES}
     # A core file of 1 byte is none, and of this size alone a program that collects them is not started.
     for name, most in {**limits, "NPROC": 0, "NOFILE": 64, "CORE": 1}.items():
         if name not in request["without"]:  # soft and hard limit: nobody can raise it again
@@ -236,11 +236,13 @@ def watch_over(pid: int, output: int, channel: int, request: dict[str, Any]) -> 
             late = not ended and time.monotonic() - start > limit
             stopped = stopped or ("timeout" if late else "")
     end_all([] if ended else [pid])
-    if os.WIFSIGNALED(status) and used.ru_utime + used.ru_stime > int(request["timeout"] + 0.999) - 0.1:
-        stopped = stopped or "timeout"  # the kernel's limit on seconds of CPU
+    if os.WEXITSTATUS(status) == NO_MEMORY:
+        stopped = stopped or "memory"
+    if os.WTERMSIG(status) and used.ru_utime + used.ru_stime > request["cpu_seconds"] - 0.1:
+        stopped = stopped or "timeout"
     return {
-        "status": os.waitstatus_to_exitcode(status) if ended else 0,
         "stopped": stopped,
+        "signal": os.WTERMSIG(status),
         "messages": texts[channel].decode("latin-1"),
         "stdout": texts[output][:OUTPUT_BYTES].decode("utf-8", "replace"),
         "seconds": time.monotonic() - start,

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import os
 import secrets
 import signal
@@ -36,8 +37,13 @@ VERDICTS = (
     "exited",
     "crashed",
 )
-_BY_NAME = {"MemoryError": "memory", "RecursionError": "recursion", "NoProcess": "processes"}
-_BY_NAME |= {"DiskFull": "disk", "SystemExit": "exited"}
+_BY_NAME = {
+    "MemoryError": "memory",
+    "RecursionError": "recursion",
+    "NoProcess": "processes",
+    "DiskFull": "disk",
+    "SystemExit": "exited",
+}
 _KINDS = {"raised": "error", "failed": "error", "syntax": "syntax", "unserialisable": "unserialisable"}
 _WITHOUT: frozenset[str] = frozenset()  # layers that the tests switch off, to see that the others hold
 _GRACE = 5.0  # seconds after which the parent kills a keeper that has not done its work
@@ -46,6 +52,7 @@ _MOST_BYTES, _MAX_STDOUT, _MAX_EVENTS = 1 << 23, 1 << 16, 50
 _STOPPED = {
     "output": "more output than a program may write",
     "disk": "more or larger files than a program may write",
+    "memory": "MemoryError",
     "timeout": "still running after {:g} s",
     "": "ended by itself before all calls had returned",
 }
@@ -126,14 +133,15 @@ def run_programs(
     sent = [[[name, wire.encode(tuple(args))] for name, args in some] for some in every]
     keys = [json.dumps([code, some]) for code, some in zip(codes, sent, strict=True)]
     options = {"timeout": timeout, "memory_mb": memory_mb, "readable": _readable()}
-    options["without"] = sorted(_WITHOUT)
+    # The kernel counts whole seconds of CPU.
+    options |= {"cpu_seconds": math.ceil(timeout), "without": sorted(_WITHOUT)}
     programs = list(dict.fromkeys(keys))
     workers = min(workers or os.cpu_count() or 1, len(programs)) or 1
     folders.remove_left()
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(workers) as pool:
         idle = SimpleQueue()
         for _ in range(workers):
-            idle.put(stack.enter_context(_Child()))
+            idle.put(stack.enter_context(contextlib.closing(_Child())))
 
         def run_one(key: str) -> SandboxResult:
             child = idle.get()
@@ -158,10 +166,8 @@ class _Child:
 
     thread: threading.Thread
 
-    def __enter__(self) -> "_Child":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Kill the child, if there is one."""
         process = self.__dict__.pop("process", None)
         if process is None:
             return
@@ -201,10 +207,10 @@ class _Child:
         with contextlib.suppress(ValueError):  # a keeper that was killed has written nothing or half a line
             report = json.loads(text) if forks else {"messages": text}
         if report is None or not forks:
-            self.__exit__()
-        why = "timeout" if late else ""
-        unknown = {"stopped": why, "status": 0, "messages": "", "seconds": time.monotonic() - start}
-        return {**unknown, **(report or {})}
+            self.close()
+        seconds, stopped = time.monotonic() - start, "timeout" if late else ""
+        nothing = {"stopped": stopped, "signal": 0, "messages": "", "stdout": "", "seconds": seconds}
+        return {**nothing, **(report or {})}
 
     @functools.cached_property
     def process(self) -> subprocess.Popen[bytes]:
@@ -230,7 +236,7 @@ def _text(text: Any, most: int) -> str:
 def _result(report: dict[str, Any], nonce: str, n_calls: int, timeout: float) -> SandboxResult:
     """Read the lines that the worker wrote; whatever is not exactly such a line is the program's own work."""
     values, events, faults, ended = [], [], [], False
-    stdout = report.get("stdout", "")
+    stdout = report["stdout"]
     try:
         for line in report["messages"].split("\n")[:-1]:  # the last, if any, was cut off by the end
             mark, kind, *parts = json.loads(line)
@@ -265,9 +271,7 @@ def _result(report: dict[str, Any], nonce: str, n_calls: int, timeout: float) ->
 
 def _stopped(report: dict[str, Any], timeout: float) -> tuple[str, str]:
     """Verdict and words for a program that did not come to its end."""
-    status = report["status"]
-    if not report["stopped"] and status < 0:
-        return "crashed", f"killed by signal {-status} ({signal.strsignal(-status)})"
-    if not report["stopped"] and status == 111:
-        return "memory", "MemoryError"
-    return report["stopped"] or "exited", _STOPPED[report["stopped"]].format(timeout)
+    why, number = report["stopped"], report["signal"]
+    if not why and number:
+        return "crashed", f"killed by signal {number} ({signal.strsignal(number)})"
+    return why or "exited", _STOPPED[why].format(timeout)

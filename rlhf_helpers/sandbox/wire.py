@@ -48,10 +48,8 @@ def same(value: Any, expected: Any) -> bool:
     if type(value) in (list, tuple):
         return len(value) == len(expected) and all(map(same, value, expected))
     if type(value) is dict:
-        pairs = {(type(key), key): part for key, part in expected.items()}
-        return len(value) == len(pairs) and all(
-            (type(key), key) in pairs and same(part, pairs[type(key), key]) for key, part in value.items()
-        )
+        mine, theirs = ({(type(key), key): part for key, part in d.items()} for d in (value, expected))
+        return mine.keys() == theirs.keys() and all(same(mine[key], theirs[key]) for key in mine)
     if type(value) is float:
         return math.isclose(value, expected) or (math.isnan(value) and math.isnan(expected))
     return value == expected
