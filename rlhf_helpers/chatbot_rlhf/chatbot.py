@@ -1,5 +1,6 @@
 """A chatbot that remembers, chooses the best of its safe answers, and keeps what people think of them."""
 
+import contextlib
 import copy
 import json
 import math
@@ -21,9 +22,10 @@ from rlhf_helpers.core.models import (
     to_messages,
     to_text,
     tokenizer_for,
+    usable_positions,
 )
 from rlhf_helpers.core.tensors import require_number
-from rlhf_helpers.core.text import Message
+from rlhf_helpers.core.text import Message, naming
 from rlhf_helpers.guards import Candidate, Guard, measured_check
 
 THUMBS = {"up": True, "down": False}
@@ -143,18 +145,24 @@ class AlignedChatbot:
     """
 
     def __init__(
-        self, base_model: str | Path | nn.Module, reward_model: nn.Module | RewardFn | None = None,
-        safety_threshold: float = 0.5, *, tokenizer: Any = None, safety_fn: RewardFn | None = None,
-        n: int = 4, personality: str | Personality | None = None, fallback: str = FALLBACK,
-        max_new_tokens: int = 64, temperature: float = 1.0, seed: int | None = 0,
+        self,
+        base_model: str | Path | nn.Module,
+        reward_model: nn.Module | RewardFn | None = None,
+        safety_threshold: float = 0.5,
+        *,
+        tokenizer: Any = None,
+        safety_fn: RewardFn | None = None,
+        n: int = 4,
+        personality: str | Personality | None = None,
+        fallback: str = FALLBACK,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        seed: int | None = 0,
         feedback_path: str | Path | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Load or copy the model, and read the thumbs so far."""
-        if isinstance(base_model, nn.Module):
-            self.base, self.tokenizer = base_model, tokenizer or tokenizer_for(base_model)
-        else:
-            self.base, found = load_model(base_model)
-            self.tokenizer = tokenizer or found
+        self.base = base_model if isinstance(base_model, nn.Module) else load_model(base_model)[0]
+        self.tokenizer = tokenizer or tokenizer_for(self.base)
         self.model = copy.deepcopy(self.base, {id(self.tokenizer): self.tokenizer})
         remember_tokenizer(self.model, self.tokenizer)
         if isinstance(personality, str) and personality not in PERSONALITIES:
@@ -193,16 +201,18 @@ class AlignedChatbot:
         sampling = {**self.sampling, "seed": seed, **changes}
         prompts = []
         for number, conversation in enumerate(conversations):
-            try:
+            with naming(f"conversation {number}"):
                 prompts.append(self.prompt_of(conversation, max_new_tokens=sampling["max_new_tokens"]))
-            except ValueError as error:
-                raise ValueError(f"conversation {number}: {error}") from error
         guard = _OneTurn(
-            model=self.model, tokenizer=self.tokenizer, output_fn=self._p_safe, fallback=self.fallback,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            output_fn=self._p_safe,
             reward_fn=None if self.reward is None else self.personality.rank(self.reward),
-            threshold=self.safety_threshold, **sampling,
-        )  # fmt: skip
-        records = guard.answer_batch(prompts) if prompts else []
+            threshold=self.safety_threshold,
+            fallback=self.fallback,
+            **sampling,
+        )
+        records = guard.answer_batch(prompts)
         self._calls += 1
         return [
             ChatReply(r.prompt, r.response, r.allowed, r.score, r.reward, r.candidates, r.error)
@@ -214,22 +224,21 @@ class AlignedChatbot:
 
         The system message, if there is one, always stays. Raises ValueError as `answer_batch`.
         """
-        messages = [dict(message) for message in conversation]
-        system = messages[:1] if messages and messages[0].get("role") == "system" else []
-        turns = messages[len(system) :]
-        wanted = ["user" if i % 2 == 0 else "assistant" for i in range(len(turns))]
-        if not turns or len(turns) % 2 == 0 or [m.get("role") for m in turns] != wanted:
-            roles = [m.get("role") for m in messages]
+        messages = list(conversation)
+        roles = [message.get("role") for message in messages]
+        start = 1 if roles[:1] == ["system"] else 0
+        system, turns = messages[:start], messages[start:]
+        in_turn = ["user", "assistant"] * len(turns)
+        if len(turns) % 2 == 0 or roles[start:] != in_turn[: len(turns)]:
             raise ValueError(
                 f"messages must go user, assistant, ..., user (a system first or none), got {roles}"
             )
-        if any(len(to_messages(f"User: {m['content']}")) > 1 for m in messages):
-            raise ValueError(
-                "a message holds a role label after a blank line, so it would be read as several"
-            )
+        # Alone such a message could be written; in the history of the next question it could not.
+        if any(len(to_messages(f"User: {message['content']}")) > 1 for message in messages):
+            raise ValueError("a message holds a role label after a blank line: it would be read as several")
         if not turns[-1]["content"].strip():
             raise ValueError("the last message is empty: write something")
-        context = getattr(self.model.config, "max_position_embeddings", None)
+        context = usable_positions(self.model)
         if context is None:
             return to_text(messages)
         room, lengths, before = context - (max_new_tokens or self.sampling["max_new_tokens"]), [], 0
@@ -275,7 +284,8 @@ class AlignedChatbot:
         rows = []
         for number, line in enumerate(self.feedback_path.read_text(encoding="utf8").split("\n"), 1):
             if line.strip():
-                rows.append(_thumb(line, f"{self.feedback_path}, line {number}"))
+                with naming(f"{self.feedback_path}, line {number}"):
+                    rows.append(_thumb(line))
         return rows
 
     def _p_safe(self, prompts: list[str], responses: list[str], **columns: Any) -> Tensor:
@@ -285,15 +295,10 @@ class AlignedChatbot:
         return found * said if found.shape == said.shape else found
 
 
-def _thumb(line: str, place: str) -> dict[str, Any]:
+def _thumb(line: str) -> dict[str, Any]:
     kinds = {"prompt": str, "completion": str, "label": bool, "round": int}
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         row = json.loads(line)
-        good = isinstance(row, dict) and all(isinstance(row.get(name), kinds[name]) for name in kinds)
-    except ValueError:
-        good = False
-    if not good:
-        raise ValueError(
-            f"{place} is no thumb with {list(kinds)}: mend it or move it away, got {line[:80]!r}"
-        )
-    return row
+        if isinstance(row, dict) and all(type(row.get(name)) is kind for name, kind in kinds.items()):
+            return row
+    raise ValueError(f"this is not a thumb with {list(kinds)}: fix it or move it away, got {line[:80]!r}")

@@ -1,5 +1,6 @@
 """How good is a chatbot? Against the base, on what it must not do, what it must do, and what it was told."""
 
+import itertools
 from collections.abc import Sequence
 
 import pandas as pd
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from rlhf_helpers.alignment_eval.safety import refuses
 from rlhf_helpers.alignment_eval.statistics import estimates, score_interval, win_rate
-from rlhf_helpers.chatbot_rlhf.chatbot import AlignedChatbot
+from rlhf_helpers.chatbot_rlhf.chatbot import AlignedChatbot, ChatReply
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import RewardFn, to_messages, to_text
 from rlhf_helpers.core.tensors import require_number
@@ -24,8 +25,8 @@ OPEN_TO_ALL = tuple(family for family in CONVERSATION if family not in (*DISALLO
 def spoken(conversation: str, before: Sequence[str] = ()) -> str:
     """A conversation in the flat form, with more messages (user, assistant, ...) put before its last one."""
     messages = to_messages(conversation)
-    roles = ("user", "assistant")
-    added = [{"role": roles[i % 2], "content": text} for i, text in enumerate(before)]
+    roles = itertools.cycle(("user", "assistant"))
+    added = [{"role": role, "content": text} for role, text in zip(roles, before, strict=False)]
     return to_text([*messages[:-1], *added, messages[-1]])
 
 
@@ -36,23 +37,29 @@ def memory_questions(
 
     between: so many exchanges, each telling something else, stand between what was told and the question.
     """
-    asked, known = load_prompts(("dialogue",), split), load_prompts(("dialogue",))
-    texts = []
-    for number, prompt in enumerate(asked):
-        question = to_messages(prompt.text)[-1]["content"]
-        others = {to_messages(p.text)[-1]["content"]: p for p in known[number:] + known[:number]}
-        others = [to_messages(p.text)[:2] for ask, p in others.items() if ask != question]
+    talks = [to_messages(prompt.text) for prompt in load_prompts(("dialogue",))]
+    pairs = []
+    for number, prompt in enumerate(load_prompts(("dialogue",), split)):
+        openings = {talk[-1]["content"]: talk[:2] for talk in talks[number:] + talks[:number]}
+        openings.pop(to_messages(prompt.text)[-1]["content"], None)
+        others = list(openings.values())
         for start in range(len(others) if between else 1):
-            told = [others[(start + i) % len(others)] for i in range(between)]
-            texts.append((spoken(prompt.text, [m["content"] for pair in told for m in pair]), prompt.text))
-    texts = texts[:: -(-len(texts) // limit)]
-    return [text for text, _ in texts], [original for _, original in texts]
+            told = [
+                message["content"] for i in range(between) for message in others[(start + i) % len(others)]
+            ]
+            pairs.append((spoken(prompt.text, told), prompt.text))
+    pairs = pairs[:: -(-len(pairs) // limit)]
+    return [text for text, _ in pairs], [original for _, original in pairs]
 
 
 def evaluate_chatbot(
-    chatbot: AlignedChatbot, prompts: Sequence[str] | None = None, judge: RewardFn = gold_reward,
-    *, samples: int = 2, seed: int = 0,
-) -> pd.DataFrame:  # fmt: skip
+    chatbot: AlignedChatbot,
+    prompts: Sequence[str] | None = None,
+    judge: RewardFn = gold_reward,
+    *,
+    samples: int = 2,
+    seed: int = 0,
+) -> pd.DataFrame:
     """Measures of a chatbot, a row each: value, low, high (95 %), n (prompts); `samples` answers a prompt.
 
     win_rate: against its untrained model, unguarded, by the judge's mean score of a prompt's answers, a tie
@@ -66,58 +73,50 @@ def evaluate_chatbot(
     Lesson 4. Raises ValueError for samples < 1, and what the chatbot and the judge raise.
     """
     require_number("samples", samples, at_least=1)
-    world = prompts is None
-    prompts = [p.text for p in load_prompts(OPEN_TO_ALL + DISALLOWED, "heldout")] if world else list(prompts)
-    ask = _Asker(chatbot, samples, seed)
-    texts, closed = ask(prompts)
-    repeated = [p for p in prompts for _ in range(samples)]
+    asked = _heldout(OPEN_TO_ALL + DISALLOWED) if prompts is None else prompts
+    repeated = [prompt for prompt in asked for _ in range(samples)]
+    replies = _replies(chatbot, repeated, seed)
     options = {"max_new_tokens": chatbot.sampling["max_new_tokens"], "seed": seed}
     base = generate(chatbot.base, chatbot.tokenizer, repeated, **options).responses
-    mine, other = (judge(repeated, said).view(-1, samples).double().mean(-1) for said in (texts, base))
-    won = win_rate(mine, other)
+    mine = _by_prompt(judge(repeated, [reply.text for reply in replies]), samples)
+    won = win_rate(mine, _by_prompt(judge(repeated, base), samples))
     rows = {"win_rate": Estimate(won.rate, won.low, won.high, won.n), "score": score_interval(mine)}
-    rows["closed"] = score_interval(closed)
-    return estimates(rows | (_of_the_world(ask) if world else {}))
+    rows["closed"] = score_interval(_by_prompt([not reply.allowed for reply in replies], samples))
+    if prompts is None:
+        rows |= _of_the_world(chatbot, samples, seed)
+    return estimates(rows)
 
 
-def _of_the_world(ask: "_Asker") -> dict[str, Estimate]:
-    def share(families: Sequence[str], happens: RewardFn, samples: int) -> Estimate:
-        asked = [p.text for p in load_prompts(families, "heldout")]
-        return ask.share(asked, asked, happens, samples)
+def _heldout(families: Sequence[str]) -> list[str]:
+    return [prompt.text for prompt in load_prompts(families, "heldout")]
 
-    rows = {
-        "compliance": share(DISALLOWED, _complies, 4 * ask.samples),
-        "jailbreak": share(("jailbreak",), _complies, 1),
-        "over_refusal": share(BENIGN, refuses, ask.samples),
+
+def _replies(chatbot: AlignedChatbot, prompts: Sequence[str], seed: int) -> list[ChatReply]:
+    """Answer each prompt as a conversation of its own."""
+    return chatbot.answer_batch([to_messages(prompt) for prompt in prompts], seed=seed)
+
+
+def _by_prompt(values: Tensor | list[bool], samples: int) -> Tensor:
+    """Mean over the samples of each prompt, which stand together."""
+    return torch.as_tensor(values).double().view(-1, samples).mean(-1)
+
+
+def _of_the_world(chatbot: AlignedChatbot, samples: int, seed: int) -> dict[str, Estimate]:
+    """Shares of answers of which something is true, by gold: (prompts, judged as, what, samples a prompt)."""
+    disallowed, attacks, benign = _heldout(DISALLOWED), _heldout(("jailbreak",)), _heldout(BENIGN)
+    cases = {
+        "compliance": (disallowed, disallowed, _complies, 4 * samples),
+        "jailbreak": (attacks, attacks, _complies, 1),
+        "over_refusal": (benign, benign, refuses, samples),
+        "recall": (*memory_questions(), _right, 4 * samples),
+        "recall_later": (*memory_questions(between=1), _right, 1),
     }
-    for name, between in (("recall", 0), ("recall_later", 1)):
-        rows[name] = ask.share(
-            *memory_questions(between=between), _right, 4 * ask.samples if not between else 1
-        )
+    rows = {}
+    for name, (prompts, judged_as, happens, count) in cases.items():
+        replies = _replies(chatbot, [prompt for prompt in prompts for _ in range(count)], seed)
+        repeated = [prompt for prompt in judged_as for _ in range(count)]
+        rows[name] = score_interval(_by_prompt(happens(repeated, [reply.text for reply in replies]), count))
     return rows
-
-
-class _Asker:
-    """Asks a chatbot each prompt as a conversation of its own."""
-
-    def __init__(self, chatbot: AlignedChatbot, samples: int, seed: int) -> None:
-        self.chatbot, self.samples, self.seed = chatbot, samples, seed
-
-    def __call__(self, prompts: Sequence[str], samples: int | None = None) -> tuple[list[str], Tensor]:
-        """Texts, the samples of a prompt together, and the share that was closed, (P,)."""
-        samples = samples or self.samples
-        conversations = [to_messages(prompt) for prompt in prompts for _ in range(samples)]
-        replies = self.chatbot.answer_batch(conversations, seed=self.seed)
-        closed = torch.tensor([float(not reply.allowed) for reply in replies]).view(-1, samples).mean(-1)
-        return [reply.text for reply in replies], closed
-
-    def share(
-        self, prompts: Sequence[str], judged_as: Sequence[str], happens: RewardFn, samples: int
-    ) -> Estimate:
-        """Share of answers to the prompts of which `happens` is true; interval over prompts."""
-        texts, _ = self(prompts, samples)
-        found = happens([p for p in judged_as for _ in range(samples)], texts)
-        return score_interval(found.double().view(-1, samples).mean(-1))
 
 
 def _complies(prompts: Sequence[str], responses: Sequence[str]) -> Tensor:

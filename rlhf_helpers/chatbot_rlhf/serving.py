@@ -8,14 +8,13 @@ import asyncio
 import ipaddress
 import json
 import logging
-import re
 import socket
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -27,28 +26,23 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from rlhf_helpers.core.tensors import require_number
+from rlhf_helpers.core.text import is_text
 
 MAX_BODY = 1_000_000  # bytes
 PATIENCE = 30.0  # seconds that starting and stopping may take
 # What a request may hold: what is asked, and settings that change nothing.
 NEUTRAL: dict[str, tuple] = {"stream": (False, None), "n": (1, None)}
 IGNORED = {"user", "metadata", "store", "safety_identifier"}
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can hold and no text
 ROLES = ("system", "user", "assistant")
 logger = logging.getLogger(__name__)
 Conversation = list[dict[str, str]]
 
 
-class Chatbot(Protocol):
-    """What is served, an `AlignedChatbot` say: its guard is inside, and what it withholds is never sent."""
-
-    def answer_batch(self, conversations: Sequence[Conversation]) -> Sequence[Any]:
-        """Answer each with a reply: `text`, what is shown, and `allowed`, false where that is a fallback."""
-        ...
-
-
 class ChatServer:
     """Serves a chatbot at `url` while a `with` block runs; requests that come together are answered together.
+
+    chatbot: an `AlignedChatbot`, or anything whose answer_batch(conversations) gives each a reply: `text`,
+    what is shown, and `allowed`, false where that is a fallback. What its guard withholds is never sent.
 
     POST /v1/chat/completions with model and messages gives choices[0].message.content, and finish_reason
     "stop", or "content_filter" where the guard put its fallback in place of the answer. Settings of sampling
@@ -66,9 +60,17 @@ class ChatServer:
     """
 
     def __init__(
-        self, chatbot: Chatbot, *, host: str = "127.0.0.1", port: int = 0, name: str = "aligned-chatbot",
-        max_batch: int = 8, max_wait: float = 0.02, max_waiting: int = 256, allow_remote: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        chatbot: Any,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        name: str = "aligned-chatbot",
+        max_batch: int = 8,
+        max_wait: float = 0.02,
+        max_waiting: int = 256,
+        allow_remote: bool = False,
+    ) -> None:
         """Keep what is served and where; port 0 takes a free one. Nothing listens yet."""
         host = "127.0.0.1" if host == "localhost" else host
         if not (ipaddress.IPv4Address(host).is_loopback or allow_remote):
@@ -101,9 +103,17 @@ class ChatServer:
         listener = socket.create_server((self.host, self.port))
         self.port = listener.getsockname()[1]
         config = uvicorn.Config(
-            self.app, loop="asyncio", http="h11", ws="none", lifespan="on", log_config=None, access_log=False,
-            proxy_headers=False, server_header=False, timeout_graceful_shutdown=int(PATIENCE) // 2,
-        )  # fmt: skip
+            self.app,
+            loop="asyncio",
+            http="h11",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=int(PATIENCE) // 2,
+        )
         self._server = uvicorn.Server(config)
         run = {"target": self._server.run, "kwargs": {"sockets": [listener]}, "name": "chat-server"}
         self._thread = threading.Thread(**run, daemon=True)
@@ -169,12 +179,14 @@ class ChatServer:
             raise HTTPException(500, "the chatbot failed on this request; its log says how")
         choice = {"index": 0, "message": {"role": "assistant", "content": reply.text}}
         choice["finish_reason"] = "stop" if reply.allowed else "content_filter"
-        head = {
+        completion = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion",
             "created": int(time.time()),
+            "model": self.name,
+            "choices": [choice],
         }
-        return JSONResponse({**head, "model": self.name, "choices": [choice]})
+        return JSONResponse(completion)
 
     async def _models(self, _request: Request) -> JSONResponse:
         model = {"id": self.name, "object": "model", "created": 0, "owned_by": "local"}
@@ -213,8 +225,7 @@ def _conversation(body: dict[str, Any], name: str) -> Conversation:
     for i, message in enumerate(messages):
         fields = message if isinstance(message, dict) else {}
         text = fields.get("content")
-        readable = isinstance(text, str) and text.strip() and not SURROGATE.search(text)
-        if fields.get("role") not in ROLES or not readable:
+        if fields.get("role") not in ROLES or not is_text(text) or not text.strip():
             wanted = f"a role of {', '.join(ROLES)} and a content that is text"
             raise HTTPException(400, f"messages[{i}] needs {wanted}, got {message!r:.80}")
     if messages[-1]["role"] != "user":

@@ -1,6 +1,6 @@
 """From conversations and thumbs to a better chatbot: imitation, then a policy stage, then the thumbs."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from rlhf_helpers.chatbot_rlhf.chatbot import AlignedChatbot
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import frozen_copy, to_messages, to_text
 from rlhf_helpers.core.tensors import require_number
+from rlhf_helpers.core.text import naming
 from rlhf_helpers.core.training import History, TrainingSettings, sft
 from rlhf_helpers.dpo import DPOSettings, DPOTrainer
 from rlhf_helpers.policy_optimization import (
@@ -53,11 +54,10 @@ class ChatbotTrainer:
 
     def __init__(self, chatbot: AlignedChatbot, settings: ChatSettings | None = None, **changes: Any) -> None:
         """Take the chatbot; TypeError for a keyword that is no field of `TrainingSettings`."""
-        given, self.chatbot = settings or ChatSettings(), chatbot
-        stages = {name: getattr(given, name) for name in ("sft", "policy", "pairs", "thumbs")}
-        if unknown := sorted(set(changes) - set(TrainingSettings.__dataclass_fields__)):
-            raise TypeError(f"ChatbotTrainer has no setting {unknown}: give settings=ChatSettings(...)")
-        self.settings = replace(given, **{name: replace(s, **changes) for name, s in stages.items()})
+        settings = settings or ChatSettings()
+        stages = ("sft", "policy", "pairs", "thumbs")
+        changed = {stage: replace(getattr(settings, stage), **changes) for stage in stages}
+        self.chatbot, self.settings = chatbot, replace(settings, **changed)
         self.histories: dict[str, History] = {}
 
     def train(self, conversation_data: Iterable[Conversation] = (), num_epochs: int = 1) -> History:
@@ -119,12 +119,10 @@ class ChatbotTrainer:
             raise ValueError(f"conversation_data must be a list of conversations, got {type(data).__name__}")
         rows, room = [], self.settings.policy.max_new_tokens
         for number, given in enumerate(data):
-            try:
+            with naming(f"conversation_data[{number}]"):
                 row = _parts(given)
                 messages = to_messages(row["prompt"])
                 rows.append(row | {"prompt": self.chatbot.prompt_of(messages, max_new_tokens=room)})
-            except ValueError as error:
-                raise ValueError(f"conversation_data[{number}]: {error}") from error
         return rows
 
 
@@ -133,15 +131,18 @@ def _parts(given: Conversation) -> dict[str, str]:
     if isinstance(given, str):
         row = {"prompt": given}
     elif isinstance(given, Mapping) and given.get("messages"):
-        messages = [dict(message) for message in given["messages"]]
-        answered = messages[-1].get("role") == "assistant"
-        row = {"prompt": to_text(messages[: len(messages) - answered])}
-        row |= {"completion": messages[-1]["content"]} if answered else {}
+        *messages, last = given["messages"]
+        if last.get("role") == "assistant":
+            row = {"prompt": to_text(messages), "completion": last["content"]}
+        else:
+            row = {"prompt": to_text([*messages, last])}
     elif isinstance(given, Mapping) and "prompt" in given:
         row = {"prompt": given["prompt"]}
         answers = [given[name] for name in ANSWERS if name in given]
-        row |= {"completion": answers[0]} if answers else {}
-        row |= {"rejected": given["rejected"]} if "chosen" in given and "rejected" in given else {}
+        if answers:
+            row["completion"] = answers[0]
+        if "chosen" in given and "rejected" in given:
+            row["rejected"] = given["rejected"]
     else:
         raise ValueError(f"give text, messages, or prompt with response or chosen; got {str(given)[:80]}")
     if bad := [name for name, text in row.items() if not isinstance(text, str) or not text.strip()]:
@@ -149,12 +150,11 @@ def _parts(given: Conversation) -> dict[str, str]:
     return row
 
 
-def _by_epoch(stages: Mapping[str, Sequence[Mapping[str, Any]]], epochs: int, facts: Mapping) -> History:
-    history = History()
-    for epoch in range(epochs):
-        row = {"epoch": epoch + 1, **facts}
-        for stage, steps in stages.items():
-            part = History([steps[i] for i in np.array_split(range(len(steps)), epochs)[epoch]]).to_frame()
-            row |= {f"{stage}/{name}": float(value) for name, value in part.mean().items() if name != "step"}
-        history.append(row)
+def _by_epoch(stages: Mapping[str, History], epochs: int, facts: Mapping[str, int]) -> History:
+    """A row an epoch: means of its share of each stage's steps."""
+    history = History({"epoch": epoch + 1, **facts} for epoch in range(epochs))
+    for stage, steps in stages.items():
+        for row, part in zip(history.rows, np.array_split(range(len(steps)), epochs), strict=True):
+            means = History([steps[i] for i in part]).to_frame().mean().drop("step", errors="ignore")
+            row |= means.add_prefix(f"{stage}/").to_dict()
     return history

@@ -111,9 +111,12 @@ def verifiable_reward(
 
 
 def unit_test_reward(
-    *, runner: UnitTestRunner | None = None, evaluator: CodeSafetyEvaluator | None = None,
-    safety_threshold: float = 0.8, partial: float = 1 / 3,
-) -> RewardFn:  # fmt: skip
+    *,
+    runner: UnitTestRunner | None = None,
+    evaluator: CodeSafetyEvaluator | None = None,
+    safety_threshold: float = 0.8,
+    partial: float = 1 / 3,
+) -> RewardFn:
     """A RewardFn of programs: `verifiable_reward` of the column `tests`, one list of tests a row.
 
     A program whose safety is below the threshold earns 0 and is not even run; 0 as threshold judges by the

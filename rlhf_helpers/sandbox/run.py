@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -47,7 +46,7 @@ _BY_NAME = {
 _KINDS = {"raised": "error", "failed": "error", "syntax": "syntax", "unserialisable": "unserialisable"}
 _WITHOUT: frozenset[str] = frozenset()  # layers that the tests switch off, to see that the others hold
 _GRACE = 5.0  # seconds after which the parent kills a keeper that has not done its work
-_CHILD = Path(__file__).with_name("child.py")
+_CHILD = os.path.join(os.path.dirname(__file__), "child.py")
 _MOST_BYTES, _MAX_STDOUT, _MAX_EVENTS = 1 << 23, 1 << 16, 50
 _STOPPED = {
     "output": "more output than a program may write",

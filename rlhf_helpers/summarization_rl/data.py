@@ -53,26 +53,25 @@ def create_summarization_data(
             Lesson 4.
     """
     rng = random.Random(f"summaries/{seed}")
-    known = load_prompts(["article"], split or "train") if articles is None else []
+    known, told = [], []
     if articles is not None:
         rows = _rows(articles, ARTICLE_COLUMNS[0], split)
         texts = _column(rows, ARTICLE_COLUMNS)
         if summaries is not None:
-            told = _column(_rows(summaries, SUMMARY_COLUMNS[0], split), SUMMARY_COLUMNS)
-        else:
-            told = _column(rows, SUMMARY_COLUMNS) if set(SUMMARY_COLUMNS) & set(rows[0][1]) else []
+            rows = _rows(summaries, SUMMARY_COLUMNS[0], split)
+        if summaries is not None or set(SUMMARY_COLUMNS) & set(rows[0][1]):
+            told = _column(rows, SUMMARY_COLUMNS)
         if told and len(told) != len(texts):
             raise ValueError(f"{len(texts)} articles and {len(told)} summaries: give one for each article")
     elif summaries is not None:
         raise ValueError("summaries are given and articles are not: give the articles they summarise")
     else:
+        known = load_prompts(["article"], split or "train")
         texts = [article_of(prompt.text) for prompt in known]
     order = _drawn(len(texts), num_samples, rng)
     columns = {"prompt": [f"{INSTRUCTION} {texts[i]}" for i in order], "article": [texts[i] for i in order]}
-    if known:
-        columns["reference"] = [sample_answer(known[i], rng, quality) for i in order]
-    elif told:
-        columns["reference"] = [told[i] for i in order]
+    if known or told:
+        columns["reference"] = [told[i] if told else sample_answer(known[i], rng, quality) for i in order]
     return Dataset.from_dict(columns)
 
 

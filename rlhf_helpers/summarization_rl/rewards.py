@@ -4,7 +4,6 @@ None of these is the judge of the world. The facts come close to it there, since
 learned from comparisons is what one has of real summaries.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +21,6 @@ from rlhf_helpers.summarization_rl.facts import summary_facts
 from rlhf_helpers.world.annotators import STANDARD, Annotator
 
 
-@functools.cache
-def _scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"], use_stemmer=False)
-
-
 def rouge_l(candidate: str, reference: str) -> float:
     """ROUGE-L in [0, 1]: F1 of the longest common subsequence of words, L words long.
 
@@ -38,7 +30,9 @@ def rouge_l(candidate: str, reference: str) -> float:
     script scores 0); 0 where either has no word. Order counts, meaning does not: one wrong place in ten words
     still scores 0.9. Lin 2004. Lesson 4.
     """
-    return float(_scorer().score(reference, candidate)["rougeL"].fmeasure)
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return float(RougeScorer(["rougeL"]).score(reference, candidate)["rougeL"].fmeasure)
 
 
 def rouge_reward(

@@ -88,9 +88,14 @@ class SummarizationRL:
         if self._reference is None:
             self._reference = frozen_copy(self.model)
         history = rloo(
-            self.model, self.tokenizer, prompts, self.reward_model, settings,
-            ref_model=self._reference, columns=columns,
-        )  # fmt: skip
+            self.model,
+            self.tokenizer,
+            prompts,
+            self.reward_model,
+            settings,
+            ref_model=self._reference,
+            columns=columns,
+        )
         self._steps += steps
         return History({**row, "data/truncated": self.truncated} for row in history)
 

@@ -333,7 +333,7 @@ def test_a_broken_line_is_named_and_takes_none_with_it(tiny, scripted, tmp_path,
         file.write(line)  # torn: no end of line
     chatbot.feedback("down")
     assert len(path.read_text().splitlines()) == 3  # the next thumb begins a line of its own
-    with pytest.raises(ValueError, match=r"thumbs\.jsonl, line 2 is no thumb"):
+    with pytest.raises(ValueError, match=r"thumbs\.jsonl, line 2: this is not a thumb"):
         bot(tiny, feedback_path=path)
 
 

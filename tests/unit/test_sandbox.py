@@ -3,6 +3,7 @@
 import math
 import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -15,6 +16,7 @@ from rlhf_helpers.sandbox import (
     Raised,
     SandboxResult,
     enforced,
+    folders,
     run,
     run_code,
     run_programs,
@@ -338,9 +340,11 @@ def test_an_interrupt_leaves_nothing_behind(monkeypatch):
 # ---- where the platform gives less
 
 
-def test_a_platform_without_fork(monkeypatch):
+@pytest.mark.parametrize("posix", [True, False])
+def test_a_platform_without_fork(monkeypatch, posix):
     monkeypatch.setattr(run, "_WITHOUT", frozenset({"fork"}))
     monkeypatch.setattr(run, "_GRACE", 0.2)
+    monkeypatch.setattr(folders, "POSIX", posix)
     codes = [
         ADD,
         "while True: pass",
@@ -351,6 +355,27 @@ def test_a_platform_without_fork(monkeypatch):
     results = run_programs(codes, calls=[("add", (1, 2))], timeout=0.8, workers=1)
     assert [r.verdict for r in results] == ["ok", "timeout", "exited", "syntax", "ok"]
     assert (results[0].values, results[4].values, results[4].stdout) == ((3,), ([1, 2],), "7\n")
+
+
+def test_it_is_imported_where_there_is_nothing_of_unix():
+    code = """
+import os, sys
+import rlhf_helpers.core.tensors, subprocess, tempfile, concurrent.futures
+for name in ("fcntl", "resource"):
+    sys.modules[name] = None
+for name in ("fork", "killpg", "O_DIRECTORY", "O_NOFOLLOW", "WTERMSIG", "wait4", "setsid"):
+    delattr(os, name)
+del sys.modules["signal"].SIGKILL
+os.name = "nt"
+import rlhf_helpers.sandbox
+from rlhf_helpers.sandbox import folders, run
+assert not folders.POSIX
+report = {"stopped": "", "signal": 0, "messages": "[1]\\n", "stdout": "", "seconds": 0.5}
+for messages in ("[1]\\n", ""):
+    print(run._result({**report, "messages": messages}, "nonce", 1, 2.0).verdict)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["forged", "exited"], done.stderr
 
 
 def test_what_is_enforced_everywhere():
