@@ -24,7 +24,7 @@ def file_names(path, port, pid, victim):
 def file_writes(path, port, pid, victim):
     try: open(path, "w")
     except OSError: open("/dev/null", "w")
-def environment(path, port, pid, victim): os.environ["SANDBOX_PROBE"]
+def environment(path, port, pid, victim): list(os.environ)[0]
 def parent_memory(path, port, pid, victim): open(f"/proc/{pid}/environ")
 def signals(path, port, pid, victim):
     r, w = os.pipe()
@@ -86,12 +86,8 @@ def _probe(without: frozenset[str]) -> dict[str, bool]:
         with open(path, "w") as file:
             file.write("probe")
         os.chmod(path, 0o666)
-        os.environ["SANDBOX_PROBE"] = "seen"
-        try:
-            args = (path, listener.getsockname()[1], os.getpid(), victim.pid)
-            tried = run.run_code(_TRIES, calls=[(name, args) for name in names], timeout=5.0)
-        finally:
-            del os.environ["SANDBOX_PROBE"]
+        args = (path, listener.getsockname()[1], os.getpid(), victim.pid)
+        tried = run.run_code(_TRIES, calls=[(name, args) for name in names], timeout=5.0)
         killed = victim.poll() is not None
     # What is not there, such as /proc or fcntl, was not refused: other ways may lead to the same.
     absent = ("ModuleNotFoundError", "FileNotFoundError", "AttributeError")
