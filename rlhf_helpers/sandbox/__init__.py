@@ -36,8 +36,9 @@ Not protected against: flaws of the kernel; side channels; what a program can se
 clock, the load; of a file whose name it guesses, whether it exists, its size and times); use of `workers`
 cores for `timeout` seconds each; a program that reads its caller's frame: in its process it can send any
 value as its own, but it cannot know the right one. Without Landlock a program reads what its user may read,
-and an ordinary user's program writes what its user may write; without seccomp and namespaces it reaches the
-network: run the lesson in a container or a virtual machine there.
+and an ordinary user's program writes what its user may write, the memory of the caller by /proc among it;
+without seccomp and namespaces it reaches the network. Run the lesson in a container or a virtual machine
+there.
 """
 
 from .probe import enforced
