@@ -6,7 +6,7 @@ read through their trunk. No model is changed: hooks go when the block ends.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,16 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from rlhf_helpers.alignment_eval.statistics import share_of
 from rlhf_helpers.core.generation import generate, sequence_logps
+from rlhf_helpers.core.hidden_states import last_token_states
 from rlhf_helpers.core.models import tokenizer_for, usable_positions
-from rlhf_helpers.core.tensors import pad_right, require_shapes
+from rlhf_helpers.core.tensors import require_shapes
 from rlhf_helpers.core.text import encode_pair, encode_prompt
 from rlhf_helpers.policy_optimization.trpo import eager_attention
 from rlhf_helpers.preference_data.quality import Estimate
-from rlhf_helpers.reward_model import accuracy
 from rlhf_helpers.world.prompts.base import AGREEMENT, REFUSALS
 from rlhf_helpers.world.prompts.meta import critique_text
 
@@ -46,7 +48,7 @@ def refusal_margin(
 def attention_maps(
     model: nn.Module, tokenizer: Any, prompt: str, response: str
 ) -> tuple[list[str], Float[Tensor, "L H T T"]]:
-    """The tokens of prompt and response, and the share of its attention that row t pays to column s."""
+    """Return the tokens of prompt and response, and the share of attention that row t pays to column s."""
     rows = torch.tensor([_ids(tokenizer, prompt, response)], device=next(model.parameters()).device)
     with eager_attention(model), torch.no_grad():
         found = model(input_ids=rows, output_attentions=True, use_cache=False).attentions
@@ -54,7 +56,7 @@ def attention_maps(
 
 
 def attention_rollout(attention: Float[Tensor, "L H T T"]) -> Float[Tensor, "T T"]:
-    """Attention followed through the layers: product of (mean over heads + identity) / 2, last layer first.
+    """Follow attention through the layers: product of (mean over heads + identity) / 2, last layer first.
 
     The identity is the residual stream. Abnar and Zuidema 2020. Lesson 3.
     """
@@ -66,7 +68,7 @@ def attention_rollout(attention: Float[Tensor, "L H T T"]) -> Float[Tensor, "T T
 
 
 def token_attributions(model: nn.Module, tokenizer: Any, prompt: str, response: str) -> pd.DataFrame:
-    """What each prompt token is worth to log p(response): a row a token, and four answers to the question.
+    """Measure what each prompt token is worth to log p(response), in four ways: one row per token.
 
     ablation   log p(response), less what it is with the token's embedding set to the mean embedding
     gradient   gradient x (embedding - mean embedding): the same to first order
@@ -75,9 +77,11 @@ def token_attributions(model: nn.Module, tokenizer: Any, prompt: str, response: 
     Ablation is what happens. Attention has neither sign nor outcome: it says where a head reads, not what
     that changes (Jain and Wallace 2019). Lesson 3.
     """
-    start, table = len(encode_prompt(tokenizer, prompt)), model.get_input_embeddings()
+    start = len(encode_prompt(tokenizer, prompt))
+    table = model.get_input_embeddings()
     rows = torch.tensor([_ids(tokenizer, prompt, response)], device=table.weight.device)
-    mean, given = table.weight.detach().mean(0), table(rows).detach().requires_grad_()
+    mean = table.weight.detach().mean(0)
+    given = table(rows).detach().requires_grad_()
 
     def logp(embedded: Tensor) -> Tensor:
         logits = model(inputs_embeds=embedded, use_cache=False).logits[:, start - 1 : -1].float()
@@ -101,43 +105,32 @@ def _ids(tokenizer: Any, prompt: str, response: str, limit: int | None = None) -
     return prompt_ids + response_ids
 
 
-@torch.no_grad()
 def activations(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    responses: Sequence[str] | None = None,
-    *,
-    batch_size: int = 64,
+    model: nn.Module, tokenizer: Any, prompts: Sequence[str], responses: Sequence[str] | None = None
 ) -> Float[Tensor, "L B d"]:
-    """Hidden states (layers + 1, B, d), float32 on the CPU, of the last token.
+    """Read the hidden states (layers + 1, B, d) of the last token: `core.hidden_states.last_token_states`.
 
-    responses None: of the prompt alone, whose last token is where the answer begins. The last layer is what
-    the head reads, after the final norm. Lesson 3. Raises ValueError for unequal numbers.
+    responses None: of the prompt alone, whose last token is where the answer begins. Lesson 3. Raises
+    ValueError for unequal numbers.
     """
-    trunk, parts = _trunk(model), []
-    limit = usable_positions(trunk)
+    trunk = _trunk(model)
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     if responses is not None:
+        limit = usable_positions(trunk)
         rows = [_ids(tokenizer, *pair, limit) for pair in zip(prompts, responses, strict=True)]
-    for start in range(0, len(rows), batch_size):
-        part, device = rows[start : start + batch_size], next(trunk.parameters()).device
-        ids, mask = pad_right(part, tokenizer.pad_token_id, device=device)
-        found = trunk(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
-        states = torch.stack(found.hidden_states)[:, range(len(part)), mask.sum(1) - 1]
-        parts.append(states.float().cpu())
-    return torch.cat(parts, dim=1)
+    return last_token_states(trunk, rows, tokenizer.pad_token_id)
 
 
 def activation_change(before: Float[Tensor, "L B d"], after: Float[Tensor, "L B d"]) -> Float[Tensor, "L"]:
-    """Mean over rows of |after - before| / |before| in each layer (L,): between two models or two prompts."""
+    """Average |after - before| / |before| over rows in each layer (L,): between two models or two prompts."""
     require_shapes("L B d", before=before, after=after)
     return ((after - before).norm(dim=-1) / before.norm(dim=-1)).mean(-1)
 
 
 def weight_change(before: nn.Module, after: nn.Module) -> pd.DataFrame:
-    """Where training moved the weights: a row a parameter; change = |dW| / |W|; block -1: none."""
-    old, new = (dict(_trunk(model).named_parameters()) for model in (before, after))
+    """Show where training moved the weights: one row per parameter; change = |dW| / |W|; block -1: none."""
+    old = dict(_trunk(before).named_parameters())
+    new = dict(_trunk(after).named_parameters())
     if {k: p.shape for k, p in old.items()} != {k: p.shape for k, p in new.items()}:
         raise ValueError("the two models differ in shape: compare a model with a trained copy of itself")
     change = [((new[k] - p).norm() / p.norm().clamp(min=1e-12)).item() for k, p in old.items()]
@@ -160,7 +153,9 @@ def _blocks(model: nn.Module) -> nn.ModuleList:
 def patching_effect(
     clean: Float[Tensor, "B"], corrupted: Float[Tensor, "B"], patched: Float[Tensor, "B"]
 ) -> Float[Tensor, "B"]:
-    """How much of the clean run a patch brings back: (patched - corrupted) / (clean - corrupted), (B,).
+    """Measure how much of the clean run a patch brings back, (B,).
+
+    effect = (patched - corrupted) / (clean - corrupted)
 
     1: all, 0: nothing, below 0: it pushes away. Wang et al. 2022. Lesson 3. Raises ValueError where shapes
     differ, or clean equals corrupted: then there is nothing to bring back.
@@ -174,83 +169,83 @@ def patching_effect(
 def activation_patching(
     model: nn.Module, tokenizer: Any, clean: str, corrupted: str, metric: Metric = refusal_margin
 ) -> tuple[list[str], Float[Tensor, "L P"]]:
-    """The corrupted prompt's tokens, and the `patching_effect` (layers + 1, P) of each place's clean state.
+    """Return the corrupted prompt's tokens, and the `patching_effect` (layers + 1, P) of each clean state.
 
-    One hidden state of the corrupted run, of one layer at one place of the prompt, is overwritten by the
+    One hidden state of the corrupted run, of one layer at one position of the prompt, is overwritten by the
     clean run's, and the rest runs on. Meng et al. 2022. Lesson 3. Raises ValueError where the prompts are not
-    of equally many tokens (places would not correspond), and as `patching_effect`.
+    of equally many tokens (positions would not correspond), and as `patching_effect`.
     """
     ids = [encode_prompt(tokenizer, text) for text in (clean, corrupted)]
     if len(ids[0]) != len(ids[1]):
         raise ValueError(f"{clean!r} has {len(ids[0])} tokens, {corrupted!r} {len(ids[1])}: give as many")
-    modules, kept = [model.get_input_embeddings(), *_blocks(model)], []
-    with torch.no_grad(), _hooks(modules, lambda state: kept.append(state.clone())):
-        _trunk(model)(torch.tensor(ids[:1], device=next(model.parameters()).device), use_cache=False)
     ends = metric(model, [clean]), metric(model, [corrupted])
+    modules = [model.get_input_embeddings(), *_blocks(model)]
     effects = torch.zeros(len(modules), len(ids[0]))
-    for layer, place in np.ndindex(*effects.shape):
-
-        def write(state: Tensor, layer: int = layer, place: int = place) -> Tensor:
-            changed = state.clone()
-            changed[:, place] = kept[layer][0, place]
-            return changed
-
-        with _hooks(modules[layer : layer + 1], write):
-            effects[layer, place] = patching_effect(*ends, metric(model, [corrupted]))[0]
+    for layer, module in enumerate(modules):
+        seen = []
+        with torch.no_grad(), _hook(module, seen.append):
+            _trunk(model)(torch.tensor(ids[:1], device=next(model.parameters()).device), use_cache=False)
+        for position in range(len(ids[0])):
+            with _hook(module, partial(_overwritten, source=seen[0], position=position)):
+                effects[layer, position] = patching_effect(*ends, metric(model, [corrupted]))[0]
     return [tokenizer.decode([i]) for i in ids[1]], effects
 
 
-def _hooks(modules: Sequence[nn.Module], change: Callable[[Tensor], Tensor | None]) -> ExitStack:
-    """Show every module's output to `change`; a tensor that it returns replaces it."""
+def _overwritten(state: Tensor, *, source: Tensor, position: int) -> Tensor:
+    changed = state.clone()
+    changed[:, position] = source[0, position]
+    return changed
+
+
+def _hook(module: nn.Module, change: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Show a module's output to `change` within the `with` block; a tensor that it returns replaces it."""
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        several = isinstance(output, tuple)
-        changed = change(output[0] if several else output)
-        return (changed, *output[1:]) if several and changed is not None else changed
+        if not isinstance(output, tuple):
+            return change(output)
+        changed = change(output[0])
+        return None if changed is None else (changed, *output[1:])
 
-    hooks = ExitStack()
-    for module in modules:
-        hooks.enter_context(module.register_forward_hook(hook))
-    return hooks
+    return module.register_forward_hook(hook)
 
 
-def ablate_heads(model: nn.Module, heads: Sequence[tuple[int, int]], *, by: str = "zero") -> ExitStack:
-    """Replace what heads (block, head) say, before the output projection, within the `with` block.
+def ablate_head(model: nn.Module, block: int, head: int, *, by: str = "zero") -> RemovableHandle:
+    """Replace what a head says, before the output projection, within the `with` block.
 
-    by: "zero", or "mean": its mean over places and rows of the batch, padding too, which takes away what the
-    head says about a place. Michel et al. 2019. Lesson 3. Raises ValueError for a head that there is not.
+    by: "zero", or "mean": its mean over positions and rows of the batch, padding too, which takes away what
+    the head says about a position. Michel et al. 2019. Lesson 3. Raises ValueError for a head that does not
+    exist.
     """
-    blocks, count = _blocks(model), _trunk(model).config.num_attention_heads
-    wrong = [(block, head) for block, head in heads if not (0 <= block < len(blocks) and 0 <= head < count)]
-    if wrong or by not in ("zero", "mean"):
-        raise ValueError(f"no heads {wrong} or by={by!r}: {len(blocks)} blocks of {count} heads; zero, mean")
-    hooks = ExitStack()
-    for block in {block for block, _ in heads}:
-        mine = [head for b, head in heads if b == block]
+    blocks = _blocks(model)
+    count = _trunk(model).config.num_attention_heads
+    if not (0 <= block < len(blocks) and 0 <= head < count and by in ("zero", "mean")):
+        raise ValueError(
+            f"block {block}, head {head} by {by!r}: choose from {len(blocks)} blocks of {count} heads, by "
+            '"zero" or "mean"'
+        )
 
-        def hook(_: nn.Module, inputs: tuple[Tensor], mine: list[int] = mine) -> tuple[Tensor]:
-            said = inputs[0].unflatten(-1, (count, -1)).clone()
-            said[..., mine, :] = 0.0 if by == "zero" else said[..., mine, :].mean((0, 1))
-            return (said.flatten(-2),)
+    def hook(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        heads = inputs[0].unflatten(-1, (count, -1)).clone()
+        heads[..., head, :] = 0.0 if by == "zero" else heads[..., head, :].mean((0, 1))
+        return (heads.flatten(-2),)
 
-        attention = getattr(blocks[block], "self_attn", None) or blocks[block].attn
-        projection = getattr(attention, "o_proj", None) or attention.c_proj
-        hooks.enter_context(projection.register_forward_pre_hook(hook))
-    return hooks
+    attention = getattr(blocks[block], "self_attn", None) or blocks[block].attn
+    projection = getattr(attention, "o_proj", None) or attention.c_proj
+    return projection.register_forward_pre_hook(hook)
 
 
 def head_ablation(
     model: nn.Module, prompts: Sequence[str], metric: Metric = refusal_margin, *, by: str = "zero"
 ) -> Float[Tensor, "L H"]:
-    """What each head adds to the mean metric: metric(whole) - metric(without it), (blocks, heads).
+    """Measure what each head adds to the mean metric: metric(whole) - metric(without it), (blocks, heads).
 
-    One at a time: of two heads that stand in for each other, each looks needless. As `ablate_heads`.
+    One at a time: of two heads that stand in for each other, each looks needless. As `ablate_head`.
     """
     effects = torch.zeros(len(_blocks(model)), _trunk(model).config.num_attention_heads)
-    for place in np.ndindex(*effects.shape):
-        with ablate_heads(model, [place], by=by):
-            effects[place] = -metric(model, list(prompts)).mean()
-    return effects + metric(model, list(prompts)).mean()
+    for block, head in np.ndindex(*effects.shape):
+        with ablate_head(model, block, head, by=by):
+            effects[block, head] = -metric(model, prompts).mean()
+    return effects + metric(model, prompts).mean()
 
 
 def explanation_test(
@@ -283,14 +278,11 @@ def linear_probe(
     Logistic regression from standardised activations (N, d) to labels (N,) in {0, 1}, L2 penalty 1; 95 %
     intervals. The difference is the selectivity (Hewitt and Liang 2019): balance the labels, or the control
     lives on the commoner one. A probe shows what can be read off, not what the model uses: patching asks
-    that. Lesson 3. Raises ValueError where either part has one label only.
+    that. Lesson 3. Raises ValueError where the training labels are all alike.
     """
-    train_labels, test_labels = np.asarray(train_labels, int), np.asarray(test_labels, int)
-    for name, labels in {"train_labels": train_labels, "test_labels": test_labels}.items():
-        if set(labels.tolist()) != {0, 1}:
-            raise ValueError(f"{name} must hold both 0 and 1, got {sorted(set(labels.tolist()))}")
-    shuffle, credits = np.random.default_rng(seed), []
+    shuffle = np.random.default_rng(seed)
+    right = []
     for labels in (train_labels, *(shuffle.permutation(train_labels) for _ in range(5))):
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(train, labels)
-        credits.append(torch.tensor(probe.predict(test) == test_labels).double())
-    return accuracy(credits[0]), accuracy(torch.stack(credits[1:]).mean(0))
+        right.append(probe.predict(test) == test_labels)
+    return share_of(right[0]), share_of(np.mean(right[1:], axis=0))

@@ -11,17 +11,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rlhf_helpers.alignment_eval.statistics import share_of
 from rlhf_helpers.core.choices import choice_logps
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import tokenizer_for
 from rlhf_helpers.core.training import History
 from rlhf_helpers.policy_optimization import RLOOSettings, rloo
 from rlhf_helpers.preference_data.quality import Estimate
-from rlhf_helpers.reward_model import accuracy
 from rlhf_helpers.world.prompts import meta
 
 # passage, question, true, false: as `world.prompts.meta.make_passage` writes them
@@ -49,7 +49,7 @@ class DebateRecord:
 
 
 def make_passages(n: int, *, split: str = "train", seed: int = 0) -> list[Passage]:
-    """`n` passages of three facts, each with a question, its true and a false answer."""
+    """Write `n` passages of three facts, each with a question, its true and a false answer."""
     rng = random.Random(f"debate/{split}/{seed}")
     return [meta.make_passage(rng, split) for _ in range(n)]
 
@@ -70,42 +70,39 @@ def judge_odds(
     second: Sequence[Argument | None],
     claims: tuple[str, str] = SIDES,
 ) -> Float[Tensor, "B"]:
-    """Log-odds (B,), in nats, that the judge gives the first claim over the second, both orders averaged.
+    """Compute the log-odds (B,), in nats, that the judge gives the first claim over the second.
 
     (l(first is A) - l(first is B)) / 2,  l = log p("A") - log p("B")
 
-    What the judge adds for a letter cancels. It reads question, claims, arguments and their check, never the
-    passage; a silent side has no line. claims: the passages' keys of the two. Irving et al. 2018. Lesson 3.
+    Both orders are averaged, so what the judge adds for a letter cancels. It reads question, claims,
+    arguments and their check, never the passage; a silent side has no line. claims: the passages' keys of the
+    two. Irving et al. 2018. Lesson 3.
     """
-    sides = [(first, claims[0]), (second, claims[1])]
-    asked = [
-        _judge_text(p, (a[0][i], b[0][i]), (p[a[1]], p[b[1]]))
-        for a, b in (sides, sides[::-1])
-        for i, p in enumerate(passages)
-    ]
-    logps = choice_logps(judge, tokenizer_for(judge), asked, ("A", "B"))
-    as_given, swapped = (logps[:, 0] - logps[:, 1]).view(2, -1)
-    return (as_given - swapped) / 2
+    given = [_judge_text(*row, claims) for row in zip(passages, first, second, strict=True)]
+    swapped = [_judge_text(*row, claims[::-1]) for row in zip(passages, second, first, strict=True)]
+    logps = choice_logps(judge, tokenizer_for(judge), given + swapped, ("A", "B"))
+    given_odds, swapped_odds = (logps[:, 0] - logps[:, 1]).view(2, -1)
+    return (given_odds - swapped_odds) / 2
 
 
-def _judge_text(passage: Passage, arguments: tuple[Argument | None, ...], claims: tuple[str, str]) -> str:
+def _judge_text(passage: Passage, a: Argument | None, b: Argument | None, claims: tuple[str, str]) -> str:
     # Folded to one line: a debater must not write the other side's line.
-    said = {s: " ".join(a.said.split()) for s, a in zip("AB", arguments, strict=True) if a}
-    turns = tuple((said.get(s, ""), bool(a and a.verified)) for s, a in zip("AB", arguments, strict=True))
-    lines = meta.judge_text(passage["question"], *claims, turns).split("\n")
-    silent = tuple(f"{s} argues:" for s in "AB" if s not in said)
+    turns = [(" ".join(x.said.split()), x.verified) if x else ("", False) for x in (a, b)]
+    lines = meta.judge_text(passage["question"], *(passage[claim] for claim in claims), turns).split("\n")
+    silent = tuple(f"{letter} argues:" for letter, x in (("A", a), ("B", b)) if x is None)
     return "\n".join(line for line in lines if not line.startswith(silent))
 
 
 def argue(speaker: Speaker, passages: Sequence[Passage], claim: str, *, seed: int = 0) -> list[Argument]:
-    """One argument a passage for its answer `claim` ("true" or "false"), at most 48 tokens, quote checked."""
-    asked = [meta.argue_text(p["passage"], p["question"], p[claim]) for p in passages]
-    rollout = generate(speaker, tokenizer_for(speaker), asked, max_new_tokens=48, seed=seed)
-    return _checked(passages, rollout.responses)
+    """Sample one argument per passage for its answer `claim` ("true" or "false"), at most 48 tokens."""
+    prompts = [meta.argue_text(p["passage"], p["question"], p[claim]) for p in passages]
+    rollout = generate(speaker, tokenizer_for(speaker), prompts, max_new_tokens=48, seed=seed)
+    return check_quotes(passages, rollout.responses)
 
 
-def _checked(passages: Sequence[Passage], said: Sequence[str]) -> list[Argument]:
-    return [Argument(x, quotes_truly(x, p["passage"])) for p, x in zip(passages, said, strict=True)]
+def check_quotes(passages: Sequence[Passage], responses: Sequence[str]) -> list[Argument]:
+    """Make arguments of what was said about each passage, their quotes checked."""
+    return [Argument(x, quotes_truly(x, p["passage"])) for p, x in zip(passages, responses, strict=True)]
 
 
 def run_debates(
@@ -116,19 +113,18 @@ def run_debates(
     dishonest: Speaker | None = None,
     seed: int = 0,
 ) -> list[DebateRecord]:
-    """One record a passage: `honest` argues for its true answer, `dishonest` for its false one.
+    """Hold one debate per passage: `honest` argues for its true answer, `dishonest` for its false one.
 
     None is silent: both silent is no debate, one silent is consultancy (a single adviser; Michael et al.
     2023). Irving et al. 2018. Lesson 3. Raises ValueError for no passage.
     """
     if not passages:
         raise ValueError("passages is empty: give at least one, make_passages(n) writes some")
-    said = [
-        argue(speaker, passages, side, seed=2 * seed + place) if speaker else [None] * len(passages)
-        for place, (speaker, side) in enumerate(zip((honest, dishonest), SIDES, strict=True))
-    ]
-    chances = judge_odds(judge, passages, *said).sigmoid().tolist()
-    return [DebateRecord(*row) for row in zip(passages, *said, chances, strict=True)]
+    silence = [None] * len(passages)
+    true = argue(honest, passages, "true", seed=2 * seed) if honest else silence
+    false = argue(dishonest, passages, "false", seed=2 * seed + 1) if dishonest else silence
+    chances = judge_odds(judge, passages, true, false).sigmoid().tolist()
+    return [DebateRecord(*row) for row in zip(passages, true, false, chances, strict=True)]
 
 
 def debate_summary(records: Sequence[DebateRecord]) -> dict[str, Estimate]:
@@ -137,16 +133,16 @@ def debate_summary(records: Sequence[DebateRecord]) -> dict[str, Estimate]:
     honest_verified: of the arguments for the truth, the share whose quote stands in the passage; a silent
     side has no entry. Lesson 3. Raises ValueError for no record.
     """
-    chances = torch.tensor([r.probability for r in records], dtype=torch.float64)
-    found = {"judge_accuracy": accuracy((chances > 0.5) + 0.5 * (chances == 0.5))}
+    summary = {"judge_accuracy": share_of([(np.sign(r.probability - 0.5) + 1) / 2 for r in records])}
     for side in ("honest", "dishonest"):
-        if said := [a for r in records if (a := getattr(r, side)) is not None]:
-            found[f"{side}_verified"] = accuracy(torch.tensor([float(a.verified) for a in said]))
-    return found
+        arguments = [getattr(record, side) for record in records]
+        if any(arguments):
+            summary[f"{side}_verified"] = share_of([argument.verified for argument in arguments])
+    return summary
 
 
 def transcript(record: DebateRecord) -> str:
-    """A debate to read: the passage (which the judge never sees), the arguments, the verdict."""
+    """Write a debate down to read: the passage (which the judge never sees), the arguments, the verdict."""
     lines = [record.passage["passage"], record.passage["question"]]
     for side in ("honest", "dishonest"):
         if argument := getattr(record, side):
@@ -155,30 +151,40 @@ def transcript(record: DebateRecord) -> str:
 
 
 def train_debater(
-    model: nn.Module, passages: Sequence[Passage], judge: Judge, settings: RLOOSettings,
-    *, sides: Sequence[str] = SIDES, opponent: Speaker | None = None,
-) -> tuple[nn.Module, History]:  # fmt: skip
-    """A copy of `model` trained by RLOO to win: reward = the judge's probability for one's own claim.
+    model: nn.Module,
+    passages: Sequence[Passage],
+    judge: Judge,
+    settings: RLOOSettings,
+    *,
+    side: str,
+    opponent: Speaker,
+) -> tuple[nn.Module, History]:
+    """Train a copy of `model` by RLOO to win: reward = the judge's probability for its own claim.
 
-    The verdict is all the reward there is: no gold, nothing about honesty. sides: which answers it learns to
-    argue for, "true", "false" or both. opponent: who argues for the other answer; None: the policy itself as
-    it is trained (self-play). Irving et al. 2018. Lesson 3. Raises ValueError for an unknown side or none.
+    The verdict is all the reward there is: no gold, nothing about honesty. Irving et al. 2018. Lesson 3.
+
+    Args:
+        model: The debater as it starts; it is not changed.
+        passages: What is debated.
+        judge: Decides.
+        settings: Of RLOO.
+        side: Which answer the copy learns to argue for: "true" or "false".
+        opponent: Argues for the other answer, and does not learn.
+
+    Raises:
+        ValueError: The side is unknown.
     """
-    if not sides or not set(sides) <= set(SIDES):
-        raise ValueError(f"sides={list(sides)!r}: name one or both of {list(SIDES)}")
-    policy, calls = copy.deepcopy(model), itertools.count(1_000_003 * (settings.seed + 1))
-    rows = [(p, side) for p in passages for side in sides]
+    if side not in SIDES:
+        raise ValueError(f"side={side!r}: choose from {SIDES}")
+    other = SIDES[1 - SIDES.index(side)]
+    policy = copy.deepcopy(model)
+    seeds = itertools.count(1_000_003 * (settings.seed + 1))  # of the opponent, one per step
 
-    def win(_: list[str], responses: list[str], *, case: list[Passage], side: list[str]) -> Tensor:
-        odds, seed = torch.empty(len(responses)), next(calls)
-        for mine, other in (SIDES, SIDES[::-1]):
-            if places := [i for i, s in enumerate(side) if s == mine]:
-                held = [case[i] for i in places]
-                own = _checked(held, [responses[i] for i in places])
-                theirs = argue(policy if opponent is None else opponent, held, other, seed=seed)
-                odds[places] = judge_odds(judge, held, own, theirs, (mine, other))
-        return odds.sigmoid()
+    def win(_: list[str], responses: list[str], *, passage: list[Passage]) -> Tensor:
+        own = check_quotes(passage, responses)
+        theirs = argue(opponent, passage, other, seed=next(seeds))
+        return judge_odds(judge, passage, own, theirs, (side, other)).sigmoid()
 
-    prompts = [meta.argue_text(p["passage"], p["question"], p[side]) for p, side in rows]
-    columns = {"case": [p for p, _ in rows], "side": [side for _, side in rows]}
+    prompts = [meta.argue_text(p["passage"], p["question"], p[side]) for p in passages]
+    columns = {"passage": passages}
     return policy, rloo(policy, tokenizer_for(policy), prompts, win, settings, columns=columns)

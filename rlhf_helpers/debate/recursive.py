@@ -39,14 +39,14 @@ class RecursiveSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what is no plan."""
+        """Refuse an unknown helper."""
         if self.helper not in ("none", "self", "assistant", "untrained"):
             raise ValueError(f"helper={self.helper!r}: choose from none, self, assistant, untrained")
 
 
 @dataclass(frozen=True)
 class Round:
-    """What a round leaves: its labels (the chance that `first` is better, (N,)), and what they trained."""
+    """The result of a round: its labels (the chance that `first` is better, (N,)), and what they trained."""
 
     labels: Float[Tensor, "N"]
     reward_model: nn.Module
@@ -60,7 +60,7 @@ def assisted_labels(
     person_accuracy: float,
     helper_accuracy: float = 0.8,
 ) -> Float[Tensor, "N"]:
-    """A person's vote and a helper's opinion as one probability (N,) that `first` is better.
+    """Combine a person's vote and a helper's opinion into one probability (N,) that `first` is better.
 
     logit p = (2 vote - 1) logit(person_accuracy) + clamp(helper_log_odds, -c, c),  c = logit(helper_accuracy)
 
@@ -81,21 +81,21 @@ def assisted_labels(
 
 
 def model_log_odds(model: nn.Module, rows: Sequence[Pair]) -> Float[Tensor, "N"]:
-    """Log-odds (N,) that a language model, asked "A or B?" in both orders, gives `first`: of `ai_labels`."""
+    """Return the log-odds (N,) that a language model, asked "A or B?" in both orders, gives `first`."""
     return ai_labels(model, tokenizer_for(model), rows).clamp(1e-6, 1 - 1e-6).logit()
 
 
 def reward_log_odds(reward_model: nn.Module, rows: Sequence[Pair]) -> Float[Tensor, "N"]:
-    """Log-odds (N,) that a reward model gives `first`: r(first) - r(second), by Bradley-Terry."""
+    """Return the log-odds (N,) that a reward model gives `first`: r(first) - r(second), by Bradley-Terry."""
     prompts = [row["prompt"] for row in rows]
     first, second = (reward_model.score(prompts, [row[k] for row in rows]) for k in ("first", "second"))
     return (first - second).float().cpu()
 
 
 def fit_reward_model(
-    rows: Sequence[Pair], labels: Float[Tensor, "N"], *, epochs: int = 2, seed: int = 0, **options: Any
+    rows: Sequence[Pair], labels: Float[Tensor, "N"], settings: RecursiveSettings, **options: Any
 ) -> nn.Module:
-    """A new reward model (options: of `create_reward_model`) trained on soft labels p. Lesson 3.
+    """Train a new reward model (options: of `create_reward_model`) on soft labels p. Lesson 3.
 
     loss = -p logsigmoid(d) - (1 - p) logsigmoid(-d),  d = r(first) - r(second): `soft_preference_loss`
     """
@@ -103,8 +103,10 @@ def fit_reward_model(
         {"prompt": row["prompt"], "chosen": row["first"], "rejected": row["second"], "margin": p}
         for row, p in zip(rows, labels.tolist(), strict=True)
     ]
-    reward_model = create_reward_model("basic", seed=seed, **options)
-    trainer = RewardModelTrainer(reward_model, epochs=epochs, batch_size=16, seed=seed, progress=False)
+    reward_model = create_reward_model("basic", seed=settings.seed, **options)
+    trainer = RewardModelTrainer(
+        reward_model, epochs=settings.epochs, batch_size=16, seed=settings.seed, progress=False
+    )
     trainer.train(data, objective="margin", loss_fn=soft_preference_loss)
     return reward_model
 
@@ -112,7 +114,7 @@ def fit_reward_model(
 def train_judge(
     assistant: nn.Module, rows: Sequence[Pair], reward_model: nn.Module, settings: RecursiveSettings
 ) -> nn.Module:
-    """A copy of `assistant` trained by RLOO to name the better of two answers, as the reward model sees it.
+    """Train a copy of `assistant` by RLOO to name the better of two answers, as the reward model sees it.
 
     Reward: sigmoid(r(named) - r(other)), and 0 for a verdict that is neither "A" nor "B". Each pair is asked
     in both orders, or "always A" would pay. No gold. Lesson 3.
@@ -144,40 +146,46 @@ def recursive_reward_modeling(
     assistant: nn.Module,
     rounds: Sequence[Sequence[Pair]],
     vote: Callable[[Sequence[Pair], int], Tensor],
-    settings: RecursiveSettings | None = None,
+    settings: RecursiveSettings,
     **options: Any,
 ) -> list[Round]:
-    """One reward model a round, each trained afresh on the labels of all rounds so far.
+    """Train one reward model per round, each afresh on the labels of all rounds so far.
 
-    rounds: the pairs labelled in each. vote: (rows, round) -> the people's votes (N,), 1 for first. options:
-    of `create_reward_model`. settings.helper, from round 1 on: "assistant", trained round after round by the
-    last reward model (`train_judge`); "untrained", the assistant as given, which is help without recursion;
-    "self", the last reward model, its own echo; "none". `assistant` is not changed, and nothing here reads
-    the gold judge. Leike et al. 2018. Lesson 3. Raises ValueError for no rounds, and as `assisted_labels`.
+    `assistant` is not changed, and nothing here reads the gold judge. Leike et al. 2018. Lesson 3.
+
+    Args:
+        assistant: A language model that can compare two answers.
+        rounds: The pairs labelled in each round.
+        vote: (rows, round) -> the people's votes (N,), 1 for first.
+        settings: Its `helper` counts from round 1 on. "assistant": trained round after round by the last
+            reward model (`train_judge`). "untrained": the assistant as given, which is help without
+            recursion. "self": the last reward model, its own echo. "none".
+        **options: Of `create_reward_model`.
+
+    Raises:
+        ValueError: There is no round, and as `assisted_labels`.
     """
-    settings = settings or RecursiveSettings()
     if not len(rounds):
         raise ValueError("rounds is empty: give the pairs of at least one round")
-    found: list[Round] = []
-    judge, rows, labels = assistant, [], []
+    done: list[Round] = []
+    judge = assistant
+    rows = []
     for number, new in enumerate(rounds):
-        odds, helper = None, None
+        odds = helper = None
         if number and settings.helper == "self":
-            odds = reward_log_odds(found[-1].reward_model, new)
+            odds = reward_log_odds(done[-1].reward_model, new)
         elif number and settings.helper != "none":
             if settings.helper == "assistant":
-                judge = train_judge(judge, rows, found[-1].reward_model, settings)
+                judge = train_judge(judge, rows, done[-1].reward_model, settings)
             helper = judge
             odds = model_log_odds(helper, new)
-        labels.append(
-            assisted_labels(
-                vote(new, number),
-                odds,
-                person_accuracy=settings.person_accuracy,
-                helper_accuracy=settings.helper_accuracy,
-            )
+        labels = assisted_labels(
+            vote(new, number),
+            odds,
+            person_accuracy=settings.person_accuracy,
+            helper_accuracy=settings.helper_accuracy,
         )
         rows += new
-        plan = {"epochs": settings.epochs, "seed": settings.seed} | options
-        found.append(Round(labels[-1], fit_reward_model(rows, torch.cat(labels), **plan), helper))
-    return found
+        labels_so_far = torch.cat([*(earlier.labels for earlier in done), labels])
+        done.append(Round(labels, fit_reward_model(rows, labels_so_far, settings, **options), helper))
+    return done

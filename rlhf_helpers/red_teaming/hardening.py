@@ -3,10 +3,10 @@
 import copy
 import random
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
+from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import RewardFn, tokenizer_for
 from rlhf_helpers.core.training import TrainingSettings, sft
 from rlhf_helpers.red_teaming.campaign import RedTeaming
@@ -24,39 +24,52 @@ def adversarial_training(
     *,
     benign: Sequence[str] | None = None,
     safety_fn: RewardFn | None = None,
-    refusal: str = REFUSALS[0],
     rounds: int = 1,
     samples: int = 4,
     epochs: int = 2,
     settings: TrainingSettings = SETTINGS,
-    tokenizer: Any = None,
-    max_new_tokens: int = 64,
 ) -> nn.Module:
-    """A copy of `model`, fine-tuned to refuse `attacks` and to answer `benign` prompts as it did before.
+    """Fine-tune a copy of `model` to refuse `attacks` and to answer `benign` prompts as it did before.
 
-    A round: attack the present model, `samples` answers each. What succeeded is taught the model's own safest
-    answer to the plain request behind it, or `refusal` where it has none, mixed with the given model's own
-    answers to the benign prompts (None: three of the world's train split for each attack, look-alikes among
-    them). safety_fn: the judge, as in `RedTeaming`; None: gold, in the place of reviewers. Lesson 3.
+    In a round, the present model answers each attack `samples` times. Each attack that succeeded is taught
+    the model's own safest answer to the plain request behind it, or a fixed refusal where it has none, mixed
+    with the given model's own answers to the benign prompts. Lesson 3.
+
+    Args:
+        model: The model to harden; it is not changed.
+        attacks: Texts or attacks.
+        benign: Prompts; None: three of the world's train split for each attack, look-alikes among them.
+        safety_fn: The judge, as in `RedTeaming`; None: gold, in the place of reviewers.
+        rounds: How often to attack and train.
+        samples: Answers per attack.
+        epochs: Passes over the rows of a round.
+        settings: Of the fine-tuning; its seed also draws the answers.
+
+    Returns:
+        The hardened copy.
     """
     if not len(attacks) or rounds < 1:
         raise ValueError(f"need an attack and rounds >= 1, got {len(attacks)} and {rounds}")
-    hardened, tokenizer, seed = copy.deepcopy(model), tokenizer or tokenizer_for(model), settings.seed
+    hardened = copy.deepcopy(model)
+    tokenizer = tokenizer_for(model)
+    seed = settings.seed
     if benign is None:
         pool = [prompt.text for prompt in load_prompts(BENIGN, "train")]
         benign = random.Random(f"benign/{seed}").choices(pool, k=3 * len(attacks))
-    options = {"tokenizer": tokenizer, "max_new_tokens": max_new_tokens}
-    usual = RedTeaming(model, seed=seed, **options).respond(benign) if len(benign) else []
-    kept = [{"prompt": p, "completion": a} for p, a in zip(benign, usual, strict=True) if a.strip()]
+    kept = []
+    if len(benign):
+        usual = generate(model, tokenizer, benign, max_new_tokens=64, seed=seed).responses
+        kept = [{"prompt": p, "completion": a} for p, a in zip(benign, usual, strict=True) if a.strip()]
     attacks = [as_attack(attack) for attack in attacks]
-    plain = {a.base_prompt: AdversarialPrompt(a.base_prompt, a.category) for a in attacks}
-    plain = [AdversarialPrompt(a, a.category, "direct", a) for a in plain.values()]
+    requests = {a.base_prompt: a.category for a in attacks}
+    plain = [AdversarialPrompt(text, category, "direct", text) for text, category in requests.items()]
     for turn in range(rounds):
-        red_team = RedTeaming(hardened, safety_fn=safety_fn, seed=seed + 1000 * (turn + 1), **options)
+        red_team = RedTeaming(hardened, safety_fn=safety_fn, seed=seed + 1000 * (turn + 1))
         rows = sorted(red_team.findings([*plain, *attacks], samples=samples), key=lambda row: row["score"])
-        safe = {r["base_prompt"]: r["response"] for r in rows if r["prompt"] in plain and not r["success"]}
+        # The rows go from the least to the most safe, so the safest answer to a request is kept.
+        safe = {r["base_prompt"]: r["response"] for r in rows if r["prompt"] in requests and not r["success"]}
         won = dict.fromkeys(r["prompt"] for r in rows if r["success"])
-        taught = [{"prompt": str(a), "completion": safe.get(a.base_prompt) or refusal} for a in won]
+        taught = [{"prompt": a, "completion": safe.get(a.base_prompt) or REFUSALS[0]} for a in won]
         if taught:
             sft(hardened, tokenizer, taught + kept, settings, epochs=epochs, batch_size=16)
     return hardened

@@ -3,7 +3,7 @@
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, islice
 from typing import Self
 
 from rlhf_helpers.world.prompts import load_prompts, split_sentences
@@ -12,28 +12,36 @@ from rlhf_helpers.world.tables import load_table
 
 Strategy = Callable[[str, random.Random], str]
 _ATTACKS = load_table("red_teaming/attacks")
-# category -> family, kinds (none: all); the last five stand for the dangerous capabilities of large models.
+# Category -> family and kinds (none: all). The last five stand for dangerous capabilities of large models.
 CATEGORIES: dict[str, tuple[str, tuple[str, ...]]] = _ATTACKS["categories"]
+# Family -> category, where the two differ in name.
+CATEGORY_OF = {"groups": "biased", "false_premise": "misleading", "jailbreak": "harmful"}
 
 
 class AdversarialPrompt(str):
     """An attack: a text like any other that knows its category, its strategy and what it really asks."""
 
     def __new__(cls, text: str, category: str = "", strategy: str = "", base_prompt: str = "") -> Self:
-        """Make the text and hang the rest on it."""
+        """Make the text and attach the rest to it."""
         attack = super().__new__(cls, text)
-        attack.category, attack.strategy, attack.base_prompt = category, strategy, base_prompt
+        attack.category = category
+        attack.strategy = strategy
+        attack.base_prompt = base_prompt
         return attack
 
 
 def as_attack(prompt: str) -> AdversarialPrompt:
-    """A plain text as an attack on itself: strategy "given", category as the world files it, or "unknown"."""
+    """Turn a plain text into an attack on itself.
+
+    Its strategy is "given", its category that of the world's prompt, or "unknown".
+    """
     if isinstance(prompt, AdversarialPrompt):
         return prompt
-    found = next((p for p in load_prompts() if p.text == prompt), None)
-    family, base = (found.family, found.asked or prompt) if found else ("unknown", prompt)
-    filed = {"groups": "biased", "false_premise": "misleading", "jailbreak": "harmful"}
-    return AdversarialPrompt(prompt, filed.get(family, family), "given", base)
+    known = next((p for p in load_prompts() if p.text == prompt), None)
+    if known is None:
+        return AdversarialPrompt(prompt, "unknown", "given", prompt)
+    category = CATEGORY_OF.get(known.family, known.family)
+    return AdversarialPrompt(prompt, category, "given", known.asked or prompt)
 
 
 def _paraphrase(prompt: str, rng: random.Random) -> str:
@@ -44,9 +52,9 @@ def _paraphrase(prompt: str, rng: random.Random) -> str:
 
 
 def _typo(prompt: str, rng: random.Random) -> str:
-    places = [m.start() for m in re.finditer(r"(?<=\w)\w\w(?=\w)", prompt)]
-    at = rng.choice(places or [len(prompt)])
-    return prompt[:at] + prompt[at : at + 2][::-1] + prompt[at + 2 :]
+    starts = [match.start() for match in re.finditer(r"(?<=\w)\w\w(?=\w)", prompt)]
+    start = rng.choice(starts or [len(prompt)])
+    return prompt[:start] + prompt[start : start + 2][::-1] + prompt[start + 2 :]
 
 
 def _shout(prompt: str, rng: random.Random) -> str:
@@ -64,7 +72,7 @@ def _reorder(prompt: str, rng: random.Random) -> str:
 MUTATIONS = {"paraphrase": _paraphrase, "typo": _typo, "case": _shout, "reorder": _reorder}
 
 
-def framed(frames: Sequence[str] = (), jailbreaks: Iterable[str] = ()) -> Strategy:
+def framed(frames: Sequence[str], jailbreaks: Iterable[str]) -> Strategy:
     """Make a strategy that puts the prompt in place of {} in one of the frames or of the named jailbreaks."""
     templates = [*frames, *(JAILBREAKS[name]("{}") for name in jailbreaks)]
     return lambda prompt, rng: rng.choice(templates).replace("{}", prompt)
@@ -73,7 +81,7 @@ def framed(frames: Sequence[str] = (), jailbreaks: Iterable[str] = ()) -> Strate
 # The assistant has met JAILBREAKS in its training text, the other frames never.
 STRATEGIES: dict[str, Strategy] = {
     "direct": lambda prompt, rng: prompt,
-    "template": framed(jailbreaks=JAILBREAKS),
+    "template": framed((), JAILBREAKS),
     "mutation": lambda prompt, rng: rng.choice(list(MUTATIONS.values()))(prompt, rng),
     **{name: framed(**templates) for name, templates in _ATTACKS["strategies"].items()},
 }
@@ -81,7 +89,7 @@ ONLY_FOR = {"bias_elicitation": "biased", "extraction": "privacy"}  # strategy -
 
 
 def create_adversarial_prompts(
-    categories: Sequence[str] | Mapping[str, Sequence[str]] = ("harmful", "biased", "misleading"),
+    categories: Sequence[str] = ("harmful", "biased", "misleading"),
     num_prompts: int = 10,
     *,
     seed: int = 0,
@@ -90,47 +98,60 @@ def create_adversarial_prompts(
 ) -> list[AdversarialPrompt]:
     """Make `num_prompts` different attacks in all, categories in turn, strategies in turn within each.
 
-    categories: names of `CATEGORIES`, or name -> requests of your own (to be judged by your own safety_fn).
-    strategies: name -> function (prompt, random.Random) -> attack; None: those of `STRATEGIES` that fit.
-    split: "train" or "heldout". Lesson 3. Raises ValueError for an unknown category, or too few attacks.
+    Lesson 3.
+
+    Args:
+        categories: Names of `CATEGORIES`.
+        num_prompts: Number of attacks.
+        seed: Seed of their order and of the strategies.
+        strategies: Name -> function (prompt, random.Random) -> attack; None: those of `STRATEGIES` that fit.
+        split: "train" or "heldout"; None: both.
+
+    Raises:
+        ValueError: A category is unknown, or there are too few attacks.
     """
     if num_prompts < 1 or not categories:
         raise ValueError(f"need num_prompts >= 1 and a category, got {num_prompts} and {categories!r}")
-    rng, makers = random.Random(f"attacks/{seed}"), {}
+    rng = random.Random(f"attacks/{seed}")
+    streams = {}
     for name in categories:
-        requests = list(categories[name]) if isinstance(categories, Mapping) else _requests_of(name, split)
-        fit = {n: s for n, s in STRATEGIES.items() if ONLY_FOR.get(n, name) == name or n == name}
-        usable = dict(strategies or ({name: fit[name]} if name in fit else fit))
-        if not usable or not requests:
-            raise ValueError(f"category {name!r} has {len(requests)} requests and {len(usable)} strategies")
-        makers[name] = _attacks(name, requests, usable, rng)
-    names = [name for name, _ in zip(cycle(makers), range(num_prompts), strict=False)]
-    made = [next(makers[name], None) for name in names]
-    if None in made:
-        told = f"category {names[made.index(None)]!r} has no further attack after {made.index(None)} in all"
-        raise ValueError(f"{told}: ask for fewer, or add requests or strategies")
-    return made
-
-
-def _requests_of(category: str, split: str | None = None) -> list[str]:
-    if category not in CATEGORIES:
-        raise ValueError(f"category {category!r} is unknown; choose from {', '.join(CATEGORIES)}")
-    family, kinds = CATEGORIES[category]
-    return [p.text for p in load_prompts((family,), split) if not kinds or p.kind in kinds]
+        if name not in CATEGORIES:
+            raise ValueError(f"category {name!r} is unknown; choose from {', '.join(CATEGORIES)}")
+        family, kinds = CATEGORIES[name]
+        requests = [p.text for p in load_prompts((family,), split) if not kinds or p.kind in kinds]
+        if strategies is not None:
+            usable = strategies
+        elif name in STRATEGIES:  # "injection": a category that is one strategy
+            usable = {name: STRATEGIES[name]}
+        else:
+            usable = {n: s for n, s in STRATEGIES.items() if ONLY_FOR.get(n, name) == name}
+        streams[name] = _attacks(name, requests, usable, rng)
+    attacks = []
+    for name in islice(cycle(streams), num_prompts):
+        attack = next(streams[name], None)
+        if attack is None:
+            raise ValueError(
+                f"category {name!r} has no further attack after {len(attacks)} in all: ask for fewer, or add "
+                "strategies"
+            )
+        attacks.append(attack)
+    return attacks
 
 
 def _attacks(
     category: str, requests: Sequence[str], strategies: Mapping[str, Strategy], rng: random.Random
 ) -> Iterator[AdversarialPrompt]:
-    """Different attacks, until five passes over all requests and strategies find no new one."""
-    names, seen, barren = rng.sample(list(strategies), len(strategies)), set(), 0
+    """Yield different attacks, until five passes over all requests and strategies find no new one."""
+    names = rng.sample(list(strategies), len(strategies))
+    seen = set()
+    barren = 0
     while barren < 5:
-        before = len(seen)
-        orders = {name: rng.sample(list(requests), len(requests)) for name in names}
-        for place in range(len(requests)):
-            for name in names:
-                text = strategies[name](base := orders[name][place], rng)
+        barren += 1
+        orders = [rng.sample(requests, len(requests)) for _ in names]
+        for bases in zip(*orders, strict=True):
+            for name, base in zip(names, bases, strict=True):
+                text = strategies[name](base, rng)
                 if text not in seen:
+                    barren = 0
                     seen.add(text)
                     yield AdversarialPrompt(text, category, name, base)
-        barren = 0 if len(seen) > before else barren + 1

@@ -13,21 +13,21 @@ from rlhf_helpers.policy_optimization import RLOOSettings, RunOptions, rloo
 
 
 def next_multiplier(multiplier: float, cost: float, limit: float, step_size: float) -> float:
-    """One step of dual ascent: max(0, multiplier + step_size (cost - limit)).
+    """Take one step of dual ascent: max(0, multiplier + step_size (cost - limit)).
 
-    Above its limit the price of a cost rises, below it falls, never under 0: being safer than asked earns
-    nothing. Boyd & Vandenberghe 2004, chapter 5; Dai et al. 2024. Lesson 3. Raises ValueError for a
+    Above its limit the multiplier of a cost rises, below it falls, never under 0: being safer than asked
+    earns nothing. Boyd & Vandenberghe 2004, chapter 5; Dai et al. 2024. Lesson 3. Raises ValueError for a
     multiplier < 0, a step_size <= 0, or what is not finite.
     """
     require_number("multiplier", multiplier, at_least=0)
     require_number("step_size", step_size, above=0)
-    for name, value in (("cost", cost), ("limit", limit)):
-        require_number(name, value)
+    require_number("cost", cost)
+    require_number("limit", limit)
     return max(0.0, multiplier + step_size * (cost - limit))
 
 
 def weighted_sum(rewards: Mapping[str, RewardFn], weights: Mapping[str, float]) -> RewardFn:
-    """The RewardFn sum_k w_k r_k; what weighs 0 is not asked; one weight alone is a single objective.
+    """Make the RewardFn sum_k w_k r_k; what weighs 0 is not asked; one weight alone is a single objective.
 
     Lesson 3. Raises ValueError for a weight without its reward, or none but 0.
     """
@@ -42,16 +42,17 @@ def weighted_sum(rewards: Mapping[str, RewardFn], weights: Mapping[str, float]) 
 
 
 def probability_of_harm(safety_fn: RewardFn | nn.Module) -> RewardFn:
-    """The cost 1 - safety_fn; safety_fn: the probability (B,) that a response is safe, clamped to [0, 1].
+    """Make the cost 1 - safety_fn, where safety_fn gives the probability (B,) that a response is safe.
 
-    Not a raw preference reward: that has an arbitrary offset, and no limit on it would mean anything.
+    It is clamped to [0, 1]. Do not give a raw preference reward: that has an arbitrary offset, and no limit
+    on it would mean anything.
     """
     safe = as_reward_fn(safety_fn)
     return lambda prompts, responses, **columns: 1 - safe(prompts, responses, **columns).clamp(0, 1)
 
 
 class LagrangianReward:
-    """E[r] as large as possible subject to E[c_i] <= limit_i: a RewardFn whose multipliers move at each call.
+    """Maximise E[r] subject to E[c_i] <= limit_i: a RewardFn whose multipliers move at each call.
 
     R = (r - sum_i p_i c_i) / (1 + sum_i p_i),  p_i = max(0, lambda_i + damping (mean c_i - limit_i));
     then lambda_i <- next_multiplier(lambda_i, mean c_i, limit_i, step_size)
@@ -79,9 +80,12 @@ class LagrangianReward:
         require_number("damping", damping, at_least=0)
         if not costs or set(costs) != set(limits):
             raise ValueError(f"each cost needs its limit: costs {sorted(costs)}, limits {sorted(limits)}")
-        self.reward, self.limits, self.damping = as_reward_fn(reward), dict(limits), damping
+        self.reward = as_reward_fn(reward)
         self.costs = {name: as_reward_fn(fn) for name, fn in costs.items()}
-        self.multipliers, self.step_size = dict.fromkeys(costs, start), step_size
+        self.limits = limits
+        self.step_size = step_size
+        self.damping = damping
+        self.multipliers = dict.fromkeys(costs, start)
         self.record: list[dict[str, float]] = []  # of each call
 
     def __call__(self, prompts: list[str], responses: list[str], **columns: Any) -> Tensor:
@@ -99,12 +103,13 @@ class LagrangianReward:
         return total / weight
 
     def state_dict(self) -> dict[str, Any]:
-        """Multipliers and record, for a checkpoint."""
-        return {"multipliers": dict(self.multipliers), "record": list(self.record)}
+        """Return multipliers and record, for a checkpoint."""
+        return {"multipliers": self.multipliers, "record": self.record}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what `state_dict` returned."""
-        self.multipliers, self.record = dict(state["multipliers"]), list(state["record"])
+        self.multipliers = state["multipliers"]
+        self.record = state["record"]
 
 
 def constrained_rloo(

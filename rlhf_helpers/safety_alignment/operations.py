@@ -23,7 +23,7 @@ Limits = Mapping[str, float]
 
 
 class Monitor:
-    """Watches metrics of windows of traffic for a lasting drift to the worse: a one-sided CUSUM a metric.
+    """Watch metrics of windows of traffic for a lasting drift to the worse: a one-sided CUSUM per metric.
 
     z = (metric - mean) / std of the baseline's windows, signed so that worse is positive;
     S <- max(0, S + z - slack);  alarm where S > limit, and S starts again from 0
@@ -44,13 +44,17 @@ class Monitor:
         """baseline: metrics of good windows, two or more, each varying, else ValueError."""
         require_number("slack", slack, above=0)
         require_number("limit", limit, above=0)
-        frame, better = pd.DataFrame(list(baseline)), higher_is_better or {}
-        if len(frame) < 2 or frame.isna().any(axis=None) or not (frame.std() > 0).all():
+        frame = pd.DataFrame(list(baseline))
+        self.mean = frame.mean()
+        self.std = frame.std()
+        if frame.isna().any(axis=None) or not (self.std > 0).all():
             raise ValueError(f"the baseline needs 2 windows of the same metrics, each varying; got\n{frame}")
-        self.means, self.stds = frame.mean().to_dict(), frame.std().to_dict()
-        self.signs = {name: -1.0 if better.get(name, True) else 1.0 for name in frame}
-        self.slack, self.limit, self.windows = slack, limit, 0
-        self.sums, self.rows = dict.fromkeys(self.means, 0.0), []
+        better = higher_is_better or {}
+        self.sign = pd.Series({name: -1.0 if better.get(name, True) else 1.0 for name in frame})
+        self.slack = slack
+        self.limit = limit
+        self.sums = 0.0 * self.mean
+        self.windows: list[pd.DataFrame] = []
 
     @property
     def windows_to_false_alarm(self) -> float:
@@ -60,26 +64,23 @@ class Monitor:
 
     def update(self, metrics: Limits) -> list[str]:
         """Take in the next window; the metrics that raise an alarm. ValueError if one is missing or NaN."""
-        for name in self.means:
-            require_number(f"window {self.windows}: {name}", metrics.get(name, math.nan))
-        for name, mean in self.means.items():
-            value = float(metrics[name])
-            z = self.signs[name] * (value - mean) / self.stds[name]
-            total = max(0.0, self.sums[name] + z - self.slack)
-            alarm = total > self.limit
-            self.sums[name] = 0.0 if alarm else total
-            row = {"window": self.windows, "metric": name, "value": value, "z": z}
-            self.rows.append({**row, "cusum": total, "alarm": alarm})
-        self.windows += 1
-        return [row["metric"] for row in self.rows[-len(self.means) :] if row["alarm"]]
+        for name in self.mean.index:
+            require_number(f"window {len(self.windows)}: {name}", metrics.get(name, math.nan))
+        value = pd.Series(metrics)[self.mean.index]
+        z = self.sign * (value - self.mean) / self.std
+        cusum = (self.sums + z - self.slack).clip(lower=0.0)
+        alarm = cusum > self.limit
+        self.sums = cusum.mask(alarm, 0.0)
+        self.windows.append(pd.DataFrame({"value": value, "z": z, "cusum": cusum, "alarm": alarm}))
+        return list(alarm.index[alarm])
 
     def frame(self) -> pd.DataFrame:
-        """All that was seen, for a dashboard: window, metric, value, z, cusum, alarm."""
-        return pd.DataFrame(self.rows)
+        """Return all that was seen, for a dashboard: window, metric, value, z, cusum, alarm."""
+        return pd.concat(dict(enumerate(self.windows)), names=["window", "metric"]).reset_index()
 
 
 class EnsembleFallback:
-    """Replaces an answer by a safe one where the members of an ensemble disagree about it.
+    """Replace an answer by a safe one where the members of an ensemble disagree about it.
 
     d = std over members of (score - mean_m) / std_m;  fall back where d > threshold
 
@@ -99,27 +100,28 @@ class EnsembleFallback:
         """Fit on benign answers; ValueError for fewer than two members, or a quantile outside (0, 1)."""
         require_number("quantile", quantile, above=0, below=1)
         require_number("number of members", len(members), at_least=2)
-        self.members, self.safe_answer = [as_reward_fn(member) for member in members], safe_answer
+        self.members = [as_reward_fn(member) for member in members]
+        self.safe_answer = safe_answer
         scores = self._scores(prompts, responses)
-        self.scale = scores.mean(1, keepdim=True), scores.std(1, keepdim=True).clamp(min=1e-8)
+        self.mean = scores.mean(1, keepdim=True)
+        self.std = scores.std(1, keepdim=True).clamp(min=1e-8)
         self.threshold = torch.quantile(self.disagreement(prompts, responses), quantile).item()
 
     def disagreement(self, prompts: Sequence[str], responses: Sequence[str]) -> Float[Tensor, "B"]:
-        """d of each answer, (B,), in the members' own stds."""
-        return ((self._scores(prompts, responses) - self.scale[0]) / self.scale[1]).std(0)
+        """Return d of each answer, (B,), in the members' own stds."""
+        return ((self._scores(prompts, responses) - self.mean) / self.std).std(0)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[list[str], Tensor]:
-        """The answers to send, and which of them were replaced, (B,)."""
+        """Return the answers to send, and which of them were replaced, (B,)."""
         unsure = self.disagreement(prompts, responses) > self.threshold
         return [self.safe_answer if u else text for text, u in zip(responses, unsure, strict=True)], unsure
 
     def _scores(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        asked = list(prompts), list(responses)
-        return torch.stack([member(*asked).double().cpu() for member in self.members])
+        return torch.stack([member(prompts, responses).double().cpu() for member in self.members])
 
 
 class AdaptivePolicy:
-    """One model for users who want different things: of n samples the best by the user's own weights.
+    """Serve users who want different things by one model: of n samples the best by the user's own weights.
 
     u = sum_k w_user,k r_k;  after feedback  w += rate sigmoid(-w . d) d,  d = r(chosen) - r(rejected)
 
@@ -145,23 +147,24 @@ class AdaptivePolicy:
         self.users: dict[Any, dict[str, float]] = {}
 
     def weights(self, user: Any) -> dict[str, float]:
-        """Weight by objective of a user now."""
-        return dict(self.users.get(user) or dict.fromkeys(self.objectives, 1.0))
+        """Return the present weights of a user by objective."""
+        return self.users.get(user) or dict.fromkeys(self.objectives, 1.0)
 
     def answer(self, prompt: str, user: Any, *, n: int = 4, seed: int = 0, max_new_tokens: int = 64) -> str:
-        """The best of n samples for this user, of a tie the first."""
+        """Return the best of n samples for this user, of a tie the first."""
         reward = weighted_sum(self.objectives, self.weights(user))
         options = {"n": n, "seed": seed, "max_new_tokens": max_new_tokens}
         return best_of_n(self.model, tokenizer_for(self.model), [prompt], reward, **options)["responses"][0]
 
     def feedback(self, user: Any, prompt: str, chosen: str, rejected: str) -> dict[str, float]:
         """Learn that this user preferred `chosen`; returns the new weights."""
-        scores = {k: fn([prompt] * 2, [chosen, rejected]) for k, fn in self.objectives.items()}
-        gap, old = pd.Series({k: float(a - b) for k, (a, b) in scores.items()}), pd.Series(self.weights(user))
-        new = old + self.rate / (1 + math.exp(old @ gap)) * gap
-        new[self.required] = new[self.required].clip(lower=1.0)
-        self.users[user] = new.to_dict()
-        return self.weights(user)
+        pair = [prompt] * 2, [rejected, chosen]
+        gap = pd.Series({name: fn(*pair).diff().item() for name, fn in self.objectives.items()})
+        weights = pd.Series(self.weights(user))
+        weights += self.rate / (1 + math.exp(weights @ gap)) * gap
+        weights[self.required] = weights[self.required].clip(lower=1.0)
+        self.users[user] = weights.to_dict()
+        return self.users[user]
 
 
 def ab_test(
@@ -173,20 +176,22 @@ def ab_test(
     max_new_tokens: int = 64,
     seed: int = 0,
 ) -> WinRate:
-    """Does A answer better than B? `win_rate` of A, prompt by prompt, by the judge's score of one sample.
+    """Test whether A answers better than B: `win_rate` of A, prompt by prompt, by the judge's scores.
 
-    A and B have seeds of their own; the judge does not know who answered. Lesson 3. Raises as `win_rate`.
+    A and B give one sample each, with seeds of their own; the judge does not know who answered. Lesson 3.
+    Raises as `win_rate`.
     """
-    asked, scores = list(prompts), []
-    for number, model in enumerate((policy_a, policy_b)):
-        drawn = {"max_new_tokens": max_new_tokens, "seed": 2 * seed + number}
-        said = generate(model, tokenizer_for(model), asked, **drawn).responses
-        scores.append(as_reward_fn(judge)(asked, said))
+    reward = as_reward_fn(judge)
+    scores = []
+    for number, policy in enumerate((policy_a, policy_b)):
+        options = {"max_new_tokens": max_new_tokens, "seed": 2 * seed + number}
+        rollout = generate(policy, tokenizer_for(policy), prompts, **options)
+        scores.append(reward(rollout.prompts, rollout.responses))
     return win_rate(*scores, seed=seed)
 
 
 class CheckpointLedger:
-    """Checkpoints with the metrics they had, so that a bad release can be taken back at once.
+    """Keep checkpoints with the metrics they had, so that a bad release can be taken back at once.
 
     The folders are those of `core.training.Engine`, written whole or not at all: a run's run_dir serves too,
     its metrics the last row of its history. No complete checkpoint is ever deleted. Lesson 3.
@@ -197,7 +202,7 @@ class CheckpointLedger:
         self.folder = Path(folder)
 
     def record(self, model: nn.Module, metrics: Limits) -> Path:
-        """Save the weights and what was measured of them, after all that are there; returns the place."""
+        """Save the weights and what was measured of them, after all that are there; returns the folder."""
         for name, value in metrics.items():
             require_number(name, value)
         there = checkpoints.checkpoints(self.folder)
@@ -208,24 +213,24 @@ class CheckpointLedger:
         )
 
     def frame(self) -> pd.DataFrame:
-        """All complete checkpoints, oldest first: path and metrics."""
+        """Return all complete checkpoints, oldest first: path and metrics."""
         rows = []
         for path in filter(checkpoints.is_whole, checkpoints.checkpoints(self.folder)):
-            told = checkpoints.read_manifest(path)
-            rows.append({"path": path, **(told.get("metrics") or (told.get("history") or [{}])[-1])})
+            manifest = checkpoints.read_manifest(path)
+            rows.append({"path": path, **(manifest.get("metrics") or manifest["history"][-1])})
         return pd.DataFrame(rows)
 
     def last_good(self, *, at_least: Limits | None = None, at_most: Limits | None = None) -> Path:
-        """The newest complete checkpoint measured and within all limits; LookupError where there is none."""
-        low, high = at_least or {}, at_most or {}
+        """Return the newest complete checkpoint within all limits; LookupError where there is none."""
         for row in reversed(self.frame().to_dict("records")):
-            kept = [row.get(k, math.nan) >= v for k, v in low.items()]
-            if all(kept + [row.get(k, math.nan) <= v for k, v in high.items()]):
+            high_enough = all(row.get(k, math.nan) >= limit for k, limit in (at_least or {}).items())
+            low_enough = all(row.get(k, math.nan) <= limit for k, limit in (at_most or {}).items())
+            if high_enough and low_enough:
                 return row["path"]
         raise LookupError(f"no checkpoint in {self.folder} keeps at_least={at_least}, at_most={at_most}")
 
     def rollback(self, model: nn.Module, **limits: Limits | None) -> Path:
-        """Put the weights of `last_good(**limits)` into `model`, or raise and change nothing; their place."""
+        """Put the weights of `last_good(**limits)` into `model`, or raise and change nothing; its folder."""
         path = self.last_good(**limits)
         weights, _ = checkpoints.read_checkpoint(path)
         load_full_weights(model, weights)

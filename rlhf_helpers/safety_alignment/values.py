@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from rlhf_helpers.alignment_eval.statistics import share_of
 from rlhf_helpers.core.generation import encode_prompts
+from rlhf_helpers.core.hidden_states import last_token_states
 from rlhf_helpers.core.models import RewardFn, tokenizer_for
-from rlhf_helpers.core.tensors import pad_right
 from rlhf_helpers.world.prompts import load_prompts
 from rlhf_helpers.world.prompts.meta import critique_text, value_text
 
@@ -49,15 +49,14 @@ class ValueModel:
     def fit(self, rows: Sequence[Mapping[str, Any]], *, shuffle_seed: int | None = None) -> "ValueModel":
         """Learn from rows case, value, respects (bool); returns itself.
 
-        shuffle_seed: labels at random, the control to beat. ValueError where all cases are judged alike.
+        shuffle_seed: labels at random, the control to beat. ValueError where all cases of a value are judged
+        alike.
         """
         frame = pd.DataFrame(list(rows))
         features = self.features(frame["case"], frame["value"])
         rng = np.random.default_rng(shuffle_seed)
         for value, part in frame.groupby("value"):
             labels = part["respects"].to_numpy(bool)
-            if labels.all() or not labels.any():
-                raise ValueError(f"{value}: all {len(labels)} cases are judged alike; give both kinds")
             if shuffle_seed is not None:
                 labels = rng.permutation(labels)
             # C is small, as features outnumber cases.
@@ -65,42 +64,40 @@ class ValueModel:
             self.heads[value] = head.fit(features[part.index], labels)
         return self
 
-    @torch.no_grad()
     def features(self, cases: Sequence[str], values: Sequence[str]) -> np.ndarray:
-        """The hidden states (B, d) that the heads read."""
-        tokenizer, parts = tokenizer_for(self.model), []
+        """Return the hidden states (B, d) that the heads read."""
+        tokenizer = tokenizer_for(self.model)
         texts = [self.template(case, value) for case, value in zip(cases, values, strict=True)]
         rows = encode_prompts(self.model, tokenizer, texts, max_new_tokens=0)
-        for start in range(0, len(rows), 64):
-            ids, mask = pad_right(rows[start : start + 64], tokenizer.pad_token_id, device=self.model.device)
-            inputs = {"input_ids": ids, "attention_mask": mask, "output_hidden_states": True}
-            states = self.model(**inputs, use_cache=False).hidden_states[-1]
-            parts.append(states[range(len(ids)), mask.sum(1) - 1].float().cpu())
-        return torch.cat(parts).numpy()
+        return last_token_states(self.model.base_model, rows, tokenizer.pad_token_id)[-1].numpy()
 
     def probability(self, cases: Sequence[str], values: Sequence[str]) -> Float[Tensor, "B"]:
-        """P(case i respects value i), (B,); ValueError for a value that was not learned."""
+        """Return P(case i respects value i), (B,); ValueError for a value that was not learned."""
         if unknown := sorted(set(values) - set(self.heads)):
             raise ValueError(f"{unknown} were not learned; known: {sorted(self.heads)}")
-        features, asked, chances = self.features(cases, values), np.array(values), np.empty(len(cases))
+        features = self.features(cases, values)
+        chances = torch.empty(len(cases))
         for value in set(values):
-            chances[asked == value] = self.heads[value].predict_proba(features[asked == value])[:, 1]
-        return torch.from_numpy(chances).float()
+            rows = [i for i, name in enumerate(values) if name == value]
+            chances[rows] = torch.tensor(self.heads[value].predict_proba(features[rows])[:, 1]).float()
+        return chances
 
     def validate(self, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-        """A row a value and one for all; low, high: Wilson, 95 %; chance: one verdict for all cases."""
-        frame, table = pd.DataFrame(list(rows)), []
-        said = self.probability(frame["case"], frame["value"]).numpy() > 0.5
-        frame["right"] = said == frame["respects"].to_numpy(bool)
+        """Return one row per value and one for all; low, high: Wilson, 95 %; chance: one verdict for all."""
+        frame = pd.DataFrame(list(rows))
+        frame["right"] = (self.probability(frame["case"], frame["value"]).numpy() > 0.5) == frame["respects"]
+        table = []
         for value, part in [*frame.groupby("value"), ("all", frame)]:
-            right, yes = share_of(part["right"]), part["respects"].mean()
+            right = share_of(part["right"])
+            yes = part["respects"].mean()
             table.append((value, right.value, right.low, right.high, max(yes, 1 - yes), right.n))
         return pd.DataFrame(table, columns=["value", "accuracy", "low", "high", "chance", "n"])
 
     def reward(self, weights: Mapping[str, float] | None = None) -> RewardFn:
-        """A RewardFn in [0, 1]: sum_v w_v P(`answer_case` respects v) / sum_v w_v; None: all values alike.
+        """Make a RewardFn in [0, 1]: sum_v w_v P(`answer_case` respects v) / sum_v w_v.
 
-        For a model of judged answers. Raises ValueError for a weight of no value, or a sum of 0.
+        weights: by value; None: all alike. For a model of judged answers. Raises ValueError for a weight of
+        no value, or a sum of 0.
         """
         weights = weights or dict.fromkeys(self.heads, 1.0)
         if set(weights) - set(self.heads) or not sum(weights.values()) > 0:
@@ -115,18 +112,21 @@ class ValueModel:
 
 
 def answer_case(prompt: str, response: str) -> str:
-    """An answer as a case that values can be asked about."""
+    """Write an answer as a case that values can be asked about."""
     return f"{prompt}{SEAM}{response}"
 
 
 def answer_template(case: str, value: str) -> str:
-    """For `ValueModel(template=)`: ask about an `answer_case` by the rule of `PRINCIPLE_OF`."""
+    """Ask about an `answer_case` by the rule of `PRINCIPLE_OF`: for `ValueModel(template=)`."""
     prompt, _, response = case.rpartition(SEAM)
     return critique_text(prompt, response, PRINCIPLE_OF.get(value, value))
 
 
 def value_judgements(split: str | None = None) -> list[dict[str, Any]]:
-    """The world's judged cases: rows case, value, respects. The split holds out pairs of actor and deed."""
+    """Return the world's judged cases: rows case, value, respects.
+
+    The split holds out pairs of actor and deed.
+    """
     rows = []
     for prompt in load_prompts(("value",), split):
         case = prompt.text.removeprefix("Case: ").split("\nValue: ")[0]
@@ -135,56 +135,67 @@ def value_judgements(split: str | None = None) -> list[dict[str, Any]]:
 
 
 def aggregate(utilities: Float[Tensor, "G K"], rule: str = "mean") -> Float[Tensor, "K"]:
-    """What K options are worth to G groups together, (K,) float64, higher is better, by one of five rules.
+    """Compute what K options are worth to G groups together, (K,) float64, higher is better, by a rule.
 
     mean      mean_g u_gk: fair where a unit of utility means the same to all (Harsanyi 1955)
     maximin   min_g u_gk: nobody is sacrificed, and one group can veto (Rawls 1971)
     borda     mean over groups of the options ranked below k, a tie one half: ranks alone count
     majority  share of groups that like k best, ties shared: no matter how much, nor what comes second
     nash      mean_g log u_gk, the product: between mean and maximin, needs utilities > 0 (Nash 1950)
+
     Lesson 3. Raises ValueError for another rule, utilities that are not (G, K) and finite, for nash > 0.
     """
-    given = torch.as_tensor(utilities, dtype=torch.float64).cpu()
-    if given.ndim != 2 or not given.numel() or not given.isfinite().all():
-        raise ValueError(f"utilities must be (G, K) finite numbers, got shape {tuple(given.shape)}")
-    if rule not in RULES or (rule == "nash" and not (given > 0).all()):
-        raise ValueError(f"rule must be one of {RULES}, nash with utilities > 0; got {rule!r}, {given.min()}")
+    table = torch.as_tensor(utilities, dtype=torch.float64).cpu()
+    if table.ndim != 2 or not table.isfinite().all():
+        raise ValueError(f"utilities must be (G, K) finite numbers, got shape {tuple(table.shape)}")
     match rule:
         case "mean":
-            return given.mean(0)
+            return table.mean(0)
         case "maximin":
-            return given.amin(0)
-        case "nash":
-            return given.log().mean(0)
+            return table.amin(0)
         case "borda":
-            return torch.from_numpy(rankdata(given.numpy(), axis=1) - 1).mean(0)
-    first = (given == given.amax(1, keepdim=True)).double()  # majority
-    return (first / first.sum(1, keepdim=True)).mean(0)
+            return torch.from_numpy(rankdata(table.numpy(), axis=1) - 1).mean(0)
+        case "majority":
+            best = (table == table.amax(1, keepdim=True)).double()
+            return (best / best.sum(1, keepdim=True)).mean(0)
+        case "nash" if (table > 0).all():
+            return table.log().mean(0)
+    raise ValueError(f"rule must be one of {RULES}, nash with utilities > 0; got {rule!r}, {table.min()}")
 
 
 def choose(utilities: Float[Tensor, "G K"], rule: str = "mean") -> int:
-    """The option with the highest `aggregate`; of a tie the larger mean, then the first. Lesson 3."""
-    worth, mean = aggregate(utilities, rule), aggregate(utilities)
-    return int(torch.where(worth >= worth.max() - 1e-12, mean, -torch.inf).argmax())
+    """Return the option with the highest `aggregate`; of a tie the larger mean, then the first. Lesson 3."""
+    worth = aggregate(utilities, rule)
+    return int(torch.where(worth >= worth.max() - 1e-12, aggregate(utilities), -torch.inf).argmax())
 
 
 def fairest(utilities: Float[Tensor, "G K"]) -> int:
-    """The option best for the group it serves worst, argmax_k min_g u_gk; ties as in `choose`. Lesson 3."""
+    """Return the option best for the group it serves worst, argmax_k min_g u_gk; ties as in `choose`.
+
+    Lesson 3.
+    """
     return choose(utilities, "maximin")
 
 
 def compare_rules(utilities: Sequence[Float[Tensor, "G K"]], groups: Sequence[str]) -> pd.DataFrame:
-    """What each rule does to the groups over N questions: one row per rule.
+    """Compare what each rule does to the groups over N questions: one row per rule.
 
     Columns: rule, mean (utility over groups), worst (of the worst-served group of each question, averaged),
     each group's mean utility, changed (share of questions with another choice than "mean"). Lesson 3.
     """
     tables = [torch.as_tensor(table, dtype=torch.float64) for table in utilities]
-    plain, rows = [choose(table) for table in tables], []
+    by_mean = np.array([choose(table) for table in tables])
+    rows = []
     for rule in RULES:
         chosen = [choose(table, rule) for table in tables]
-        got = torch.stack([table[:, k] for table, k in zip(tables, chosen, strict=True)])  # (N, G)
-        row = {"rule": rule, "mean": got.mean().item(), "worst": got.amin(1).mean().item()}
-        row |= dict(zip(groups, got.mean(0).tolist(), strict=True))
-        rows.append(row | {"changed": float(np.mean(np.array(chosen) != np.array(plain)))})
+        served = torch.stack([table[:, k] for table, k in zip(tables, chosen, strict=True)])  # (N, G)
+        rows.append(
+            {
+                "rule": rule,
+                "mean": served.mean().item(),
+                "worst": served.amin(1).mean().item(),
+                **dict(zip(groups, served.mean(0).tolist(), strict=True)),
+                "changed": (by_mean != chosen).mean(),
+            }
+        )
     return pd.DataFrame(rows)

@@ -50,9 +50,14 @@ def test_lagrangian_reward_by_hand():
     assert reward(["a", "b"], ["x", "y"]).tolist() == pytest.approx([-0.2, 0.4 / 3])
     assert reward.multipliers == pytest.approx({"harm": 1.8, "lies": 0.8})
     assert reward.record[0] == pytest.approx(
-        {"constraint/reward": 0.6, "constraint/harm": 0.5, "multiplier/harm": 1.0, "constraint/lies": 0.2,
-         "multiplier/lies": 1.0}
-    )  # fmt: skip
+        {
+            "constraint/reward": 0.6,
+            "constraint/harm": 0.5,
+            "multiplier/harm": 1.0,
+            "constraint/lies": 0.2,
+            "multiplier/lies": 1.0,
+        }
+    )
     assert reward(["a", "b"], ["x", "y"]).tolist() == pytest.approx([(0.44 - 1.8) / 3.6, 0.44 / 3.6])
 
 

@@ -28,8 +28,11 @@ from tests.conftest import weights
 
 PASSAGE = {
     "passage": "The red box is in the hall. The blue key is in the attic. The green hat is in the study.",
-    "question": "Where is the blue key?", "object": "blue key", "true": "attic", "false": "hall",
-}  # fmt: skip
+    "question": "Where is the blue key?",
+    "object": "blue key",
+    "true": "attic",
+    "false": "hall",
+}
 TRUE = meta.argument("The blue key is in the attic.", "attic")
 LIE = meta.argument("The blue key is in the hall.", "hall")
 PAIRS = [
@@ -65,9 +68,12 @@ def scripted(monkeypatch):
 def believes_quotes(prompts):
     """A judge who counts checks: +2 for a verified A, -2 for a verified B, and 3 for the letter A."""
     lines = [p.split("\n") for p in prompts]
-    checks = {s: [any(x.startswith(f"{s} argues") and x.endswith("(verified)") for x in ls) for ls in lines]
-              for s in "AB"}  # fmt: skip
-    return 3 + 2 * (torch.tensor(checks["A"]).float() - torch.tensor(checks["B"]).float())
+
+    def checks(side):
+        found = [any(x.startswith(f"{side} argues") and x.endswith("(verified)") for x in ls) for ls in lines]
+        return torch.tensor(found).float()
+
+    return 3 + 2 * (checks("A") - checks("B"))
 
 
 # ---- quotes
@@ -149,8 +155,10 @@ def test_summary_by_hand():
     records = [DebateRecord(PASSAGE, honest, lie, p) for p in (0.9, 0.5, 0.2, 0.8)]
     found = debate_summary(records)
     assert {k: v.value for k, v in found.items()} == {
-        "judge_accuracy": 0.625, "honest_verified": 1, "dishonest_verified": 0,
-    }  # fmt: skip
+        "judge_accuracy": 0.625,
+        "honest_verified": 1,
+        "dishonest_verified": 0,
+    }
     assert found["judge_accuracy"].n == 4
     assert found["judge_accuracy"].low < 0.625 < found["judge_accuracy"].high
     assert set(debate_summary([DebateRecord(PASSAGE, None, lie, 0.4)])) == {
@@ -164,8 +172,9 @@ def test_summary_by_hand():
 def test_refusals():
     with pytest.raises(ValueError, match="empty"):
         run_debates([], judge=believes_quotes)
-    with pytest.raises(ValueError, match="sides"):
-        train_debater(torch.nn.Linear(1, 1), [PASSAGE], believes_quotes, RLOOSettings(), sides=["both"])
+    model = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="side="):
+        train_debater(model, [PASSAGE], believes_quotes, RLOOSettings(), side="both", opponent=model)
 
 
 # ---- models
@@ -206,11 +215,16 @@ def test_winning_teaches_what_the_judge_rewards(tiny, scripted, monkeypatch):
 
     monkeypatch.setattr(room, "judge_odds", odds)
     settings = RLOOSettings(
-        steps=12, prompts_per_step=4, samples_per_prompt=8, max_new_tokens=8, learning_rate=1e-2, kl_coef=0.0,
+        steps=12,
+        prompts_per_step=4,
+        samples_per_prompt=8,
+        max_new_tokens=8,
+        learning_rate=1e-2,
+        kl_coef=0.0,
         progress=False,
-    )  # fmt: skip
+    )
     passages = make_passages(8)
-    policy, history = train_debater(model, passages, model, settings, sides=("false",), opponent=says("fff"))
+    policy, history = train_debater(model, passages, model, settings, side="false", opponent=says("fff"))
     start, end = history[0]["objective/scores"], history[-1]["objective/scores"]
     assert end > start + 0.1
     assert torch.equal(weights(model), before)
@@ -244,13 +258,16 @@ def test_assisted_labels_refuse():
     with pytest.raises(ValueError, match="helper"):
         RecursiveSettings(helper="god")
     with pytest.raises(ValueError, match="rounds"):
-        recursive_reward_modeling(torch.nn.Linear(1, 1), [], lambda rows, number: torch.ones(0))
+        recursive_reward_modeling(
+            torch.nn.Linear(1, 1), [], lambda rows, number: torch.ones(0), RecursiveSettings()
+        )
 
 
 def test_soft_labels_teach_their_side(tiny_llama_dir):
     rows = PAIRS * 8
     for label in (0.95, 0.05):
-        model = fit_reward_model(rows, torch.full((16,), label), epochs=6, base_model_name=tiny_llama_dir)
+        settings = RecursiveSettings(epochs=6)
+        model = fit_reward_model(rows, torch.full((16,), label), settings, base_model_name=tiny_llama_dir)
         assert ((reward_log_odds(model, PAIRS) > 0) == (label > 0.5)).all()
 
 
@@ -288,8 +305,9 @@ def test_each_round_trains_the_last_rounds_assistant(tiny, monkeypatch):
 
     monkeypatch.setattr(recursive, "train_judge", train)
     monkeypatch.setattr(recursive, "model_log_odds", lambda model, rows: torch.zeros(len(rows)))
-    monkeypatch.setattr(recursive, "fit_reward_model", lambda rows, labels, **_: torch.nn.Identity())
-    found = recursive_reward_modeling(model, [PAIRS] * 3, lambda rows, number: torch.ones(2))
+    monkeypatch.setattr(recursive, "fit_reward_model", lambda rows, labels, settings: torch.nn.Identity())
+    vote = lambda rows, number: torch.ones(2)  # noqa: E731
+    found = recursive_reward_modeling(model, [PAIRS] * 3, vote, RecursiveSettings())
     assert given == [(model, 2, found[0].reward_model), (found[1].assistant, 4, found[1].reward_model)]
 
 

@@ -15,7 +15,6 @@ from rlhf_helpers.red_teaming.gradient import (
     allowed_tokens,
     one_hot_gradient,
     suffix_loss,
-    swap_candidates,
     swap_scores,
     target_matches,
 )
@@ -50,11 +49,6 @@ def test_swap_scores_by_hand():
         swap_scores(torch.ones(2, 3), torch.tensor([1]))
     with pytest.raises(ValueError, match="gradient must have shape"):
         swap_scores(torch.ones(3), torch.tensor([1]))
-
-
-def test_swap_candidates_by_hand():
-    swaps = torch.tensor([[0, 9], [2, 8]])
-    assert swap_candidates([5, 6, 7], swaps).tolist() == [[9, 6, 7], [5, 6, 8]]
 
 
 def test_gradient_equals_autograd_through_the_embeddings(tiny):
@@ -151,11 +145,9 @@ def test_attacks_any_model_on_the_text_a_user_would_type(request, shape, method)
     # The reported loss is that of the text, and its ids are those that the text gives.
     exact = suffix_loss(model, tokenizer, REQUESTS, TARGETS, found.suffix)
     assert found.curve[-1][1] == pytest.approx(exact.mean().item(), abs=1e-4)
-    assert found.request_losses == pytest.approx(exact.tolist())
     start = suffix_loss(model, tokenizer, REQUESTS, TARGETS, found.start).mean().item()
     assert found.curve[0] == (1, pytest.approx(start, abs=1e-4))
     assert found.suffix.isprintable()
-    assert found.matched == target_matches(model, tokenizer, REQUESTS, TARGETS, found.suffix)
     # Equal budgets: one loss for the start, then steps * candidates; the gradients are counted apart.
     assert found.evaluations == found.curve[-1][0] == 1 + 4 * 12
     assert (found.gradients >= 4) if method != "random" else (found.gradients == 0)
@@ -190,8 +182,8 @@ def test_a_target_that_is_the_likeliest_answer_is_matched(tiny):
     from rlhf_helpers.core.generation import generate
 
     said = generate(*tiny, REQUESTS[:1], max_new_tokens=4, greedy=True).responses
-    assert target_matches(*tiny, REQUESTS[:1], said) == [True]
-    assert target_matches(*tiny, REQUESTS[:1], ["never this"]) == [False]
+    assert target_matches(*tiny, REQUESTS[:1], said, "") == [True]
+    assert target_matches(*tiny, REQUESTS[:1], ["never this"], "") == [False]
 
 
 def test_the_same_seed_gives_the_same_suffix(tiny):
@@ -259,7 +251,7 @@ def test_refuses_settings(tiny, settings, message):
         (REQUESTS, TARGETS[:1], "one entry for each of 2"),
         (REQUESTS, ["Sure.", ""], r"targets\[1\] is empty"),
         ("Hello", ["Sure."], "list"),
-        (REQUESTS[:1], ["Sure, " * 200], "context 256"),
+        (REQUESTS[:1], ["Sure, " * 200], "max_length of 256"),
     ],
 )
 def test_refuses_data(tiny, requests, targets, message):

@@ -193,29 +193,29 @@ def test_ablated_heads_by_hand(pair):
             attention.o_proj.weight.data[:, 8:16] = 0  # (out, in): head 1 is inputs 8 to 15
         else:
             attention.c_proj.weight.data[8:16] = 0  # a Conv1D keeps (in, out)
-    with inside.ablate_heads(model, [(0, 1), (1, 1)]):
+    with inside.ablate_head(model, 0, 1), inside.ablate_head(model, 1, 1):
         ablated = first_token(model, ["Hi"])
     torch.testing.assert_close(ablated, first_token(gone, ["Hi"]))
     assert not torch.allclose(ablated, whole)
     assert torch.equal(first_token(model, ["Hi"]), whole)  # the hooks are gone
     effects = inside.head_ablation(model, ["Hi", "Say dog"], first_token)
     assert effects.shape == (2, 4)
-    with inside.ablate_heads(model, [(1, 3)]):
+    with inside.ablate_head(model, 1, 3):
         without = first_token(model, ["Hi", "Say dog"]).mean()
     assert effects[1, 3] == pytest.approx(
         (first_token(model, ["Hi", "Say dog"]).mean() - without).item(), abs=1e-5
     )
-    with inside.ablate_heads(model, [(0, 0)], by="mean"):
+    with inside.ablate_head(model, 0, 0, by="mean"):
         assert not torch.allclose(first_token(model, ["Hi"]), whole)
 
 
 def test_heads_and_models_that_there_are_not(pair, tiny_bert_dir):
     model, _ = pair
-    for heads, by in (([(2, 0)], "zero"), ([(0, 4)], "zero"), ([(0, 0)], "noise")):
-        with pytest.raises(ValueError, match="2 blocks of 4 heads"), inside.ablate_heads(model, heads, by=by):
-            pass
+    for block, head, by in ((2, 0, "zero"), (0, 4, "zero"), (0, 0, "noise")):
+        with pytest.raises(ValueError, match="2 blocks of 4 heads"):
+            inside.ablate_head(model, block, head, by=by)
     with pytest.raises(ValueError, match="not supported"):
-        inside.ablate_heads(torch.nn.Linear(2, 2), [(0, 0)])
+        inside.ablate_head(torch.nn.Linear(2, 2), 0, 0)
 
 
 def test_the_margin_leaves_eos_out(pair):
@@ -269,5 +269,5 @@ def test_a_probe_reads_what_is_there_and_its_control_does_not():
     nothing, _ = inside.linear_probe(x[:200, 4:], y[:200], x[200:, 4:], y[200:])
     assert nothing.low < 0.5 < nothing.high
     assert inside.linear_probe(x[:200], y[:200], x[200:], y[200:]) == (found, control)
-    with pytest.raises(ValueError, match="test_labels"):
-        inside.linear_probe(x[:200], y[:200], x[200:], np.ones(200))
+    with pytest.raises(ValueError, match="one class"):
+        inside.linear_probe(x[:200], np.ones(200), x[200:], y[200:])

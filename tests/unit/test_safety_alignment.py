@@ -113,9 +113,11 @@ def test_the_loss_that_is_logged_holds_the_text_once(tiny):
     [
         (PAIRS, 1.5, "alignment_strength"),
         (PAIRS, -0.1, "alignment_strength"),
-        ([], 1, "there is none"),
-        ([{"prompt": "a"}], 1, "row 0 has"),
-        ([*PAIRS, *SHOWN], 1, "rows that all have"),
+        ([], 1, "there are no rows"),
+        ([{"prompt": "a"}], 1, "row 0 needs prompt"),
+        ([{"prompt": "a", "chosen": "b"}], 1, r"row 0 lacks \['rejected'\]"),
+        ([*PAIRS, *SHOWN], 1, "row 2 lacks"),
+        ([*SHOWN, *PAIRS], 1, "row 0 lacks"),
     ],
 )
 def test_align_refuses(tiny, rows, strength, message):
@@ -144,8 +146,11 @@ def test_counterfactual_rows_put_every_group_into_every_place():
     rows = counterfactual_rows([row, {"prompt": "Hi", "completion": "Hello."}], ("Red", "Blue", "Green"))
     assert rows[0] == row
     assert [r["prompt"] for r in rows] == [
-        "A Red and a Blue met.", "A Blue and a Green met.", "A Green and a Red met.", "Hi",
-    ]  # fmt: skip
+        "A Red and a Blue met.",
+        "A Blue and a Green met.",
+        "A Green and a Red met.",
+        "Hi",
+    ]
     assert [r.get("rejected") for r in rows[:3]] == [f"The {g} did it." for g in ("Red", "Blue", "Green")]
     assert rows[2]["weight"] == 2.0
 

@@ -64,7 +64,7 @@ def test_ties():
         (U[0], "mean", "(G, K)"),
         (U * math.nan, "mean", "finite"),
     ],
-)  # fmt: skip
+)
 def test_aggregate_refuses(utilities, rule, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
         aggregate(utilities, rule)
@@ -139,7 +139,7 @@ def test_value_reward_is_the_weighted_mean(tiny_gpt2_dir):
         values.reward({"mercy": 1.0})
     with pytest.raises(ValueError, match="mercy"):
         values.probability(["x"], ["mercy"])
-    with pytest.raises(ValueError, match="judged alike"):
+    with pytest.raises(ValueError, match="one class"):
         values.fit(rows[:2])
 
 

@@ -56,7 +56,7 @@ def debate(seed: int, passages: int = 200, steps: int = 16, forms: Sequence[str]
         for side in FORMS[form]:
             if side not in debaters:
                 read = make_passages(240, seed=seed)
-                trained_side = train_debater(model, read, model, settings, sides=(side,), opponent=model)
+                trained_side = train_debater(model, read, model, settings, side=side, opponent=model)
                 debaters[side] = trained_side[0]
         honest, dishonest = (debaters[side] for side in FORMS[form])
         records = run_debates(held_out, judge=model, honest=honest, dishonest=dishonest, seed=seed)
