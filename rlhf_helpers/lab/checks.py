@@ -9,8 +9,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock
 
-from rlhf_helpers.alignment_eval.evaluators import write_atomically
-from rlhf_helpers.lab.exercises import EXERCISES
+from rlhf_helpers.lab.exercises import EXERCISES, LESSONS
 from rlhf_helpers.lab.judging import judge
 
 # What could not be saved, by progress file; None: RLHF_PROGRESS is empty, and nothing is saved.
@@ -44,7 +43,7 @@ def progress() -> pd.DataFrame:
     except OSError as error:
         print(f"progress: not read ({error}); set RLHF_PROGRESS to a file that can be read.")
         states = {}
-    rows = [(e.lesson, e.name, states.get(e.name, "open")) for e in EXERCISES.values()]
+    rows = [(lesson, name, states.get(name, "open")) for name, lesson in LESSONS.items()]
     return pd.DataFrame(rows, columns=["lesson", "exercise", "state"])
 
 
@@ -80,6 +79,8 @@ def _read(path: Path) -> dict[str, str]:
 
 def _record(name: str, state: str) -> None:
     """Note a state; what cannot be saved stays in memory, and is saved with the next state that can."""
+    from rlhf_helpers.alignment_eval.evaluators import write_atomically  # seconds: not before it is needed
+
     path = _path()
     unsaved = _unsaved.setdefault(path, {})
     if unsaved.get(name) != "solved":

@@ -77,12 +77,13 @@ def restore_settings(before: dict[str, Any]) -> list[str]:
 
 @contextlib.contextmanager
 def standard_settings() -> Iterator[None]:
-    """Compute gradients, in float32, and leave every setting as it was."""
+    """Compute gradients, in float32, on the CPU, and leave every setting as it was."""
     before = read_settings()
     try:
         with warnings.catch_warnings(), torch.inference_mode(False):
             torch.set_grad_enabled(True)
             torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
             yield
     finally:
         restore_settings(before)

@@ -3,7 +3,6 @@
 import copy
 import inspect
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_helpers.lab.exercises.exercise import Exercise
+from rlhf_helpers.lab.exercises.exercise import Exercise, Function, Probe
 from rlhf_helpers.lab.isolation import Raised, call, standard_settings
-
-Function = Callable[..., Any]
-Probe = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ def _judge(exercise: Exercise, my_fn: Any) -> Verdict:
         return Verdict("open", "not attempted yet.")
     if not callable(my_fn):
         return Verdict("wrong", f"not right yet: give check the function itself, not {_show(my_fn)}.")
-    probes = exercise.probes()
+    probes = exercise.probes
     mine, faults = _attempt(my_fn, probes, _names(exercise))
     if _is_stub(mine[0]):
         return Verdict("open", "not attempted yet.")

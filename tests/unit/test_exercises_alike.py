@@ -2,15 +2,17 @@
 
 import contextlib
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from rlhf_helpers.lab.checks import judge
-from rlhf_helpers.lab.exercises import EXERCISES
+from rlhf_helpers.lab.exercises import EXERCISES, LESSONS
 
-NAMES = [name for name, exercise in EXERCISES.items() if exercise.lesson in (3, 4)]
+NAMES = [name for name, lesson in LESSONS.items() if lesson in (3, 4)]
 
 
 def changed(out, change):
@@ -39,7 +41,7 @@ def test_what_is_nearly_right_or_says_nothing_is_refused(name, change):
 @pytest.mark.parametrize("name", NAMES)
 def test_one_wrong_probe_is_enough_to_refuse(name):
     exercise = EXERCISES[name]
-    for spoilt in range(len(exercise.probes())):
+    for spoilt in range(len(exercise.probes)):
         calls = itertools.count()
 
         def mine(*given, calls=calls, spoilt=spoilt):
@@ -67,11 +69,24 @@ def test_an_answer_of_a_strange_kind_stops_nothing(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_probes_are_fresh_and_the_reference_leaves_them_alone(name):
+def test_the_reference_leaves_the_probes_alone(name):
     exercise = EXERCISES[name]
-    given, again = exercise.probes(), exercise.probes()
-    for probe in given:
+    before = repr(exercise.probes)
+    for probe in exercise.probes:
         with contextlib.suppress(ValueError if name == "kept_turns" else ()):  # one is there to be refused
             exercise.reference(*probe)
-    assert repr(given) == repr(again)
+    assert repr(exercise.probes) == before
     assert judge(exercise, exercise.reference).state == "solved"
+
+
+def test_only_the_lesson_that_is_asked_for_is_loaded():
+    program = (
+        "import sys\n"
+        "from rlhf_helpers.lab.checks import check, progress\n"
+        "progress()\n"
+        "check('bradley_terry', None)\n"
+        "print([name for name in sys.modules if name.startswith('rlhf_helpers.lab.exercises.lesson')])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "lesson1" in done.stdout
+    assert not any(lesson in done.stdout for lesson in ("lesson2", "lesson3", "lesson4"))

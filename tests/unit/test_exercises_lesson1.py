@@ -6,14 +6,13 @@ import pytest
 import torch
 from sklearn.metrics import cohen_kappa_score
 
-from rlhf_helpers.lab.exercises.lesson1.measuring import (
-    best_of_n_gold,
-    calibration_error,
-    cohen_kappa,
-    pessimistic,
-)
-from rlhf_helpers.lab.exercises.lesson1.training import sft_labels
+from rlhf_helpers.lab.exercises import EXERCISES
 from rlhf_helpers.reward_model import RewardEnsemble
+
+sft_labels, cohen_kappa, calibration_error, pessimistic, best_of_n_gold = (
+    EXERCISES[name].reference
+    for name in ("sft_labels", "cohen_kappa", "calibration_error", "pessimistic", "best_of_n_gold")
+)
 
 
 def value(x):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from rlhf_helpers.lab import checks
 from rlhf_helpers.lab.checks import check, judge, progress
-from rlhf_helpers.lab.exercises import EXERCISES
+from rlhf_helpers.lab.exercises import EXERCISES, LESSONS
 
 
 @pytest.fixture(autouse=True)
@@ -171,7 +171,7 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda c, r: -torch.log(c.exp() / (c.exp() + r.exp())), "overflows"),
         (lambda c, r: -torch.log(c / (c + r)), "exp\\(reward\\)"),
         (lambda c, r: -F.logsigmoid(c.unsqueeze(1) - r.unsqueeze(0)), "broadcast"),
-        (lambda c, r: F.softplus(-c), "rejected rewards never enter"),
+        (lambda c, r: F.softplus(-c), "rejected answer never enters"),
         (lambda c, r: F.softplus(-c) + F.softplus(r), "judged alone"),
         (lambda c, r: torch.clamp(1 - c + r, min=0), "hinge"),
         (lambda c, r: 0 * c, "zero for every pair"),
@@ -328,13 +328,13 @@ def test_wrong_answers_are_refused_by_name(name, fn, word):
 
 
 def test_every_exercise_is_mutation_tested():
-    assert set(RIGHT) == set(WRONG) == {name for name, exercise in EXERCISES.items() if exercise.lesson == 1}
+    assert set(RIGHT) == set(WRONG) == {name for name, lesson in LESSONS.items() if lesson == 1}
     for name in WRONG:
         named = [word for _, word in WRONG[name] if word != "expected .* got"]
         assert len(named) >= 5
-    for exercise in EXERCISES.values():
-        assert len(exercise.mistakes) >= 5
-        lesson = exercise.lesson  # each later one brings a file of its own, with a test like this one
+    for name, lesson in LESSONS.items():
+        assert len(EXERCISES[name].mistakes) >= 5
+        # each later one brings a file of its own, with a test like this one
         assert lesson == 1 or Path(__file__).with_name(f"test_lab_checks_lesson{lesson}.py").exists()
 
 

@@ -124,6 +124,15 @@ def test_another_default_dtype_changes_no_verdict():
         torch.set_default_dtype(torch.float32)
 
 
+def test_another_default_device_changes_no_verdict():
+    torch.set_default_device("meta")
+    try:
+        assert [judge(e, e.reference).state for e in EXERCISES.values()] == ["solved"] * len(EXERCISES)
+        assert torch.get_default_device().type == "meta"
+    finally:
+        torch.set_default_device(None)
+
+
 def interrupts_itself():
     raise KeyboardInterrupt
 

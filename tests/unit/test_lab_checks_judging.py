@@ -9,6 +9,7 @@ import torch
 
 from rlhf_helpers.lab.checks import judge
 from rlhf_helpers.lab.exercises import EXERCISES, Exercise
+from rlhf_helpers.lab.exercises.exercise import as_asked, each, exercise
 from rlhf_helpers.lab.isolation import Raised
 from rlhf_helpers.lab.judging import same
 
@@ -18,7 +19,7 @@ RETURN_IS_MISSING = "got None: is a return missing?"
 def exercise_with(*answers):
     """An exercise on the numbers 0, 1, ..., with the answers given."""
     probes = [(i,) for i in range(len(answers))]
-    return Exercise("made_up", 1, lambda number: answers[number], lambda: probes, ())
+    return Exercise(lambda number: answers[number], probes, [])
 
 
 def verdict_on(got, want):
@@ -158,13 +159,53 @@ def test_a_refusal_is_compared_by_its_kind():
     def refuses(number):
         raise (ValueError if number else KeyError)("of its own words")
 
-    exercise = Exercise("made_up", 1, refuses, lambda: [(0,), (1,)], ())
+    exercise = Exercise(refuses, [(0,), (1,)], [])
 
     def mine(number):
         raise (ValueError if number else KeyError)("in mine")
 
     assert judge(exercise, mine).state == "solved"
     assert "expected an error (KeyError), got 0" in judge(exercise, lambda number: number).message
+
+
+def test_a_mistake_is_given_what_it_names():
+    asked = []
+
+    def twice(number):
+        asked.append(number)
+        return 2 * number
+
+    made_up = exercise(
+        lambda number: number + 1,
+        [(1,), (2,)],
+        "added twice",
+        lambda right, twice: right + twice,
+        "nothing was added",
+        lambda number: number,
+        "a constant",
+        *each(lambda constant, number: constant, 5, 7),
+        twice=twice,
+    )
+    assert [(m.message, m.wrong(1), m.wrong(2)) for m in made_up.mistakes] == [
+        ("added twice", 4, 7),
+        ("nothing was added", 1, 2),
+        ("a constant", 5, 5),
+        ("a constant", 7, 7),
+    ]
+    assert asked == [1, 2]  # only for the mistake that names it
+    assert "added twice" in judge(made_up, lambda number: 3 * number + 1).message
+
+
+def test_a_function_of_the_package_is_called_as_asked():
+    def scaled(x, y, *, factor):
+        return x * y * factor
+
+    x, y = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([3.0, 4.0], requires_grad=True)
+    reference = as_asked(scaled, "x")
+    assert torch.equal(reference(x, y, 2.0), reference(x, y, factor=2.0))
+    reference(x, y, 2.0).sum().backward()
+    assert x.grad.tolist() == [6.0, 8.0]
+    assert y.grad is None
 
 
 def test_all_floats_but_no_other_kind_of_number_stands_in_for_a_float():

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from rlhf_helpers.lab.checks import judge
-from rlhf_helpers.lab.exercises import EXERCISES
+from rlhf_helpers.lab.exercises import EXERCISES, LESSONS
 
-MINE = {name: exercise for name, exercise in EXERCISES.items() if exercise.lesson == 2}
+MINE = {name: EXERCISES[name] for name, lesson in LESSONS.items() if lesson == 2}
 TRAINED = {"policy_gradient", "clipped_loss", "k3", "dpo_loss"}  # a gradient goes through these
 
 
@@ -451,13 +451,13 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda pc, pr, rc, rr, beta: F.softplus(beta * (pr - pc)), "reference never enters"),
         (lambda pc, pr, rc, rr, beta: dpo(pc, pr, -rc, -rr, beta), "difference was added"),
         (lambda pc, pr, rc, rr, beta: -F.logsigmoid(beta * (pc - pr) - rc + rr), "bracket is missing"),
-        (lambda pc, pr, rc, rr, beta: F.softplus(beta * (rc - pc)), "rejected response never enters"),
+        (lambda pc, pr, rc, rr, beta: F.softplus(beta * (rc - pc)), "rejected answer never enters"),
         (lambda pc, pr, rc, rr, beta: dpo(pc, -pr, rc, -rr, beta), "log-ratios were added"),
         (
             lambda pc, pr, rc, rr, beta: F.softplus(beta * (rc - pc)) + F.softplus(beta * (pr - rr)),
             "judged alone",
         ),
-        (lambda *given: torch.exp(-dpo(*given)), "probability of the label"),
+        (lambda *given: torch.exp(-dpo(*given)), "probability that the chosen answer wins"),
         (lambda pc, pr, rc, rr, beta: -(beta * (pc - rc) - beta * (pr - rr)), "bare margin"),
         (lambda pc, pr, rc, rr, beta: torch.clamp(1 - beta * (pc - rc - pr + rr), min=0), "hinge"),
         (lambda pc, pr, rc, rr, beta: ((pc - pr) - (rc - rr) - 0.5 / beta) ** 2, "IPO"),

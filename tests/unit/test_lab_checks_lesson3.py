@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from rlhf_helpers.lab.checks import judge
-from rlhf_helpers.lab.exercises import EXERCISES
+from rlhf_helpers.lab.exercises import EXERCISES, LESSONS
 
-MINE = {name: exercise for name, exercise in EXERCISES.items() if exercise.lesson == 3}
+MINE = {name: EXERCISES[name] for name, lesson in LESSONS.items() if lesson == 3}
 
 
 def label_by_rows(a, b, sa, sb, *, sign=-1, half=2.0, hard=False):
@@ -169,8 +169,9 @@ RIGHT = {
         front_by_loops,
         lambda p: ~((p[:, None] >= p).all(2) & (p[:, None] > p).any(2)).any(0),
         lambda p: torch.tensor([not ((p >= q).all(1) & (p > q).any(1)).any() for q in p]),
-        lambda p: torch.from_numpy(np.array([not np.any(np.all(p.numpy() >= q, 1) & np.any(p.numpy() > q, 1))
-                                             for q in p.numpy()])),
+        lambda p: torch.from_numpy(
+            np.array([not np.any(np.all(p.numpy() >= q, 1) & np.any(p.numpy() > q, 1)) for q in p.numpy()])
+        ),
     ],
     "hypervolume": [
         area_by_sweep,
@@ -189,7 +190,7 @@ RIGHT = {
         lambda c, x, p: (x - p).div(x - c),
         lambda c, x, p: 1 - (c - p) / (c - x),
     ],
-}  # fmt: skip
+}
 
 
 def bias_without_a_guard(answers):
@@ -223,7 +224,7 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
     ],
     "attack_rate": [
         (wald, "Wald"),
-        (lambda s, n: (wilson(s, n, parts=(0, 0, 0))), "Wald"),
+        (lambda s, n: wilson(s, n, parts=(0, 0, 0)), "Wald"),
         (lambda s, n: wilson(s, n, z=1), "z is not that of 95 %"),
         (lambda s, n: wilson(s, n, z=1.645), "z is not that of 95 %"),
         (lambda s, n: wilson(s, n, z=2), "z is not that of 95 %"),
@@ -336,8 +337,12 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda p: ~((p[:, None] >= p).all(2) & ~torch.eye(len(p)).bool()).any(0), "threw each other out"),
         (lambda p: front_by_loops(p, somewhere=lambda q, p: True, own=True), "dominates itself"),
         (lambda p: front_by_loops(p, everywhere=lambda q, p: all(q > p)), "not all need be better"),
-        (lambda p: front_by_loops(p, everywhere=lambda q, p: all(q <= p), somewhere=lambda q, p: any(q < p)),
-         "the other side"),
+        (
+            lambda p: front_by_loops(
+                p, everywhere=lambda q, p: all(q <= p), somewhere=lambda q, p: any(q < p)
+            ),
+            "the other side",
+        ),
         (lambda p: ~((p[:, None] >= p).all(2) & (p[:, None] > p).any(2)).any(1), "the other side"),
         (lambda p: p.sum(1) >= p.sum(1).max(), "largest sum"),
         (lambda p: p.mean(1) == p.mean(1).max(), "largest sum"),
@@ -347,9 +352,15 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda p: front_by_loops(p, everywhere=lambda q, p: True), "better in ANY"),
         (lambda p: torch.logical_not(front_by_loops(p)), "ARE dominated"),
         (lambda p: ((p[:, None] >= p).all(2) & (p[:, None] > p).any(2)).any(1), "dominate some other"),
-        (lambda p: torch.tensor([bool(f) and q.tolist() not in p[:i].tolist()
-                                 for i, (f, q) in enumerate(zip(front_by_loops(p), p, strict=True))]),
-         "only one was kept"),
+        (
+            lambda p: torch.tensor(
+                [
+                    bool(f) and q.tolist() not in p[:i].tolist()
+                    for i, (f, q) in enumerate(zip(front_by_loops(p), p, strict=True))
+                ]
+            ),
+            "only one was kept",
+        ),
         (lambda p: torch.where(front_by_loops(p))[0], "these are indices"),
         (lambda p: p[front_by_loops(p)], "points themselves"),
         (lambda p: front_by_loops(p).int(), "these are numbers"),
@@ -428,7 +439,7 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda c, x, p: effect_by_rows(c, x, p).numpy(), "expected .* got"),
         (lambda c, x, p: (p - x) / sum(c - x, 0)[0], "raised IndexError"),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name, fn", [(n, f) for n, fns in RIGHT.items() for f in fns])

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from rlhf_helpers.lab.checks import judge
-from rlhf_helpers.lab.exercises import EXERCISES
+from rlhf_helpers.lab.exercises import EXERCISES, LESSONS
 
-MINE = {name: exercise for name, exercise in EXERCISES.items() if exercise.lesson == 4}
+MINE = {name: EXERCISES[name] for name, lesson in LESSONS.items() if lesson == 4}
 
 
 def turns(lengths, limit, *, step=2, fits=lambda total, limit: total <= limit, raises=True):
@@ -70,9 +70,15 @@ def once(lengths, limit):
 
 
 def pick_by_loop(
-    rewards, p_safe, threshold, *, best=-math.inf, safe=lambda p, t: p >= t, better=lambda r, best: r > best,
+    rewards,
+    p_safe,
+    threshold,
+    *,
+    best=-math.inf,
+    safe=lambda p, t: p >= t,
+    better=lambda r, best: r > best,
     none=None,
-):  # fmt: skip
+):
     """Answer by answer as a beginner writes it; each option is one slip."""
     index = none
     for i, (reward, p) in enumerate(zip(rewards.tolist(), p_safe.tolist(), strict=True)):
@@ -241,9 +247,15 @@ def is_unsafe(name):
 
 
 def calls(
-    code, *, name=name_of, unsafe=is_unsafe, order=sorted, walk=ast.walk, line=lambda node: node.lineno,
+    code,
+    *,
+    name=name_of,
+    unsafe=is_unsafe,
+    order=sorted,
+    walk=ast.walk,
+    line=lambda node: node.lineno,
     error=lambda e: [(e.lineno, "SyntaxError")],
-):  # fmt: skip
+):
     """Over the tree as a beginner writes it; each option is one slip."""
     try:
         tree = ast.parse(code)
@@ -358,10 +370,14 @@ RIGHT = {
     "unsafe_calls": [
         calls,
         calls_by_visitor,
-        lambda code: calls(code, unsafe=lambda name: re.fullmatch(
-            r"eval|exec|compile|open|__import__|(os|subprocess|socket)\..+", name)),
+        lambda code: calls(
+            code,
+            unsafe=lambda name: re.fullmatch(
+                r"eval|exec|compile|open|__import__|(os|subprocess|socket)\..+", name
+            ),
+        ),
     ],
-}  # fmt: skip
+}
 
 
 WRONG = {  # written as a beginner would, not as the package writes them; with the word that names the mistake
@@ -375,8 +391,8 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (turns_from_the_oldest, "expected .* got|counted from the oldest"),
         (lambda x, limit: max(1, turns_from_the_oldest(x, limit)), "counted from the oldest"),
         (lambda x, limit: len(x) - turns(x, limit), "messages DROPPED"),
-        (lambda x, limit: sum(x[len(x) - turns(x, limit):]), "these are tokens"),
-        (lambda x, limit: x[-turns(x, limit):], "expected .* got"),
+        (lambda x, limit: sum(x[len(x) - turns(x, limit) :]), "these are tokens"),
+        (lambda x, limit: x[-turns(x, limit) :], "expected .* got"),
         (lambda x, limit: (turns(x, limit) + 1) // 2, "these are tokens, exchanges"),
         (lambda x, limit: turns_from_the_end(x, limit) // 2, "these are tokens, exchanges"),
         (lambda x, limit: turns(x, limit) - 1, "last message is missing"),
@@ -402,28 +418,40 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda *given: pick_by_loop(*given, safe=lambda p, t: p < t), "BELOW the threshold"),
         (lambda *given: pick_by_loop(*given, safe=lambda p, t: p <= t), "BELOW the threshold"),
         (lambda *given: pick_by_loop(*given, safe=lambda p, t: not p < t), "NaN was let through"),
-        (lambda r, p, t: r[p >= t].argmax().item() if (p >= t).any() else None,
-         "among the safe answers only"),
+        (
+            lambda r, p, t: r[p >= t].argmax().item() if (p >= t).any() else None,
+            "among the safe answers only",
+        ),
         (lambda *given: pick_filled(*given, fill=0.0), "rewards may be negative"),
         (lambda *given: pick_filled(*given, fill=-1.0), "rewards may be negative"),
         (lambda r, p, t: pick_filled(r, p, t, fill=r.min()), "rewards may be negative"),
         (lambda r, p, t: (r * (p >= t)).argmax().item(), "rewards may be negative"),
         (lambda *given: pick_by_loop(*given, best=0.0), "expected .* got"),
         (lambda *given: pick_by_loop(*given, better=lambda r, best: r >= best), "FIRST answer"),
-        (lambda r, p, t: max((i for i in range(len(r)) if p[i] >= t),
-                             key=lambda i: (r[i].item(), p[i].item()), default=None), "FIRST answer"),
+        (
+            lambda r, p, t: max(
+                (i for i in range(len(r)) if p[i] >= t),
+                key=lambda i: (r[i].item(), p[i].item()),
+                default=None,
+            ),
+            "FIRST answer",
+        ),
         (lambda r, p, t: pick_filled(r * p, p, t), "p_safe was weighed"),
         (lambda r, p, t: pick_by_loop(r + p, p, t), "p_safe was weighed"),
         (safest, "decided alone"),
         (lambda r, p, t: p.argmax().item(), "decided alone"),
-        (lambda *given: pick_by_loop(*given, best=math.inf, better=lambda r, best: r < best),
-         "expected .* got"),
+        (
+            lambda *given: pick_by_loop(*given, best=math.inf, better=lambda r, best: r < best),
+            "expected .* got",
+        ),
         (lambda r, p, t: next((i for i in range(len(r)) if p[i] >= t), None), "expected .* got"),
         (lambda *given: pick_by_loop(*given, none=0), "safe return None"),
         (lambda *given: pick_by_loop(*given, none=-1), "safe return None"),
         (lambda r, p, t: r.masked_fill(~(p >= t), -math.inf).argmax().item(), "safe return None"),
-        (lambda r, p, t: max((i for i in range(len(r)) if p[i] >= t), key=lambda i: r[i]),
-         "no index, no error"),
+        (
+            lambda r, p, t: max((i for i in range(len(r)) if p[i] >= t), key=lambda i: r[i]),
+            "no index, no error",
+        ),
         (lambda r, p, t: torch.where(p >= t)[0][r[p >= t].argmax()].item(), "no index, no error"),
         (pick_or_none, "0 counts as false"),
         (lambda r, p, t: r[p >= t].max().item() if (p >= t).any() else None, "this is a reward"),
@@ -448,13 +476,17 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda c, r: rouge(c, r, split=lambda text: re.findall(r"\w+", text)), "cut in another way"),
         (lambda c, r: rouge(c, r, split=lambda text: text.lower().split()), "cut in another way"),
         (lambda c, r: rouge(c, r, split=str.split), "cut in another way"),
-        (lambda c, r: rouge(c, r, split=lambda text: re.findall("[a-z]+", text.lower())),
-         "cut in another way"),
+        (
+            lambda c, r: rouge(c, r, split=lambda text: re.findall("[a-z]+", text.lower())),
+            "cut in another way",
+        ),
         (lambda c, r: rouge(c, r, common=overlap), "ROUGE-1"),
         (lambda c, r: rouge(c, r, common=lambda a, b: len([w for w in a if w in b])), "ROUGE-1"),
         (lambda c, r: rouge(c, r, common=longest_run), "longest RUN"),
-        (lambda c, r: rouge(c, r, common=lambda a, b: sum(x == y for x, y in zip(a, b, strict=False))),
-         "index by index"),
+        (
+            lambda c, r: rouge(c, r, common=lambda a, b: sum(x == y for x, y in zip(a, b, strict=False))),
+            "index by index",
+        ),
         (lambda c, r: rouge(c, r, common=first_match), "first match"),
         (lambda c, r: rouge(c, r, common=functools.partial(lcs_table, cut=1)), "expected .* got"),
         (rouge_unguarded, "divides by 0"),
@@ -463,8 +495,10 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda c, r: rouge(c, r, empty=1.0), "expected .* got"),
         (lambda c, r: rouge(c, r, empty=math.nan), "expected .* got"),
         (lambda c, r: rouge(c, r, common=lambda a, b: len({*a} & {*b})), "expected .* got"),
-        (lambda c, r: rouge(c, r, split=lambda text: tokens(text.replace("boats", "boat"))),
-         "expected .* got"),
+        (
+            lambda c, r: rouge(c, r, split=lambda text: tokens(text.replace("boats", "boat"))),
+            "expected .* got",
+        ),
         (lambda c, r: 100 * rouge(c, r), "expected .* got"),
         (lambda c, r: SequenceMatcher(None, tokens(c), tokens(r)).ratio(), "expected .* got"),
         (lambda c, r: lcs(c, r) / c, "raised TypeError"),
@@ -473,23 +507,36 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda *given: facts(*given, share=lambda r, w, n, t: r / t if t else 0.0), "slots TOLD"),
         (lambda *given: facts(*given, share=lambda r, w, n, t: r / t), "slots TOLD"),
         (lambda told, true: (facts(told, true)[0], sum(told[s] != true[s] for s in true)), "not told"),
-        (lambda told, true: (facts(told, true)[0], len(true) - facts(told, true, share=lambda r, *_: r)[0]),
-         "not told"),
-        (lambda told, true: (sum(v is not None for v in told.values()) / len(true), facts(told, true)[1]),
-         "told WRONGLY were counted as covered"),
+        (
+            lambda told, true: (
+                facts(told, true)[0],
+                len(true) - facts(told, true, share=lambda r, *_: r)[0],
+            ),
+            "not told",
+        ),
+        (
+            lambda told, true: (sum(v is not None for v in told.values()) / len(true), facts(told, true)[1]),
+            "told WRONGLY were counted as covered",
+        ),
         (lambda *given: facts(*given, wrong=lambda r, w, n, t: w / n), "hallucinated by nothing"),
-        (lambda *given: facts(*given, wrong=lambda r, w, n, t: w / t if t else 0.0),
-         "hallucinated by nothing"),
+        (
+            lambda *given: facts(*given, wrong=lambda r, w, n, t: w / t if t else 0.0),
+            "hallucinated by nothing",
+        ),
         (lambda *given: facts(*given, share=lambda r, w, n, t: r), "divide the coverage"),
         (lambda *given: facts(*given)[::-1], "swapped"),
         (lambda *given: facts(*given, share=lambda r, w, n, t: r / n if w == 0 else 0.0), "measured apart"),
         (lambda *given: facts(*given, share=lambda r, w, n, t: (r - w) / n), "measured apart"),
-        (lambda told, true: (facts(told, true)[0], list(told.values()).count(None)),
-         "count the slots told WRONGLY"),
+        (
+            lambda told, true: (facts(told, true)[0], list(told.values()).count(None)),
+            "count the slots told WRONGLY",
+        ),
         (lambda *given: facts(*given, wrong=lambda r, w, n, t: t), "count the slots told WRONGLY"),
         (lambda *given: facts(*given, wrong=lambda r, w, n, t: w > 0), "count the slots told WRONGLY"),
-        (lambda *given: facts(*given, wrong=lambda r, w, n, t: 1 if w else 0),
-         "count the slots told WRONGLY"),
+        (
+            lambda *given: facts(*given, wrong=lambda r, w, n, t: 1 if w else 0),
+            "count the slots told WRONGLY",
+        ),
         (lambda *given: facts(*given, share=lambda r, w, n, t: 1 - r / n), "expected .* got"),
         (lambda told, true: facts(told, true, same=lambda a, b: a in true.values()), "ANOTHER slot"),
         (facts_by_position, "by their order"),
@@ -500,8 +547,10 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda *given: facts(*given, share=lambda r, w, n, t: 100 * r / n), "expected .* got"),
         (lambda *given: facts(*given, share=lambda r, w, n, t: r / 3), "expected .* got"),
         (lambda *given: facts(*given, same=lambda a, b: b in a), "part of the true one"),
-        (lambda *given: dict(zip(("coverage", "hallucinated"), facts(*given), strict=True)),
-         "expected .* got"),
+        (
+            lambda *given: dict(zip(("coverage", "hallucinated"), facts(*given), strict=True)),
+            "expected .* got",
+        ),
         (lambda told, true: facts(told, true, same=lambda a, b: a.lower() is b), "expected .* got"),
         (lambda told, true: (told == true) / len(told - true), "raised TypeError"),
     ],
@@ -509,14 +558,20 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda r, x, limit, cost: r - cost * (x - limit), "reward ROSE"),
         (lambda *given: lengths_by_loop(*given, excess=lambda x, limit: x - limit), "reward ROSE"),
         (lambda r, x, limit, cost: r + cost * torch.clamp(x - limit, min=0), "sign is flipped"),
-        (lambda *given: lengths_by_loop(*given, excess=lambda x, limit: max(0, limit - x)),
-         "BELOW the limit"),
-        (lambda *given: lengths_by_loop(*given, excess=lambda x, limit: min(0, x - limit)),
-         "BELOW the limit"),
+        (
+            lambda *given: lengths_by_loop(*given, excess=lambda x, limit: max(0, limit - x)),
+            "BELOW the limit",
+        ),
+        (
+            lambda *given: lengths_by_loop(*given, excess=lambda x, limit: min(0, x - limit)),
+            "BELOW the limit",
+        ),
         (lambda r, x, limit, cost: r - cost * torch.abs(x - limit), "BELOW the limit"),
         (lambda r, x, limit, cost: r - cost * x, "whole length"),
-        (lambda *given: lengths_by_loop(*given, excess=lambda x, limit: x if x > limit else 0),
-         "whole length"),
+        (
+            lambda *given: lengths_by_loop(*given, excess=lambda x, limit: x if x > limit else 0),
+            "whole length",
+        ),
         (lambda r, x, limit, cost: torch.where(x > limit, r - cost, r), "every excess cost the same"),
         (lambda r, x, limit, cost: r - torch.relu(x - limit), "at the price cost"),
         (lambda r, x, limit, cost: -cost * torch.relu(x - limit), "reward itself was lost"),
@@ -525,16 +580,20 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda r, x, limit, cost: r * (1 - cost * torch.relu(x - limit)), "MULTIPLIES"),
         (lambda r, x, limit, cost: r / x, "or divides it"),
         (lambda *given: lengths_by_loop(*given, excess=lambda x, limit: max(0, x - limit) ** 2), "squared"),
-        (lambda *given: lengths_by_loop(*given, excess=lambda x, limit: max(0, x / limit - 1)),
-         "divided by the limit"),
+        (
+            lambda *given: lengths_by_loop(*given, excess=lambda x, limit: max(0, x / limit - 1)),
+            "divided by the limit",
+        ),
         (lambda r, x, limit, cost: r - cost * max(0, x.double().mean() - limit), "a mean over the batch"),
         (lambda *given: lengths_by_loop(*given).mean(), "reward of its own"),
         (lambda *given: sum(lengths_by_loop(*given)), "reward of its own"),
         (lambda *given: lengths_by_loop(*given).tolist(), "expected .* got"),
         (lambda *given: lengths_by_loop(*given)[:, None], "expected .* got"),
         (lambda *given: lengths_by_loop(*given).long(), "expected .* got"),
-        (lambda *given: lengths_by_loop(*given, excess=lambda x, limit: max(0, x - limit + 1)),
-         "expected .* got"),
+        (
+            lambda *given: lengths_by_loop(*given, excess=lambda x, limit: max(0, x - limit + 1)),
+            "expected .* got",
+        ),
         (lambda *given: lengths_by_loop(*given).numpy(), "expected .* got"),
         (lambda r, x, limit, cost: r - cost * max(0, x - limit), "raised RuntimeError"),
     ],
@@ -557,8 +616,10 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda n, c, k: 100 * pass_by_loop(n, c, k), "expected .* got"),
         (lambda n, c, k: 0.0 if n - c < k else pass_by_product(n, c, k), "fewer than k wrong"),
         (lambda n, c, k: None if n - c < k else pass_by_product(n, c, k), "fewer than k wrong"),
-        (lambda n, c, k: 1 - math.factorial(n - c) / math.factorial(n - c - k) / math.perm(n, k),
-         "fewer than k wrong"),
+        (
+            lambda n, c, k: 1 - math.factorial(n - c) / math.factorial(n - c - k) / math.perm(n, k),
+            "fewer than k wrong",
+        ),
         (lambda n, c, k: torch.tensor(pass_by_loop(n, c, k)), "expected .* got"),
         (lambda n, c, k: round(pass_by_loop(n, c, k), 2), "expected .* got"),
         (lambda n, c, k: 1 - math.comb(n - c, k - 1) / math.comb(n, k - 1), "expected .* got"),
@@ -574,10 +635,14 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda *given: rewards_by_loop(*given, whole=1 / 3), "whole programs got a third"),
         (lambda *given: rewards_by_loop(*given, partial=lambda share: 1 / 3), "not a fixed reward"),
         (lambda *given: rewards_by_loop(*given, partial=lambda share: share - 1 / 3), "not a fixed reward"),
-        (lambda *given: rewards_by_loop(*given, partial=lambda share: 1 / 3 if share else 0.0),
-         "not a fixed reward"),
-        (lambda *given: rewards_by_loop(*given, whole=1 / 3, partial=lambda share: share),
-         "got a third as well"),
+        (
+            lambda *given: rewards_by_loop(*given, partial=lambda share: 1 / 3 if share else 0.0),
+            "not a fixed reward",
+        ),
+        (
+            lambda *given: rewards_by_loop(*given, whole=1 / 3, partial=lambda share: share),
+            "got a third as well",
+        ),
         (lambda *given: rewards_by_loop(*given, enough=any), "any test was enough"),
         (lambda p, u: rewards_by_loop(p, torch.zeros_like(u)), "unsafe programs were paid"),
         (lambda p, u: rewards_by_loop(p, ~u), "SAFE programs earned 0"),
@@ -601,8 +666,10 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (calls_by_text, "TEXT was searched"),
         (text_after_parsing, "TEXT was searched"),
         (names_anywhere, "not called"),
-        (lambda code: calls(code, name=lambda f: n if is_unsafe(n := name_of(f)) else n.split(".")[-1]),
-         "methods"),
+        (
+            lambda code: calls(code, name=lambda f: n if is_unsafe(n := name_of(f)) else n.split(".")[-1]),
+            "methods",
+        ),
         (lambda code: calls(code, walk=lambda tree: outermost(tree)), "outermost"),
         (lambda code: calls(code, order=list), "not sorted"),
         (lambda code: calls(code, order=lambda rows: sorted(rows, key=lambda row: row[1])), "not sorted"),
@@ -613,23 +680,37 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda code: calls(code, unsafe=lambda name: name in UNSAFE), "names were forgotten"),
         (lambda code: calls(code, unsafe=lambda name: name.split(".")[0] in MODULES), "names were forgotten"),
         (lambda code: calls(code, unsafe=lambda n: is_unsafe(n) and n != "compile"), "names were forgotten"),
-        (lambda code: calls(code, unsafe=lambda n: is_unsafe(n) and n != "__import__"),
-         "names were forgotten"),
-        (lambda code: calls(code, unsafe=lambda n: is_unsafe(n) and "socket" not in n),
-         "names were forgotten"),
-        (lambda code: calls(code, name=ast.unparse,
-                            unsafe=lambda n: is_unsafe(n) and re.fullmatch(r"[\w.]+", n)), "TWO calls"),
+        (
+            lambda code: calls(code, unsafe=lambda n: is_unsafe(n) and n != "__import__"),
+            "names were forgotten",
+        ),
+        (
+            lambda code: calls(code, unsafe=lambda n: is_unsafe(n) and "socket" not in n),
+            "names were forgotten",
+        ),
+        (
+            lambda code: calls(
+                code, name=ast.unparse, unsafe=lambda n: is_unsafe(n) and re.fullmatch(r"[\w.]+", n)
+            ),
+            "TWO calls",
+        ),
         (lambda code: calls(code, name=unparsed), "done with a result"),
         (lambda code: [(line, name.split(".")[-1]) for line, name in calls(code)], "whole path"),
         (lambda code: [(line, name.split(".")[0]) for line, name in calls(code)], "whole path"),
         (lambda code: calls(code, order=lambda rows: sorted(set(rows))), "expected .* got"),
-        (lambda code: sorted((n.lineno, name_of(n.func)) for n in ast.walk(ast.parse(code))
-                             if isinstance(n, ast.Call) and is_unsafe(name_of(n.func))), "catch SyntaxError"),
+        (
+            lambda code: sorted(
+                (n.lineno, name_of(n.func))
+                for n in ast.walk(ast.parse(code))
+                if isinstance(n, ast.Call) and is_unsafe(name_of(n.func))
+            ),
+            "catch SyntaxError",
+        ),
         (lambda code: calls(code, error=lambda e: []), "pass as harmless"),
         (lambda code: calls(code, error=lambda e: None), "expected .* got"),
         (lambda code: calls(code, error=lambda e: [(1, "SyntaxError")]), "line of the error"),
         (lambda code: calls(code, error=lambda e: [(0, "SyntaxError")]), "line of the error"),
-        (lambda code: calls(code, error=lambda e: [(e.lineno, e.msg)]), 'and this word'),
+        (lambda code: calls(code, error=lambda e: [(e.lineno, e.msg)]), "and this word"),
         (lambda code: calls(code, error=lambda e: (e.lineno, "SyntaxError")), "expected .* got"),
         (lambda code: calls(code, line=lambda node: node.end_lineno), "expected .* got"),
         (lambda code: calls(code, line=lambda node: node.col_offset), "expected .* got"),
@@ -638,7 +719,7 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda code: calls(code)[:1], "expected .* got"),
         (lambda code: calls(code, name=lambda func: func.id), "raised AttributeError"),
     ],
-}  # fmt: skip
+}
 
 
 def refusing(fn):

@@ -19,7 +19,7 @@ FIXED_WIDTH = {"hypervolume"}  # of two objectives
 
 
 def probes_of(name):
-    return EXERCISES[name].probes()
+    return EXERCISES[name].probes
 
 
 # ---- shapes: no axis can be taken for another one
@@ -28,7 +28,7 @@ def probes_of(name):
 MATRICES = [
     (name, k)
     for name, exercise in EXERCISES.items()
-    for k, arg in enumerate(exercise.probes()[0])
+    for k, arg in enumerate(exercise.probes[0])
     if isinstance(arg, torch.Tensor) and arg.ndim == 2
 ]
 
@@ -52,12 +52,21 @@ def test_batches_of_several_sizes(name):
 def test_our_own_functions_leave_probes_alone():
     """They get the probes themselves, not copies."""
     for exercise in EXERCISES.values():
-        probes = exercise.probes()
+        probes = exercise.probes
         before = copy.deepcopy(probes)
         for function in (exercise.reference, *(mistake.wrong for mistake in exercise.mistakes)):
             for probe in probes:
                 judging._outcome(function, probe)
         assert judging.same(probes, before)
+
+
+def test_mistakes_name_only_what_there_is():
+    """A name that is neither an argument nor a quantity raises KeyError."""
+    for exercise in EXERCISES.values():
+        for mistake in exercise.mistakes:
+            outcomes = [judging._outcome(mistake.wrong, probe) for probe in exercise.probes]
+            kinds = [outcome.kind for outcome in outcomes if isinstance(outcome, judging.Raised)]
+            assert "KeyError" not in kinds
 
 
 # ---- kinks: at each probe the gradient has one value, whichever way the loss is written
@@ -90,8 +99,8 @@ SWITCHES = {  # what a loss, written with max, abs or where, compares with 0
 WITH_GRADIENT = {
     name
     for name, exercise in EXERCISES.items()
-    if any(map(judging._is_floating, exercise.probes()[0]))
-    and any(g is not None for g in judging._gradients(exercise.reference, exercise.probes()[0]))
+    if any(map(judging._is_floating, exercise.probes[0]))
+    and any(g is not None for g in judging._gradients(exercise.reference, exercise.probes[0]))
 }
 
 

@@ -1099,7 +1099,7 @@ def changed(arg):
 MUTABLE = [
     (name, k)
     for name, exercise in EXERCISES.items()
-    for k, arg in enumerate(exercise.probes()[0])
+    for k, arg in enumerate(exercise.probes[0])
     if isinstance(arg, torch.Tensor | list | dict)
 ]
 

@@ -1,7 +1,73 @@
-"""The exercises of all lessons by name: a lesson adds its own module here."""
+"""The exercises of all lessons by name; those of a lesson are imported when one of them is asked for."""
 
-from rlhf_helpers.lab.exercises import lesson1, lesson2, lesson3, lesson4
-from rlhf_helpers.lab.exercises.exercise import Exercise, Mistake
+import importlib
+from collections.abc import Iterator, Mapping
 
-_ALL = (*lesson1.EXERCISES, *lesson2.EXERCISES, *lesson3.EXERCISES, *lesson4.EXERCISES)
-EXERCISES: dict[str, Exercise] = {exercise.name: exercise for exercise in _ALL}
+from rlhf_helpers.lab.exercises.exercise import Exercise
+from rlhf_helpers.lab.isolation import standard_settings
+
+NAMES = {  # of each lesson, in its order
+    1: (
+        "sft_labels",
+        "cohen_kappa",
+        "bradley_terry",
+        "plackett_luce",
+        "last_token",
+        "calibration_error",
+        "pessimistic",
+        "best_of_n_gold",
+    ),
+    2: (
+        "policy_gradient",
+        "rloo",
+        "gae",
+        "clipped_loss",
+        "group_advantages",
+        "k3",
+        "shaped_rewards",
+        "best_of_n_shares",
+        "dpo_loss",
+        "next_beta",
+    ),
+    3: (
+        "soft_label",
+        "attack_rate",
+        "swap_scores",
+        "refusal_errors",
+        "bbq_bias",
+        "next_multiplier",
+        "pareto_front",
+        "hypervolume",
+        "fairest",
+        "patching_effect",
+    ),
+    4: (
+        "kept_turns",
+        "pick_answer",
+        "rouge_l",
+        "fact_scores",
+        "length_controlled",
+        "pass_at_k",
+        "verifiable_reward",
+        "unsafe_calls",
+    ),
+}
+LESSONS = {name: lesson for lesson, names in NAMES.items() for name in names}
+
+
+class _Exercises(Mapping[str, Exercise]):
+    """Name -> exercise; reading one imports its lesson, and no other."""
+
+    def __getitem__(self, name: str) -> Exercise:
+        lesson = f"{__name__}.lesson{LESSONS[name]}"
+        with standard_settings():  # the module makes tensors, whatever the notebook has set
+            return importlib.import_module(lesson).EXERCISES[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(LESSONS)
+
+    def __len__(self) -> int:
+        return len(LESSONS)
+
+
+EXERCISES = _Exercises()

@@ -1,8 +1,17 @@
 """What an exercise is: the right answer, inputs to try it on, and the mistakes that beginners make."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial, wraps
 from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Function = Callable[..., Any]
+Probe = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -10,26 +19,117 @@ class Mistake:
     """A known wrong answer: a learner's function that does the same on every probe has made this mistake."""
 
     message: str  # names the mistake and says where to look; never the finished solution
-    wrong: Callable[..., Any]
-
-
-def named(*parts: str | Callable[..., Any]) -> tuple[Mistake, ...]:
-    """Mistakes from a flat list: each message, then the wrong functions that deserve it."""
-    found: list[Mistake] = []
-    for part in parts:
-        if isinstance(part, str):
-            message = part
-        else:
-            found.append(Mistake(message, part))
-    return tuple(found)
+    wrong: Function
 
 
 @dataclass(frozen=True)
 class Exercise:
     """One exercise of a lesson; the probes must tell every mistake from the reference (a test holds that)."""
 
-    name: str
-    lesson: int
-    reference: Callable[..., Any]  # what `check` hands back when the learner's function is not right
-    probes: Callable[[], list[tuple[Any, ...]]]  # fresh positional arguments, one tuple per probe
-    mistakes: tuple[Mistake, ...]
+    reference: Function  # what `check` hands back when the learner's function is not right
+    probes: list[Probe]  # positional arguments, which nothing may change
+    mistakes: list[Mistake]
+
+
+def exercise(
+    reference: Function, probes: list[Probe], *parts: str | Function, **quantities: Function
+) -> Exercise:
+    """Make an exercise from a flat list of its mistakes: each message, then the wrong functions it is for.
+
+    A wrong function names what it needs, as a test of pytest does: arguments of the reference, `right` (the
+    right answer), or one of `quantities`, which are functions that name what they need in the same way. It
+    is called with these alone, and only what is named is computed.
+    """
+    mistakes: list[Mistake] = []
+    message = ""
+    for part in parts:
+        if isinstance(part, str):
+            message = part
+        else:
+            mistakes.append(Mistake(message, partial(_call, part, reference, quantities)))
+    return Exercise(reference, probes, mistakes)
+
+
+def _call(function: Function, reference: Function, quantities: dict[str, Function], *probe: Any) -> Any:
+    """Call a function with what its parameters name."""
+    known = dict(zip(inspect.signature(reference).parameters, probe, strict=False))
+    needed = inspect.signature(function).parameters
+    for name in needed:
+        if name == "right":
+            known[name] = reference(*probe)
+        elif name in quantities:
+            known[name] = _call(quantities[name], reference, quantities, *probe)
+    return function(**{name: known[name] for name in needed})
+
+
+def table(*rows: Probe) -> list[Probe]:
+    """Make probes of rows whose lists stand for tensors."""
+    return [tuple(torch.tensor(cell) if isinstance(cell, list) else cell for cell in row) for row in rows]
+
+
+def as_asked(function: Function, *trained: str) -> Function:
+    """Let a function of the package be called by position alone, with a gradient by `trained` only."""
+    names = inspect.signature(function).parameters
+
+    @wraps(function)
+    def reference(*args: Any, **settings: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | settings
+        for name, value in given.items():
+            if isinstance(value, Tensor) and name not in trained:
+                given[name] = value.detach()
+        return function(**given)
+
+    return reference
+
+
+def each(wrong: Function, *values: Any) -> list[Function]:
+    """Give one wrong function for each value of the first parameter."""
+    return [partial(wrong, value) for value in values]
+
+
+def negated(right: Tensor) -> Tensor:
+    """Flip the sign."""
+    return -right
+
+
+def averaged(right: Tensor) -> Tensor:
+    """Take one mean where one number per row was asked for."""
+    return right.mean()
+
+
+def summed(right: Tensor) -> Tensor:
+    """Take one sum where one number per row was asked for."""
+    return right.sum()
+
+
+def as_tensor(right: Any) -> Tensor:
+    """Make a tensor where Python numbers were asked for."""
+    return torch.tensor(right)
+
+
+# Of a loss -logsigmoid(gap), where an exercise says what gap, chosen and rejected are.
+LOG_LOSS_MISTAKES = (
+    "the minus is missing: this is the log-likelihood, and a loss is its negative",
+    negated,
+    "there is no log-sigmoid: the bare margin never levels off, so rewards drift apart without limit",
+    lambda gap: -gap,
+    lambda gap: gap,
+    "this is a sigmoid without its logarithm: -sigmoid(difference) is not a log-likelihood",
+    lambda gap: -gap.sigmoid(),
+    "this is the probability that the chosen answer wins, not a loss: take -log of it",
+    lambda gap: gap.sigmoid(),
+    "1 - probability is not a log-likelihood: take -log of the probability instead",
+    lambda gap: (-gap).sigmoid(),
+    "log(sigmoid(x)) underflows, log(1 + exp(-x)) overflows: large gaps give inf; use "
+    "torch.nn.functional.logsigmoid(x)",
+    lambda gap: -gap.sigmoid().log(),
+    "a small constant inside the log hides the underflow: the loss is capped where it should grow, and "
+    "the gradient is 0 there; use torch.nn.functional.logsigmoid",
+    *each(lambda eps, gap: -(gap.sigmoid() + eps).log(), 1e-12, 1e-10, 1e-8, 1e-6),
+    "this is the hinge loss: it is exactly zero once the margin reaches 1",
+    lambda gap: F.relu(1 - gap),
+    "each answer was judged alone, as in two classifications: this loss compares the two",
+    lambda chosen, rejected: -F.logsigmoid(chosen) - F.logsigmoid(-rejected),
+    "the rejected answer never enters the loss: a pair is a comparison",
+    lambda chosen: -F.logsigmoid(chosen),
+)

@@ -1,5 +1,5 @@
-"""Exercises of lesson 4, in its order: a chatbot's turns, summaries, programs."""
+"""Exercises of lesson 4: a chatbot's turns, summaries, programs."""
 
 from rlhf_helpers.lab.exercises.lesson4 import chat, programs, summaries
 
-EXERCISES = (*chat.EXERCISES, *summaries.EXERCISES, *programs.EXERCISES)
+EXERCISES = chat.EXERCISES | summaries.EXERCISES | programs.EXERCISES
