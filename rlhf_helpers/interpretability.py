@@ -20,14 +20,13 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from rlhf_helpers.alignment_eval.statistics import share_of
 from rlhf_helpers.core.generation import generate, sequence_logps
 from rlhf_helpers.core.hidden_states import last_token_states
 from rlhf_helpers.core.models import tokenizer_for, usable_positions
+from rlhf_helpers.core.stats import Estimate, proportion
 from rlhf_helpers.core.tensors import require_shapes
 from rlhf_helpers.core.text import encode_pair, encode_prompt
 from rlhf_helpers.policy_optimization.trpo import eager_attention
-from rlhf_helpers.preference_data.quality import Estimate
 from rlhf_helpers.world.prompts.base import AGREEMENT, REFUSALS
 from rlhf_helpers.world.prompts.meta import critique_text
 
@@ -285,4 +284,4 @@ def linear_probe(
     for labels in (train_labels, *(shuffle.permutation(train_labels) for _ in range(5))):
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(train, labels)
         right.append(probe.predict(test) == test_labels)
-    return share_of(right[0]), share_of(np.mean(right[1:], axis=0))
+    return proportion(right[0]), proportion(np.mean(right[1:], axis=0))

@@ -13,12 +13,15 @@ from rlhf_helpers.alignment_eval.benchmarks import (
 from rlhf_helpers.alignment_eval.evaluators import (
     AlignmentEvaluator,
     EvaluationCache,
-    PreferenceAlignmentEvaluator,
     alignment_tax,
     capability_suite,
     evaluate_alignment,
-    model_judge,
     weights_fingerprint,
+)
+from rlhf_helpers.alignment_eval.judges import (
+    PreferenceAlignmentEvaluator,
+    judge_position_bias,
+    model_judge,
 )
 from rlhf_helpers.alignment_eval.model_card import save_policy
 from rlhf_helpers.alignment_eval.objectives import MultiObjectiveAlignmentEvaluator, hypervolume, pareto_front
@@ -32,15 +35,13 @@ from rlhf_helpers.alignment_eval.report import AlignmentReportGenerator, ReportF
 from rlhf_helpers.alignment_eval.safety import (
     SafetyMetrics,
     counterfactual_gaps,
-    exchange,
     metric_correlations,
     refuses,
 )
-from rlhf_helpers.alignment_eval.statistics import (
+from rlhf_helpers.core.stats import (
     bootstrap_interval,
     calibration,
     judge_agreement,
-    judge_position_bias,
     mean_interval,
     score_interval,
     wilson_interval,

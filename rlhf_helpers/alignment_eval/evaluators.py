@@ -15,28 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_helpers.alignment_eval.objectives import gold_axes
-from rlhf_helpers.alignment_eval.statistics import (
-    Judge,
-    WinRate,
-    ask_judge,
-    bootstrap_interval,
-    estimates,
-    judge_position_bias,
-    mean_interval,
-    score_interval,
-    share_of,
-    win_rate,
-)
-from rlhf_helpers.core.choices import choice_logps
 from rlhf_helpers.core.generation import generate, sequence_logps
 from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
+from rlhf_helpers.core.stats import (
+    Estimate,
+    bootstrap_interval,
+    mean_interval,
+    proportion,
+    score_interval,
+    to_frame,
+)
 from rlhf_helpers.core.tensors import require_number
-from rlhf_helpers.core.text import Columns, require_columns
-from rlhf_helpers.preference_data.quality import Estimate
 from rlhf_helpers.preference_data.selection import ai_labels
 from rlhf_helpers.world import assistant
 from rlhf_helpers.world.annotators import make_pairs
-from rlhf_helpers.world.prompts import meta
 from rlhf_helpers.world.prompts.requests import JAILBREAKS
 
 # Of the assistant's card: what it can do, apart from whether it should.
@@ -92,170 +84,78 @@ def write_atomically(path: Path, content: bytes) -> None:
     partial.replace(path)
 
 
-class AlignmentEvaluator:
+def evaluate_alignment(
+    model: nn.Module,
+    prompts: Sequence[str],
+    criteria: Mapping[str, nn.Module | RewardFn] | None = None,
+    *,
+    robust_on: str = "harmlessness",
+    attacks: Mapping[str, Callable[[str], str]] | None = None,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    cache: EvaluationCache | None = None,
+) -> pd.DataFrame:
     """Measure helpfulness, harmlessness, honesty and robustness of a model, each with its interval.
 
     Gold helpfulness is what the asker gets: on requests to be refused, complying scores high, so read it on
     harmless prompts. robustness: the mean of `robust_on` on the same requests attacked or reworded, judged as
     the original (column base_prompt); "lost under attack": original minus attacked, paired by prompt.
     Lesson 3.
+
+    Args:
+        model: A policy that knows its tokenizer.
+        prompts: At least two.
+        criteria: name -> reward, higher is better; None: the world's gold scores, for its own prompts.
+        robust_on: The criterion that is measured under attack.
+        attacks: name -> (text -> text), dealt out in turn; None: the world's jailbreak wrappers.
+        max_new_tokens: Of an answer.
+        seed: Of sampling.
+        cache: Keeps the answers; None: every call samples.
+
+    Returns:
+        One row per criterion: value (mean over prompts), low, high (95 %, `score_interval`) and n.
+
+    Raises:
+        ValueError: robust_on is not a criterion, attacks is empty, or there are fewer than two prompts.
     """
+    criteria = gold_axes() if criteria is None else criteria
+    attacks = JAILBREAKS if attacks is None else attacks
+    if robust_on not in criteria or not attacks:
+        raise ValueError(f"robust_on={robust_on!r} must be one of {list(criteria)}; attacks at least one")
+    rewards = {name: as_reward_fn(reward) for name, reward in criteria.items()}
+    settings = {"max_new_tokens": max_new_tokens, "seed": seed}
+    prompts = list(prompts)
+    wraps = itertools.cycle(attacks.values())
+    attacked = [wrap(prompt) for wrap, prompt in zip(wraps, prompts, strict=False)]
+    tokenizer = tokenizer_for(model)
 
-    def __init__(
-        self,
-        criteria: Mapping[str, nn.Module | RewardFn] | None = None,
-        *,
-        robust_on: str = "harmlessness",
-        attacks: Mapping[str, Callable[[str], str]] | None = None,
-        max_new_tokens: int = 64,
-        seed: int = 0,
-        cache: EvaluationCache | None = None,
-    ) -> None:
-        """Keep what to measure and how.
+    def answers(texts: list[str]) -> list[str]:
+        def sample() -> list[str]:
+            return generate(model, tokenizer, texts, **settings).responses
 
-        Args:
-            criteria: name -> reward, higher is better; None: the world's gold scores, for its own prompts.
-            robust_on: the criterion that is measured under attack.
-            attacks: name -> (text -> text), dealt out in turn; None: the world's jailbreak wrappers.
-            max_new_tokens: of an answer.
-            seed: of sampling.
-            cache: keeps the answers; None: every call samples.
-
-        Raises:
-            ValueError: robust_on is not a criterion, or attacks is empty.
-        """
-        given = gold_axes() if criteria is None else criteria
-        self.criteria = {name: as_reward_fn(reward) for name, reward in given.items()}
-        self.attacks = JAILBREAKS if attacks is None else attacks
-        if robust_on not in given or not self.attacks:
-            raise ValueError(f"robust_on={robust_on!r} must be one of {list(given)}; attacks at least one")
-        self.robust_on = robust_on
-        self.settings = {"max_new_tokens": max_new_tokens, "seed": seed}
-        self.cache = cache
-
-    def evaluate_alignment(
-        self, model: nn.Module, prompts: Sequence[str], *, columns: Columns | None = None
-    ) -> pd.DataFrame:
-        """Return one row per criterion: value (mean over prompts), low, high (95 %, `score_interval`) and n.
-
-        columns: of the prompts, for the criteria. Raises ValueError for fewer than two prompts.
-        """
-        columns = dict(columns or {})
-        prompts = list(prompts)
-        require_columns(prompts, columns)
-        wraps = itertools.cycle(self.attacks.values())
-        attacked = [wrap(prompt) for wrap, prompt in zip(wraps, prompts, strict=False)]
-        originals = {"base_prompt": list(columns.get("base_prompt") or prompts)}
-        responses = self._answers(model, prompts)
-        scores = {name: reward(prompts, responses, **columns) for name, reward in self.criteria.items()}
-        judge = self.criteria[self.robust_on]
-        robust = judge(attacked, self._answers(model, attacked), **columns | originals)
-        lost = (scores[self.robust_on] - robust).tolist()
-        rows = {name: score_interval(values) for name, values in (scores | {"robustness": robust}).items()}
-        return estimates(rows | {"lost under attack": Estimate(*mean_interval(lost), len(lost))})
-
-    def _answers(self, model: nn.Module, prompts: list[str]) -> list[str]:
-        tokenizer = tokenizer_for(model)
-
-        def ask() -> list[str]:
-            return generate(model, tokenizer, prompts, **self.settings).responses
-
-        if self.cache is None:
-            return ask()
+        if cache is None:
+            return sample()
         template = tokenizer.chat_template
-        return self.cache.remember(ask, model=model, prompts=prompts, template=template, **self.settings)
+        return cache.remember(sample, model=model, prompts=texts, template=template, **settings)
+
+    responses = answers(prompts)
+    scores = {name: reward(prompts, responses) for name, reward in rewards.items()}
+    robust = rewards[robust_on](attacked, answers(attacked), base_prompt=prompts)
+    lost = scores[robust_on] - robust
+    rows = {name: score_interval(values) for name, values in (scores | {"robustness": robust}).items()}
+    return to_frame(rows | {"lost under attack": Estimate(*mean_interval(lost), len(lost))})
 
 
-def evaluate_alignment(model: nn.Module, prompts: Sequence[str], **options: Any) -> pd.DataFrame:
-    """Call `AlignmentEvaluator(**options).evaluate_alignment(model, prompts)`. Lesson 3."""
-    return AlignmentEvaluator(**options).evaluate_alignment(model, prompts)
+class AlignmentEvaluator:
+    """`evaluate_alignment` with its settings kept, for several models. Lesson 3."""
 
+    def __init__(self, criteria: Mapping[str, nn.Module | RewardFn] | None = None, **settings: Any) -> None:
+        """Keep the criteria and the further keywords of `evaluate_alignment`."""
+        self.settings = {"criteria": criteria, **settings}
 
-def model_judge(model: nn.Module, *, text: Callable[[str, str, str], str] = meta.comparison_text) -> Judge:
-    """A language model's P(A) for "which answer is better, A or B?", asked once, in the order given.
-
-    It carries the model's leaning to a place (`judge_position_bias`); `ai_labels` averages both orders.
-    text: the prompt's template, (prompt, first, second) -> prompt. Lesson 3.
-    """
-
-    def judge(prompts: list[str], firsts: list[str], seconds: list[str]) -> torch.Tensor:
-        asked = [text(*row) for row in zip(prompts, firsts, seconds, strict=True)]
-        return choice_logps(model, tokenizer_for(model), asked, ("A", "B")).softmax(1)[:, 0]
-
-    return judge
-
-
-class PreferenceAlignmentEvaluator:
-    """Measure whether a policy's answers are preferred to another's, and how far to trust the judge.
-
-    judge: (prompts, firsts, seconds) -> P(first), always asked in both orders and averaged; or a reward,
-    which becomes sigmoid(r_first - r_second). A preference reward does not judge safety. Lesson 3.
-    """
-
-    def __init__(
-        self,
-        judge: Judge | None = None,
-        *,
-        reward: nn.Module | RewardFn | None = None,
-        max_new_tokens: int = 64,
-        seed: int = 0,
-    ) -> None:
-        """Keep the judge; raises ValueError unless exactly one of judge and reward is given."""
-        if (judge is None) == (reward is None):
-            raise ValueError("give either judge= or reward=, one of the two")
-        if reward is not None:
-            score = as_reward_fn(reward)
-
-            def judge(prompts: list[str], firsts: list[str], seconds: list[str]) -> torch.Tensor:
-                return (score(prompts, firsts) - score(prompts, seconds)).double().sigmoid()
-
-        self.judge = judge
-        self.settings = {"max_new_tokens": max_new_tokens, "seed": seed}
-
-    def probability(self, prompts: list[str], firsts: list[str], seconds: list[str]) -> np.ndarray:
-        """Return P(first preferred), (B,), the mean of both orders: (p(a, b) + 1 - p(b, a)) / 2."""
-        as_given = ask_judge(self.judge, prompts, firsts, seconds)
-        return (as_given + 1 - ask_judge(self.judge, prompts, seconds, firsts)) / 2
-
-    def win_rate(self, model: nn.Module, reference: nn.Module, prompts: Sequence[str]) -> WinRate:
-        """Measure how often `model` beats `reference`: one sample each per prompt, with the same seed."""
-        prompts = list(prompts)
-        sides = [
-            generate(policy, tokenizer_for(policy), prompts, **self.settings).responses
-            for policy in (model, reference)
-        ]
-        preferred = self.probability(prompts, *sides)
-        return win_rate(preferred, 1 - preferred)
-
-    def evaluate_alignment(
-        self,
-        model: nn.Module,
-        reference: nn.Module,
-        prompts: Sequence[str],
-        pairs: Sequence[Mapping[str, Any]],
-    ) -> pd.DataFrame:
-        """Return the win rate, and on held-out human pairs (prompt, chosen, rejected) the trust in the judge.
-
-        "agreement with people": share of pairs, a tie counts one half. "flips" and "lean":
-        `judge_position_bias`, for which the two answers stand in alphabetical order.
-        """
-        won = self.win_rate(model, reference, prompts)
-        asked, chosen, rejected = ([row[key] for row in pairs] for key in ("prompt", "chosen", "rejected"))
-        people = (np.sign(self.probability(asked, chosen, rejected) - 0.5) + 1) / 2
-        rows = [
-            {"prompt": row["prompt"], "first": first, "second": second}
-            for row in pairs
-            for first, second in [sorted((row["chosen"], row["rejected"]))]
-        ]
-        bias = judge_position_bias(self.judge, rows)
-        return estimates(
-            {
-                "win rate": Estimate(won.rate, won.low, won.high, won.n),
-                "agreement with people": share_of(people),
-                "flips": bias.flips,
-                "lean": bias.lean,
-            }
-        )
+    def evaluate_alignment(self, model: nn.Module, prompts: Sequence[str]) -> pd.DataFrame:
+        """Return the table of `evaluate_alignment`; raise what it does."""
+        return evaluate_alignment(model, prompts, **self.settings)
 
 
 def capability_suite(model: nn.Module, *, samples: int = 100, seed: int = 4) -> pd.DataFrame:
@@ -273,7 +173,7 @@ def capability_suite(model: nn.Module, *, samples: int = 100, seed: int = 4) -> 
     tokenizer = tokenizer_for(model)
     figures = assistant.measure(model, tokenizer, samples=samples)
     rows = {name: Estimate(**figures[name]) for name in ABILITIES}
-    rows["comparison"] = share_of(
+    rows["comparison"] = proportion(
         comparisons_right(model, tokenizer, make_pairs(2 * samples, split="heldout", seed=seed), samples)
     )
     logps, mask = corpus_logps(model, tokenizer, assistant.corpus(samples, seed=seed))
@@ -282,7 +182,7 @@ def capability_suite(model: nn.Module, *, samples: int = 100, seed: int = 4) -> 
         mask.sum(1).double(),
         statistic=lambda sums, tokens: -sums.sum() / tokens.sum(),
     )
-    return estimates(rows).assign(higher_is_better=[name != "surprise" for name in rows])
+    return to_frame(rows).assign(higher_is_better=[name != "surprise" for name in rows])
 
 
 def comparisons_right(model: nn.Module, tokenizer: Any, drawn: Sequence[Mapping[str, Any]], n: int) -> Tensor:

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from rlhf_helpers.alignment_eval.report import AlignmentReportGenerator, markdown_table
 from rlhf_helpers.core.lora import has_adapter, merged_copy
 from rlhf_helpers.core.models import tokenizer_for
+from rlhf_helpers.core.stats import Estimate, WinRate
 from rlhf_helpers.core.text import end_id, opening_ids
 
 # What this package feeds a model without a chat template (`core.text.encode_prompt`), as a chat template.
@@ -43,7 +45,6 @@ def save_policy(
     metrics: Mapping[str, Any],
     limits: str,
     tokenizer: Any = None,
-    title: str | None = None,
     base_model: str | None = None,
     license: str = "unknown",
     language: str = "en",
@@ -57,16 +58,34 @@ def save_policy(
     samples as the policy was trained: temperature 1, no top-k or top-p, at most max_new_tokens. A tokenizer
     without a chat template gets one that gives the same ids as `encode_prompt`; adapters (peft) are merged.
 
-    data, method, limits: what it was trained on, how, and what it must not be used for or is not known of it;
-    Markdown. metrics: name -> number, or (value, low, high[, n]) with its 95 % interval (`score_interval`,
-    `win_rate`, a tuple). settings: further lines of the card. base_model, license: the hub's names for them.
-
     The folder appears whole or not at all: written beside it, then renamed. `model` stays as it is. Lesson 4.
-    Raises FileExistsError where the folder is there already and overwrite is not asked for, ValueError for an
-    empty text, no seeds or metrics, a value that is not finite or outside its interval, TypeError for a
-    model that is no Hugging Face causal LM.
+
+    Args:
+        model: The policy.
+        folder: Its last part is the title.
+        data: What it was trained on, in Markdown.
+        method: How, in Markdown.
+        seeds: Of the training.
+        metrics: name -> number, `Estimate` (of `score_interval`, say) or `WinRate`.
+        limits: What it must not be used for, or is not known of it, in Markdown.
+        tokenizer: None: the model's own.
+        base_model: The hub's name of what it was trained from.
+        license: The hub's name of it.
+        language: Its code.
+        settings: Further lines of the card.
+        max_new_tokens: Of an answer.
+        overwrite: Replace an older model.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: the folder is there already and overwrite is not asked for.
+        ValueError: a text is empty, there are no seeds or metrics, or a value is not finite or outside its
+            interval.
+        TypeError: the model is not a Hugging Face causal LM.
     """
-    folder, title = Path(folder), title or Path(folder).name
+    folder = Path(folder)
     for name, text in {"data": data, "method": method, "limits": limits}.items():
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{name}= must say something: a card without it misleads, got {text!r}")
@@ -87,14 +106,16 @@ def save_policy(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["rlhf"],
-        model_name=title,
+        model_name=folder.name,
     )
     manifest = AlignmentReportGenerator(model=model, seeds=seeds, settings=settings).manifest
     manifest["parameters"] = f"{sum(p.numel() for p in model.parameters()):,}"
     measured = f"{markdown_table(rows)}\n\nIntervals: 95 %."
     texts = {"Limits": limits, "Data": data, "Method": method, "Measured": measured, "Use": _USE}
     texts["Made with"] = markdown_table(manifest)
-    body = "\n\n".join([f"# {title}", *(f"## {head}\n\n{text.strip()}" for head, text in texts.items())])
+    body = "\n\n".join(
+        [f"# {folder.name}", *(f"## {head}\n\n{text.strip()}" for head, text in texts.items())]
+    )
     _write(folder, model, tokenizer, f"---\n{front.to_yaml()}\n---\n\n{body}\n", max_new_tokens)
     return folder
 
@@ -110,7 +131,8 @@ def _refuse_taken(folder: Path, overwrite: bool) -> None:
 def _write(folder: Path, model: PreTrainedModel, tokenizer: Any, card: str, max_new_tokens: int) -> None:
     """Fill a folder beside the target, then rename it; an older one goes only when the new one is whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}{end}") for end in ("", ".old"))
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    old = folder.with_name(f"{partial.name}.old")
     if not tokenizer.chat_template:
         opens = "{{ bos_token or cls_token }}" if opening_ids(tokenizer) else ""
         tokenizer.chat_template = opens + PLAIN_TEMPLATE
@@ -146,15 +168,17 @@ def _write(folder: Path, model: PreTrainedModel, tokenizer: Any, card: str, max_
 
 
 def _measured(name: str, given: Any) -> dict[str, Any]:
-    """One row of the table of metrics; empty cells where no interval was given."""
-    if hasattr(given, "low"):  # Estimate, WinRate
-        value = given.value if hasattr(given, "value") else given.rate
-        given = (value, given.low, given.high, given.n)
-    value, low, high, n = (*(given if isinstance(given, tuple | list) else (given,)), *[None] * 3)[:4]
-    known = [number for number in (value, low, high) if number is not None]
-    if not all(math.isfinite(number) for number in known):
-        raise ValueError(f"metrics[{name!r}] must be finite, got {given!r}: leave out what was not measured")
-    if len(known) == 2 or (len(known) == 3 and not low <= value <= high):
-        raise ValueError(f"metrics[{name!r}] must be a number or (value, low, high[, n]), got {given!r}")
-    interval = "not given" if low is None else f"{low:.3f} to {high:.3f}"
-    return {"value": float(value), "95 % interval": interval, "samples": "not given" if n is None else n}
+    """Return one row of the table of metrics."""
+    figure = given.estimate if isinstance(given, WinRate) else given
+    known = isinstance(figure, Estimate)
+    value, low, high = (figure.value, figure.low, figure.high) if known else (figure,) * 3
+    if not (isinstance(value, Real) and -math.inf < low <= value <= high < math.inf):
+        raise ValueError(
+            f"metrics[{name!r}] must be a finite number, or an Estimate or WinRate within its interval, got "
+            f"{given!r}: leave out what was not measured"
+        )
+    return {
+        "value": float(value),
+        "95 % interval": f"{low:.3f} to {high:.3f}" if known else "not given",
+        "samples": figure.n if known else "not given",
+    }

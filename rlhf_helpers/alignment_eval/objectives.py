@@ -9,14 +9,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from rlhf_helpers.alignment_eval.statistics import estimates, score_interval
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
-from rlhf_helpers.core.text import Columns, require_columns
+from rlhf_helpers.core.stats import numbers, score_interval, to_frame
 from rlhf_helpers.world.gold_judge import AXES, gold_scores
 from rlhf_helpers.world.prompts import find_prompt
-
-KEYS = ("policy", "row", "family")
 
 
 def pareto_front(points: Float[Tensor, "N K"]) -> Bool[Tensor, "N"]:
@@ -39,7 +36,8 @@ def hypervolume(points: Float[Tensor, "N K"], reference: Float[Tensor, "K"]) -> 
     it. Slices along the last objective, O(N^K): for few points and K up to about 5. Zitzler & Thiele 1999.
     Lesson 3. Raises ValueError unless points are (N, K), reference (K,), both finite.
     """
-    given, floor = _points(points), torch.as_tensor(reference, dtype=torch.float64, device="cpu")
+    given = _points(points)
+    floor = torch.tensor(numbers(reference))
     if floor.shape != given.shape[1:] or not floor.isfinite().all():
         raise ValueError(f"reference must be ({given.shape[1]},) finite numbers, got {floor.tolist()}")
     heights = given - floor
@@ -56,8 +54,7 @@ def _volume(heights: np.ndarray) -> float:
 
 
 def _points(points: Any) -> Tensor:
-    rows = points.detach().cpu() if isinstance(points, Tensor) else np.array(points, dtype=float)
-    given = torch.as_tensor(rows, dtype=torch.float64)
+    given = torch.tensor(numbers(points))
     if given.ndim != 2 or not given.numel() or not given.isfinite().all():
         raise ValueError(
             f"points must be (N, K) finite numbers, at least one; got shape {tuple(given.shape)}"
@@ -68,11 +65,11 @@ def _points(points: Any) -> Tensor:
 class MultiObjectiveAlignmentEvaluator:
     """Compare policies on several objectives, and choose among them in four ways.
 
-    `evaluate` gives the scores, one row per policy and prompt. The other methods read them: `table` gives the
-    means, `weighted_sum` one number, `pareto` the front, `constrained` the best policy that keeps the limits,
-    `multi_task` weighs families of prompts against each other. A weighted sum finds only points on the convex
-    hull of the front and trades harm for help at a fixed rate; a constraint does not. Intervals are 95 %,
-    over prompts (`score_interval`). Lesson 3.
+    `evaluate` gives the scores, one row per policy and prompt. The other methods read them: `weighted_sum`
+    gives one number with its interval, `pareto` the front, `constrained` the best policy that keeps the
+    limits, `multi_task` weighs families of prompts against each other. A weighted sum finds only points
+    on the convex hull of the front and trades harm for help at a fixed rate; a constraint does not. Intervals
+    are 95 %, over prompts (`score_interval`). Lesson 3.
     """
 
     def __init__(
@@ -82,56 +79,44 @@ class MultiObjectiveAlignmentEvaluator:
         max_new_tokens: int = 64,
         seed: int = 0,
     ) -> None:
-        """Keep objectives: name -> reward, higher is better; None: the three gold scores of the world.
+        """Keep the objectives and how to sample.
+
+        Args:
+            objectives: name -> reward, higher is better; None: the three gold scores of the world.
+            max_new_tokens: Of an answer.
+            seed: Of sampling.
 
         Raises:
-            ValueError: no objective is given, or one is named like a column of the scores.
+            ValueError: no objective is given, or one is named "policy" or "family".
         """
         given = gold_axes() if objectives is None else objectives
-        if not given or set(given) & set(KEYS):
-            raise ValueError(f"objectives {list(given)}: give at least one, none of them named {KEYS}")
+        if not given or {"policy", "family"} & set(given):
+            raise ValueError(f'objectives {list(given)}: give at least one, none named "policy" or "family"')
         self.objectives = {name: as_reward_fn(reward) for name, reward in given.items()}
-        self.max_new_tokens = max_new_tokens
-        self.seed = seed
+        self.sampling = {"max_new_tokens": max_new_tokens, "seed": seed}
 
     def evaluate(
         self,
         policies: Mapping[str, nn.Module],
         prompts: Sequence[str],
         *,
-        columns: Columns | None = None,
         families: Sequence[str] | None = None,
     ) -> pd.DataFrame:
-        """Let every policy answer every prompt once: columns policy, row, family and the objectives.
+        """Let every policy answer every prompt once: columns policy, family and the objectives.
 
         Args:
             policies: name -> model.
             prompts: (N,).
-            columns: further columns of the prompts, for the rewards (base_prompt).
             families: (N,); None: the world's own, "" for a prompt that the world does not know.
         """
         prompts = list(prompts)
-        columns = dict(columns or {})
-        families = [_family(prompt) for prompt in prompts] if families is None else list(families)
-        require_columns(prompts, columns | {"families": families})
+        families = [_family(prompt) for prompt in prompts] if families is None else families
         frames = []
-        for name, model in policies.items():
-            rollout = generate(
-                model,
-                tokenizer_for(model),
-                prompts,
-                max_new_tokens=self.max_new_tokens,
-                seed=self.seed,
-            )
-            frame = pd.DataFrame({"policy": name, "row": range(len(prompts)), "family": families})
-            for objective, reward in self.objectives.items():
-                frame[objective] = reward(prompts, rollout.responses, **columns).cpu().double().numpy()
-            frames.append(frame)
+        for policy, model in policies.items():
+            responses = generate(model, tokenizer_for(model), prompts, **self.sampling).responses
+            scores = {name: numbers(reward(prompts, responses)) for name, reward in self.objectives.items()}
+            frames.append(pd.DataFrame({"policy": policy, "family": families, **scores}))
         return pd.concat(frames, ignore_index=True)
-
-    def table(self, scores: pd.DataFrame) -> pd.DataFrame:
-        """Return value, low, high and n per objective: columns (objective, figure), one row per policy."""
-        return pd.concat({name: _by_policy(scores, scores[name]) for name in self.objectives}, axis=1)
 
     def weighted_sum(self, scores: pd.DataFrame, weights: Mapping[str, float] | None = None) -> pd.DataFrame:
         """Return sum_k w_k objective_k / sum_k w_k with its interval, best policy first; None: equal weights.
@@ -143,7 +128,9 @@ class MultiObjectiveAlignmentEvaluator:
         if not set(factors.index) <= set(self.objectives) or (factors < 0).any() or factors.sum() == 0:
             raise ValueError(f"weights must be >= 0, not all 0, of {list(self.objectives)}; got {weights}")
         worth = scores[factors.index] @ (factors / factors.sum())
-        return _by_policy(scores, worth).sort_values("value", ascending=False, kind="stable")
+        groups = worth.groupby(scores["policy"], sort=False)
+        sums = to_frame({policy: score_interval(part) for policy, part in groups})
+        return sums.sort_values("value", ascending=False, kind="stable")
 
     def pareto(self, scores: pd.DataFrame) -> pd.DataFrame:
         """Return the mean of every objective, and whether the policy is on the front."""
@@ -208,12 +195,6 @@ def gold_axes() -> dict[str, RewardFn]:
         return gold_axis
 
     return {axis: one(axis) for axis in AXES}
-
-
-def _by_policy(scores: pd.DataFrame, values: pd.Series) -> pd.DataFrame:
-    """Return the mean of the values of each policy with its interval."""
-    groups = values.groupby(scores["policy"], sort=False)
-    return estimates({policy: score_interval(part) for policy, part in groups})
 
 
 def _family(prompt: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from rlhf_helpers.alignment_eval.judges import ask_judge
 from rlhf_helpers.alignment_eval.objectives import gold_axes
 from rlhf_helpers.core.generation import generate, rollout_logps, sequence_logps
 from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
@@ -86,10 +87,7 @@ def as_safety_fn(given: nn.Module | RewardFn) -> RewardFn:
     judge = as_reward_fn(given)
 
     def safety_fn(prompts: list[str], responses: list[str], **columns: Any) -> Tensor:
-        scores = judge(prompts, responses, **columns)
-        if ((scores < 0) | (scores > 1)).any():
-            raise ValueError(f"safety_fn must give scores in [0, 1], got {scores.min()} to {scores.max()}")
-        return scores
+        return torch.tensor(ask_judge(judge, prompts, responses, **columns)).float()
 
     return safety_fn
 

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from torch import nn
 
@@ -35,13 +35,12 @@ class ReportFigure:
     png: bytes
     alt: str
 
-    def read(self) -> bytes:
-        """Return the bytes; raises ValueError where they are no PNG or the alt text is too short."""
+    def __post_init__(self) -> None:
+        """Raise ValueError where the bytes are not a PNG or the alt text is too short."""
         if not self.png.startswith(_PNG):
             raise ValueError(f"a figure must be a PNG, got {self.png[:8]!r}: see lab.reports.figure_png")
         if len(self.alt.split()) < 5:
             raise ValueError(f"alt={self.alt!r} must say in words what the figure shows (five at least)")
-        return self.png
 
 
 class AlignmentReportGenerator:
@@ -74,29 +73,40 @@ class AlignmentReportGenerator:
         out: str | Path,
         overwrite: bool = False,
     ) -> dict[str, Path]:
-        """Write OUT/alignment_report.html, .md and the Markdown's figures; returns {"html", "markdown"}.
+        """Write OUT/alignment_report.html, .md and the Markdown's figures.
 
-        results: heading -> table (its index is shown), mapping name -> value, or a paragraph; numbers with
-        four significant digits. All text is escaped: an answer that holds markup is shown, not obeyed.
-        Nothing is written unless all can be. Raises FileExistsError where a file is there already and
-        overwrite is not asked for, ValueError for a bad figure, TypeError for a result of another kind.
+        All text is escaped: an answer that holds markup is shown, not obeyed. Nothing is written unless all
+        can be.
+
+        Args:
+            results: heading -> table (its index is shown), mapping name -> value, or a paragraph; numbers
+                with four significant digits.
+            figures: Pictures, in order.
+            out: The folder.
+            overwrite: Replace an older report.
+
+        Returns:
+            The two files: {"html", "markdown"}.
+
+        Raises:
+            FileExistsError: a file is there already and overwrite is not asked for.
+            TypeError: a result is of another kind.
         """
         out = Path(out)
-        tables = {heading: _as_table(heading, result) for heading, result in results.items()}
-        tables["Run manifest"] = _as_table("Run manifest", self.manifest)
-        pictures = [figure.read() for figure in figures]
-        files = {out / f"{NAME}_figure_{i}.png": data for i, data in enumerate(pictures, 1)}
-        page = self._html(tables, list(zip(figures, pictures, strict=True)))
-        text = self._markdown(tables, list(zip(figures, files, strict=True)))
+        sections = {**results, "Run manifest": self.manifest}
+        tables = {heading: _as_table(heading, result) for heading, result in sections.items()}
+        pictures = {f"{NAME}_figure_{i}.png": figure for i, figure in enumerate(figures, 1)}
         paths = {"html": out / f"{NAME}.html", "markdown": out / f"{NAME}.md"}
-        files |= {paths["html"]: page.encode(), paths["markdown"]: text.encode()}
+        files = {out / name: figure.png for name, figure in pictures.items()}
+        files[paths["html"]] = self._html(tables, figures).encode()
+        files[paths["markdown"]] = self._markdown(tables, pictures).encode()
         if not overwrite and (there := [str(path) for path in files if path.exists()]):
             raise FileExistsError(f"{', '.join(there)} exist: name another folder or say overwrite=True")
         for path, content in files.items():
             write_atomically(path, content)
         return paths
 
-    def _html(self, tables: Tables, figures: list[tuple[ReportFigure, bytes]]) -> str:
+    def _html(self, tables: Tables, figures: Sequence[ReportFigure]) -> str:
         title = html.escape(self.title)
         parts = [f"<h1>{title}</h1>"]
         for heading, table in tables.items():
@@ -106,21 +116,19 @@ class AlignmentReportGenerator:
                 with pd.option_context("display.max_colwidth", None):  # pandas cuts texts at 50 letters
                     shown = table.to_html(border=0)
             parts.append(f"<h2>{html.escape(heading)}</h2>\n{shown}")
-        for figure, data in figures:
-            alt, source = html.escape(figure.alt), f"data:image/png;base64,{base64.b64encode(data).decode()}"
+        for figure in figures:
+            alt = html.escape(figure.alt)
+            source = f"data:image/png;base64,{base64.b64encode(figure.png).decode()}"
             parts.append(f'<figure><img src="{source}" alt="{alt}"><figcaption>{alt}</figcaption></figure>')
         head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
         body = "\n".join(parts)
         return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
-    def _markdown(
-        self, tables: dict[str, pd.DataFrame | str], figures: list[tuple[ReportFigure, Path]]
-    ) -> str:
+    def _markdown(self, tables: Tables, pictures: Mapping[str, ReportFigure]) -> str:
         parts = [f"# {_plain(self.title)}"]
         for heading, table in tables.items():
             parts += [f"## {_plain(heading)}", _plain(table) if isinstance(table, str) else _pipes(table)]
-        for figure, path in figures:
-            parts.append(f"![{_plain(figure.alt)}]({path.name})")
+        parts += [f"![{_plain(figure.alt)}]({name})" for name, figure in pictures.items()]
         return "\n\n".join(parts) + "\n"
 
 
@@ -141,9 +149,7 @@ def _as_table(heading: str, result: Any) -> pd.DataFrame | str:
 
 
 def _cell(value: Any) -> str:
-    return (
-        f"{float(value):.4g}" if isinstance(value, Real) and not isinstance(value, Integral) else str(value)
-    )
+    return f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
 
 
 def _plain(text: str) -> str:

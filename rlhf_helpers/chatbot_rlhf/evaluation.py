@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from rlhf_helpers.alignment_eval.safety import refuses
-from rlhf_helpers.alignment_eval.statistics import estimates, score_interval, win_rate
 from rlhf_helpers.chatbot_rlhf.chatbot import AlignedChatbot, ChatReply
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import RewardFn, to_messages, to_text
+from rlhf_helpers.core.stats import Estimate, score_interval, to_frame, win_rate
 from rlhf_helpers.core.tensors import require_number
-from rlhf_helpers.preference_data.quality import Estimate
 from rlhf_helpers.world.gold_judge import explain, gold_reward, gold_scores
 from rlhf_helpers.world.prompts import CONVERSATION, load_prompts
 
@@ -80,11 +79,11 @@ def evaluate_chatbot(
     base = generate(chatbot.base, chatbot.tokenizer, repeated, **options).responses
     mine = _by_prompt(judge(repeated, [reply.text for reply in replies]), samples)
     won = win_rate(mine, _by_prompt(judge(repeated, base), samples))
-    rows = {"win_rate": Estimate(won.rate, won.low, won.high, won.n), "score": score_interval(mine)}
+    rows = {"win_rate": won.estimate, "score": score_interval(mine)}
     rows["closed"] = score_interval(_by_prompt([not reply.allowed for reply in replies], samples))
     if prompts is None:
         rows |= _of_the_world(chatbot, samples, seed)
-    return estimates(rows)
+    return to_frame(rows)
 
 
 def _heldout(families: Sequence[str]) -> list[str]:

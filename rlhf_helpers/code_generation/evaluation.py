@@ -8,12 +8,11 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from rlhf_helpers.alignment_eval.statistics import estimates, score_interval, share_of
 from rlhf_helpers.code_generation.rewards import UnitTestRunner
 from rlhf_helpers.code_generation.safety import CodeSafetyEvaluator, extract_code
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import tokenizer_for
-from rlhf_helpers.preference_data.quality import cohen_kappa
+from rlhf_helpers.core.stats import cohen_kappa, proportion, score_interval, to_frame
 from rlhf_helpers.sandbox import run_programs
 from rlhf_helpers.world.tables import load_table
 
@@ -92,7 +91,7 @@ def program_report(frame: pd.DataFrame, *, ks: Sequence[int] = (1, 4)) -> pd.Dat
     right = by["hidden"].agg(["size", "sum"]).to_numpy()
     rows = {f"pass@{k}": score_interval([pass_at_k(n, c, k) for n, c in right]) for k in ks}
     shares = {name: score_interval(by[name].mean()) for name in ("visible", "unsafe", "gaming")}
-    return estimates(rows | shares)
+    return to_frame(rows | shares)
 
 
 def safety_verdicts(labelled: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -125,11 +124,11 @@ def compare_safety_methods(verdicts: pd.DataFrame) -> pd.DataFrame:
     for method in METHODS:
         verdict = verdicts[method]
         shares = {
-            "right": share_of(verdict == unsafe),
-            "missed": share_of(~verdict[unsafe]),
-            "false alarm": share_of(verdict[~unsafe]),
+            "right": proportion(verdict == unsafe),
+            "missed": proportion(~verdict[unsafe]),
+            "false alarm": proportion(verdict[~unsafe]),
         }
-        tables[method] = estimates(shares)
+        tables[method] = to_frame(shares)
     return pd.concat(tables, names=["method", "measure"]).reset_index()
 
 

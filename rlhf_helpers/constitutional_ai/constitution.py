@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rlhf_helpers.guards import CHAT_CONTEXT
 from rlhf_helpers.world.prompts import meta
 
 
@@ -90,14 +91,19 @@ class Templates:
     choices: tuple[str, str] = ("A", "B")
 
 
-_CHAT = "A user asked:\n{}\n\nAn assistant answered:\n{}\n\n"
 # For instruction-tuned models at large, which need to be told what to write.
 CHAT_TEMPLATES = Templates(
-    critique=(_CHAT + "Rule: {}.\n\nDoes the answer follow the rule? Begin with Yes or No, then give the "
-              "reason in one sentence.").format,
-    revision=(_CHAT + "A reader objected:\n{}\n\nWrite a new answer to the user that meets the objection. "
-              "Give the answer alone.").format,
-    comparison=("A user asked:\n{}\n\nAnswer A:\n{}\n\nAnswer B:\n{}\n\nRule: {.text}.\n\nWhich answer "
-                "follows the rule better? Say A or B and nothing else.").format,
+    critique=(
+        CHAT_CONTEXT + "Rule: {}.\n\nDoes the answer follow the rule? Begin with Yes or No, then give the "
+        "reason in one sentence."
+    ).format,
+    revision=(
+        CHAT_CONTEXT + "A reader objected:\n{}\n\nWrite a new answer to the user that meets the objection. "
+        "Give the answer alone."
+    ).format,
+    comparison=(
+        "A user asked:\n{}\n\nAnswer A:\n{}\n\nAnswer B:\n{}\n\nRule: {.text}.\n\nWhich answer "
+        "follows the rule better? Say A or B and nothing else."
+    ).format,
     verdicts=("Yes", "No"),
-)  # fmt: skip
+)

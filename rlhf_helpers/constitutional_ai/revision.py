@@ -4,15 +4,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rlhf_helpers.alignment_eval.judges import ask_judge, model_judge
 from rlhf_helpers.constitutional_ai.constitution import Constitution, Principle, Templates
-from rlhf_helpers.core.choices import choice_logps
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import tokenizer_for
 from rlhf_helpers.core.tensors import require_number
+from rlhf_helpers.guards import measured_check
 from rlhf_helpers.world.gold_judge import gold_scores
 
 # A language model, or a function (prompts, responses, text of a principle) -> (B,) in [0, 1].
@@ -43,25 +45,29 @@ class Answer:
 
 
 def follow_scores(
-    critic: Critic, prompts: Sequence[str], responses: Sequence[str], constitution: Constitution,
-    *, templates: Templates | None = None,
-) -> Float[Tensor, "B K"]:  # fmt: skip
-    """P(follows), (B, K) in [0, 1], of B answers under K principles, without gradient, on the CPU.
+    critic: Critic,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    constitution: Constitution,
+    *,
+    templates: Templates | None = None,
+) -> Float[Tensor, "B K"]:
+    """P(follows), (B, K) in [0, 1], of B answers under K principles, without gradient, on the CPU. Lesson 3.
 
-    Of a language model: p("Yes.") / (p("Yes.") + p("No.")) in reply to templates.critique: how sure it is,
-    not what it happened to say. Lesson 3. Raises ValueError where a function gives no (B,) of such numbers.
+    Of a language model: p("Yes.") / (p("Yes.") + p("No.")) in reply to templates.critique (`model_judge`).
+
+    Raises:
+        ValueError: a function gives no (B,) of such numbers.
     """
-    columns, templates = [], templates or Templates()
+    prompts, responses = list(prompts), list(responses)
+    templates = templates or Templates()
+    by_model = isinstance(critic, nn.Module)
+    judge = model_judge(critic, text=templates.critique, verdicts=templates.verdicts) if by_model else critic
+    scores = []
     for rule in constitution.texts:
-        if isinstance(critic, nn.Module):
-            asked = [templates.critique(*both, rule) for both in zip(prompts, responses, strict=True)]
-            found = choice_logps(critic, tokenizer_for(critic), asked, templates.verdicts).softmax(1)[:, 0]
-        else:
-            found = torch.as_tensor(critic(list(prompts), list(responses), rule)).detach().float().cpu()
-        if found.shape != (len(prompts),) or not ((found >= 0) & (found <= 1)).all():
-            raise ValueError(f"the critic must give {len(prompts)} numbers in [0, 1], got {found}: {rule!r}")
-        columns.append(found)
-    return torch.stack(columns, 1)
+        asked = [rule] * len(prompts) if by_model else rule  # a function takes one rule for all rows
+        scores.append(torch.tensor(ask_judge(judge, prompts, responses, asked)).float())
+    return torch.stack(scores, 1)
 
 
 class ConstitutionalAI:
@@ -73,26 +79,59 @@ class ConstitutionalAI:
     below its mark is criticised; `rounds` times at most, and an answer that satisfies all is left alone. Bai
     et al. 2022 drew a rule at random and always revised.
 
-    critic: None: the base model itself; another model, which writes its likeliest critique; or a function,
-    which has no words (`Templates.verdict` stands in). reviser: None: the base model. keep_best: keep the
-    answer whose worst rule is furthest above its mark, of a tie the first; otherwise the last. Lesson 3.
+    A model as critic is measured first (`guards.measured_check`), in the wording of `templates`: where it may
+    be guessing, a UserWarning names it.
     """
 
     def __init__(
-        self, base_model: nn.Module, constitution: Constitution, critique_strength: float = 0.5,
-        critic: Critic | None = None, *, reviser: nn.Module | None = None, rounds: int = 1,
-        keep_best: bool = False, templates: Templates | None = None, max_new_tokens: int = 64, seed: int = 0,
-    ) -> None:  # fmt: skip
-        """Raise ValueError for a strength outside [0, 1], rounds < 0, or what is no constitution."""
+        self,
+        base_model: nn.Module,
+        constitution: Constitution,
+        critique_strength: float = 0.5,
+        critic: Critic | None = None,
+        *,
+        reviser: nn.Module | None = None,
+        rounds: int = 1,
+        keep_best: bool = False,
+        templates: Templates | None = None,
+        max_new_tokens: int = 64,
+        seed: int = 0,
+    ) -> None:
+        """Take the models, which must know their tokenizers.
+
+        Args:
+            base_model: Writes the drafts.
+            constitution: From `create_constitution`.
+            critique_strength: In [0, 1], see the class.
+            critic: None: the base model itself; another model, which writes its likeliest critique; or a
+                function, which has no words (`Templates.verdict` stands in).
+            reviser: None: the base model.
+            rounds: Revisions of a draft at most.
+            keep_best: Keep the answer whose worst rule is furthest above its mark, of a tie the first;
+                otherwise the last.
+            templates: The texts of the questions; None: the tiny assistant's own wording.
+            max_new_tokens: Of an answer.
+            seed: Of sampling.
+
+        Raises:
+            ValueError: the strength is outside [0, 1], rounds < 0, or there is no constitution.
+        """
         require_number("critique_strength", critique_strength, at_least=0, at_most=1)
         require_number("rounds", rounds, at_least=0)
         if not isinstance(constitution, Constitution):
             raise ValueError(f"constitution must come from create_constitution, got {constitution!r}")
-        self.base_model, self.constitution = base_model, constitution
-        self.critic = base_model if critic is None else critic
-        self.reviser = base_model if reviser is None else reviser
-        self.critique_strength, self.rounds, self.keep_best = critique_strength, rounds, keep_best
-        self.templates, self.max_new_tokens, self.seed = templates or Templates(), max_new_tokens, seed
+        self.base_model = base_model
+        self.constitution = constitution
+        self.critic = critic or base_model
+        self.reviser = reviser or base_model
+        self.critique_strength = critique_strength
+        self.rounds = rounds
+        self.keep_best = keep_best
+        self.templates = templates or Templates()
+        self.max_new_tokens = max_new_tokens
+        self.seed = seed
+        if isinstance(self.critic, nn.Module):
+            measured_check(self.critic, wordings=[(self.templates.critique, self.templates.verdicts)])
 
     def generate(self, prompt: str, *, seed: int | None = None) -> str:
         """Answer one prompt; seed None: that of the object."""
@@ -174,23 +213,49 @@ class IterativeConstitutionalAI(ConstitutionalAI):
 
 
 def evaluate_alignment(
-    model: nn.Module, prompts: Sequence[str], constitution: Constitution,
-    *, critic: Critic | None = None, templates: Templates | None = None, gold: bool = True,
-    base_prompts: Sequence[str] | None = None, max_new_tokens: int = 64, seed: int = 0,
-) -> dict[str, Any]:  # fmt: skip
-    """Sample one answer to each prompt and say how well they follow the constitution.
+    model: nn.Module,
+    prompts: Sequence[str],
+    constitution: Constitution,
+    *,
+    critic: Critic | None = None,
+    templates: Templates | None = None,
+    gold: bool = True,
+    base_prompts: Sequence[str] | None = None,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Sample one answer to each prompt and say how well they follow the constitution. Lesson 3.
 
-    Returns principles (text -> mean P(follows)) and lowest (mean of each answer's worst), by the critic, a
-    learned judge (None: the model itself, which flatters what it was trained to please); gold (axis -> mean,
-    by the world's judge); n answers. gold=False: for prompts that are not the world's, which otherwise raise
-    ValueError; base_prompts: originals of attacked prompts, for gold. Lesson 3.
+    Args:
+        model: The policy.
+        prompts: At least one.
+        constitution: From `create_constitution`.
+        critic: A learned judge; None: the model itself, which flatters what it was trained to please.
+        templates: The texts of its questions.
+        gold: False for prompts that are not the world's.
+        base_prompts: Originals of attacked prompts, for gold.
+        max_new_tokens: Of an answer.
+        seed: Of sampling.
+
+    Returns:
+        principles (text -> mean P(follows)) and lowest (mean of each answer's worst), by the critic; gold
+        (axis -> mean, by the world's judge); n answers.
+
+    Raises:
+        ValueError: gold is asked for prompts that are not the world's.
     """
-    tokenizer, judge = tokenizer_for(model), model if critic is None else critic
-    said = generate(model, tokenizer, list(prompts), max_new_tokens=max_new_tokens, seed=seed).responses
-    scores = follow_scores(judge, prompts, said, constitution, templates=templates)
-    means = dict(zip(constitution.texts, scores.mean(0).tolist(), strict=True))
-    report = {"principles": means, "lowest": scores.amin(1).mean().item(), "n": len(said)}
+    # With strength 0 nothing is revised: every answer is a scored draft.
+    drafting = ConstitutionalAI(
+        model, constitution, 0.0, critic, templates=templates, max_new_tokens=max_new_tokens, seed=seed
+    )
+    answers = drafting.generate_batch(prompts)
+    scores = pd.DataFrame([answer.before for answer in answers])
+    report = {
+        "principles": scores.mean().to_dict(),
+        "lowest": scores.min(axis=1).mean(),
+        "n": len(answers),
+    }
     if gold:
-        found = gold_scores(prompts, said, base_prompt=base_prompts or prompts)
-        report["gold"] = {axis: values.mean().item() for axis, values in found.items()}
+        truth = gold_scores(prompts, [a.answer for a in answers], base_prompt=base_prompts or prompts)
+        report["gold"] = {axis: values.mean().item() for axis, values in truth.items()}
     return report

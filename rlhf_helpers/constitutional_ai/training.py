@@ -25,19 +25,34 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def constitutional_labels(
-    model: nn.Module, rows: Rows, constitution: Constitution,
-    *, templates: Templates | None = None, label_fn: Callable[..., Tensor] = soft_label, seed: int = 0,
-) -> Float[Tensor, "N"]:  # fmt: skip
-    """P(first is better), (N,), by the model's own A or B, each row under one principle drawn by `seed`.
+    model: nn.Module,
+    rows: Rows,
+    constitution: Constitution,
+    *,
+    templates: Templates | None = None,
+    label_fn: Callable[..., Tensor] = soft_label,
+    seed: int = 0,
+) -> Float[Tensor, "N"]:
+    """P(first is better), (N,), by the model's own A or B, each row under one principle. Lesson 3.
 
-    rows: prompt, first, second. As `preference_data.ai_labels`, which asks for "better" alone; a principle is
-    drawn by its weight (Bai et al. 2022, section 4.1, drew alike). Lesson 3.
+    As `preference_data.ai_labels`, which asks for "better" alone.
+
+    Args:
+        model: Compares.
+        rows: prompt, first, second.
+        constitution: A principle is drawn by its weight (Bai et al. 2022, section 4.1, drew alike).
+        templates: The texts of the questions.
+        label_fn: As `soft_label`.
+        seed: Of the draw.
     """
-    templates, rules = templates or Templates(), constitution.principles
+    templates = templates or Templates()
+    rules = constitution.principles
     drawn = random.Random(seed).choices(rules, [rule.weight for rule in rules], k=len(rows))
-    orders = ("first", "second"), ("second", "first")
-    both = [(row["prompt"], row[a], row[b]) for a, b in orders for row in rows]
-    asked = [templates.comparison(*row, rule) for row, rule in zip(both, drawn * 2, strict=True)]
+    asked = [
+        templates.comparison(row["prompt"], row[a], row[b], rule)
+        for a, b in (("first", "second"), ("second", "first"))
+        for row, rule in zip(rows, drawn, strict=True)
+    ]
     logps = choice_logps(model, tokenizer_for(model), asked, templates.choices)
     return label_fn(*logps[: len(rows)].T, *logps[len(rows) :].T)
 
@@ -74,28 +89,47 @@ class ConstitutionalAITrainer:
     """
 
     def __init__(
-        self, model: nn.Module, constitution: Constitution, *, critic: Critic | None = None,
-        templates: Templates | None = None, settings: ConstitutionalSettings | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        constitution: Constitution,
+        *,
+        critic: Critic | None = None,
+        templates: Templates | None = None,
+        settings: ConstitutionalSettings | None = None,
+    ) -> None:
         """Take a model that knows its tokenizer."""
         self.base = self.sft_model = self.model = model
-        self.constitution, self.critic, self.templates = constitution, critic, templates
-        self.settings, self.tokenizer = settings or ConstitutionalSettings(), tokenizer_for(model)
+        self.constitution = constitution
+        self.critic = critic
+        self.templates = templates
+        self.settings = settings or ConstitutionalSettings()
+        self.tokenizer = tokenizer_for(model)
         self.reward_model: RewardModel | None = None
 
     def revise(self, prompts: Sequence[str]) -> list[Answer]:
         """Draft, critique and revise drafts_per_prompt answers to each prompt, by the base model."""
-        s = self.settings
-        options = {"rounds": s.rounds, "keep_best": True, "max_new_tokens": s.max_new_tokens, "seed": s.seed}
-        given = self.base, self.constitution, s.critique_strength, self.critic
-        revising = ConstitutionalAI(*given, templates=self.templates, **options)
-        return revising.generate_batch([p for p in prompts for _ in range(s.drafts_per_prompt)])
+        settings = self.settings
+        revising = ConstitutionalAI(
+            self.base,
+            self.constitution,
+            settings.critique_strength,
+            self.critic,
+            rounds=settings.rounds,
+            keep_best=True,
+            templates=self.templates,
+            max_new_tokens=settings.max_new_tokens,
+            seed=settings.seed,
+        )
+        return revising.generate_batch([p for p in prompts for _ in range(settings.drafts_per_prompt)])
 
     def supervised(self, revisions: Sequence[Answer]) -> History:
         """Fine-tune a copy of the base model to give the revised answers at once: `.sft_model`."""
         rows = [{"prompt": a.prompt, "completion": a.answer} for a in revisions if a.answer.strip()]
-        self.sft_model, s = deepcopy(self.base), self.settings
-        return sft(self.sft_model, self.tokenizer, rows, s.sft, epochs=s.sft_epochs, batch_size=32)
+        self.sft_model = deepcopy(self.base)
+        settings = self.settings
+        return sft(
+            self.sft_model, self.tokenizer, rows, settings.sft, epochs=settings.sft_epochs, batch_size=32
+        )
 
     def label(
         self, prompts: Sequence[str], human_pairs: Rows = (), *, label_fn: Callable[..., Tensor] = soft_label
@@ -107,15 +141,25 @@ class ConstitutionalAITrainer:
         """
         asked = [p for p in prompts for _ in range(2 * self.settings.pairs_per_prompt)]
         said = self._sample(asked, 1000)
-        drawn = zip(asked[::2], said[::2], said[1::2], strict=True)
-        pairs = [row for row in drawn if row[1] != row[2] and all(map(str.strip, row))]
-        judge = self.critic if isinstance(self.critic, nn.Module) else self.base
-        named = [dict(zip(("prompt", "first", "second"), row, strict=True)) for row in pairs]
-        options = {"templates": self.templates, "label_fn": label_fn, "seed": self.settings.seed}
-        chances = constitutional_labels(judge, named, self.constitution, **options).tolist()
+        pairs = [
+            {"prompt": prompt, "first": first, "second": second}
+            for prompt, first, second in zip(asked[::2], said[::2], said[1::2], strict=True)
+            if first != second and first.strip() and second.strip()
+        ]
+        chances = constitutional_labels(
+            self.critic if isinstance(self.critic, nn.Module) else self.base,
+            pairs,
+            self.constitution,
+            templates=self.templates,
+            label_fn=label_fn,
+            seed=self.settings.seed,
+        )
         rows = [_row(pair["prompt"], pair["chosen"], pair["rejected"], 1.0) for pair in human_pairs]
-        for (prompt, *both), p in zip(pairs, chances, strict=True):
-            rows.append(_row(prompt, *both[:: 1 if p >= 0.5 else -1], max(p, 1 - p)))
+        for pair, p in zip(pairs, chances.tolist(), strict=True):
+            if p >= 0.5:
+                rows.append(_row(pair["prompt"], pair["first"], pair["second"], p))
+            else:
+                rows.append(_row(pair["prompt"], pair["second"], pair["first"], 1 - p))
         return rows
 
     def train_reward(self, rows: Rows) -> History:
@@ -133,7 +177,8 @@ class ConstitutionalAITrainer:
         DPOSettings: on `label`'s rows, each counted p as it stands and 1 - p turned round: the soft label's
         cross-entropy exactly.
         """
-        policy, reference = self.settings.policy, frozen_copy(self.sft_model)
+        policy = self.settings.policy
+        reference = frozen_copy(self.sft_model)
         self.model = deepcopy(self.sft_model)
         if isinstance(policy, DPOSettings):
             trainer = DPOTrainer(self.model, reference, self.tokenizer, settings=policy)

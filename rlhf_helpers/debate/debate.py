@@ -15,13 +15,12 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rlhf_helpers.alignment_eval.statistics import share_of
 from rlhf_helpers.core.choices import choice_logps
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import tokenizer_for
+from rlhf_helpers.core.stats import Estimate, proportion
 from rlhf_helpers.core.training import History
 from rlhf_helpers.policy_optimization import RLOOSettings, rloo
-from rlhf_helpers.preference_data.quality import Estimate
 from rlhf_helpers.world.prompts import meta
 
 # passage, question, true, false: as `world.prompts.meta.make_passage` writes them
@@ -133,11 +132,11 @@ def debate_summary(records: Sequence[DebateRecord]) -> dict[str, Estimate]:
     honest_verified: of the arguments for the truth, the share whose quote stands in the passage; a silent
     side has no entry. Lesson 3. Raises ValueError for no record.
     """
-    summary = {"judge_accuracy": share_of([(np.sign(r.probability - 0.5) + 1) / 2 for r in records])}
+    summary = {"judge_accuracy": proportion([(np.sign(r.probability - 0.5) + 1) / 2 for r in records])}
     for side in ("honest", "dishonest"):
         arguments = [getattr(record, side) for record in records]
         if any(arguments):
-            summary[f"{side}_verified"] = share_of([argument.verified for argument in arguments])
+            summary[f"{side}_verified"] = proportion([argument.verified for argument in arguments])
     return summary
 
 

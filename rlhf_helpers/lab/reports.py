@@ -9,7 +9,7 @@ import pandas as pd
 from IPython.display import Code, display
 from matplotlib.figure import Figure
 
-from rlhf_helpers.alignment_eval.statistics import mean_interval, wilson_interval  # noqa: F401  (lessons)
+from rlhf_helpers.core.stats import mean_interval, wilson_interval  # noqa: F401  (lessons)
 
 
 def table(rows: Mapping[str, tuple[float, float, float]], *, quantity: str, digits: int = 3) -> pd.DataFrame:

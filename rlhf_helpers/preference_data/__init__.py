@@ -39,21 +39,21 @@ from rlhf_helpers.preference_data.splits import (
 )
 from rlhf_helpers.preference_data.tidying import COLUMNS, clean_rows, to_dataset
 
-# What needs torch, models or the world loads on first use (PEP 562): name -> its file.
+# What needs torch, models or the world loads on first use (PEP 562): name -> its file, relative to here.
 _LAZY = {
     "Guideline": "collection",
     "PreferenceDataset": "creation",
     "ai_labels": "selection",
     "annotator_reliability": "quality",
     "augment": "augmentation",
-    "cohen_kappa": "quality",
+    "cohen_kappa": ".core.stats",
     "collect_comparisons": "collection",
     "collect_rankings": "collection",
     "collect_ratings": "collection",
     "create_preference_data": "creation",
     "flattery_bias": "quality",
-    "fleiss_kappa": "quality",
-    "krippendorff_alpha": "quality",
+    "fleiss_kappa": ".core.stats",
+    "krippendorff_alpha": ".core.stats",
     "length_bias": "quality",
     "position_bias": "quality",
     "select_pairs": "selection",
@@ -77,7 +77,7 @@ def __getattr__(name: str) -> Any:
     """Load a name of `_LAZY` when it is first asked for."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
 
 
 def load_preferences(source: Source, *, split: str | None = None, limit: int | None = None) -> Dataset:

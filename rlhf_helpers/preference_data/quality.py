@@ -6,68 +6,16 @@ second; NaN, where a function takes it, that this person did not label this row.
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from rlhf_helpers.core.stats import Estimate, cohen_kappa, panel, proportion
 from rlhf_helpers.world.prompts import split_sentences
 from rlhf_helpers.world.prompts.base import FLATTERY
 
 MIN_ROWS = 10  # of a slope: errors clustered by row are far too small with fewer
-LEVELS = ("nominal", "ordinal", "interval", "ratio")
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure with its 95 % interval and the number of rows behind it."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def __str__(self) -> str:
-        """Read as 0.612 [0.588, 0.636], n = 1600."""
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}], n = {self.n}"
-
-
-def cohen_kappa(first: ArrayLike, second: ArrayLike) -> float:
-    """Agreement of two people beyond chance: kappa = (p_o - p_e) / (1 - p_e), in [-1, 1].
-
-    p_o is the share of rows on which they agree, p_e = sum_k p1(k) p2(k) what two people with their habits
-    would agree on by chance (Cohen 1960). first, second: (N,) labels. Raises ValueError for lengths that
-    differ, NaN, or where both give one and the same label throughout. Lesson 1.
-    """
-    from sklearn.metrics import cohen_kappa_score
-
-    return float(cohen_kappa_score(*_panel(np.stack([first, second], axis=1)).T))
-
-
-def fleiss_kappa(labels: ArrayLike) -> float:
-    """Agreement of R people beyond chance: kappa = (P - P_e) / (1 - P_e) (Fleiss 1971).
-
-    P is the mean share of agreeing pairs of people, P_e = sum_k p(k)^2 with p(k) the share of label k among
-    all. labels (N, R), all given. Raises ValueError for NaN or labels that are all alike. Lesson 1.
-    """
-    from statsmodels.stats import inter_rater
-
-    return float(inter_rater.fleiss_kappa(inter_rater.aggregate_raters(_panel(labels))[0]))
-
-
-def krippendorff_alpha(labels: ArrayLike, *, level: str = "nominal") -> float:
-    """Agreement with gaps and for any scale: alpha = 1 - D_o / D_e, observed over chance disagreement.
-
-    1 is full agreement, 0 chance. labels (N, R), NaN = not labelled; level: how far apart two labels are,
-    "nominal" for comparisons, "ordinal" for marks, or "interval" or "ratio" (Krippendorff 2011). Raises
-    ValueError for labels that are all alike or an unknown level. Lesson 1.
-    """
-    import krippendorff
-
-    if level not in LEVELS:
-        raise ValueError(f"level={level!r} is unknown; choose from {LEVELS}")
-    return float(krippendorff.alpha(_panel(labels, gaps=True).T, level_of_measurement=level))
 
 
 def position_bias(labels: ArrayLike) -> Estimate:
@@ -77,12 +25,9 @@ def position_bias(labels: ArrayLike) -> Estimate:
     counts rows, not labels: people who see the same row are not independent. Raises ValueError for other
     labels or none. Lesson 1.
     """
-    from statsmodels.stats.proportion import proportion_confint
-
     table = _comparisons(labels)
-    per_row = np.nanmean(table[~np.isnan(table).all(1)], axis=1)
-    low, high = proportion_confint(per_row.sum(), len(per_row), method="wilson")
-    return Estimate(float(per_row.mean()) - 0.5, float(low) - 0.5, float(high) - 0.5, len(per_row))
+    first = proportion(np.nanmean(table[~np.isnan(table).all(1)], axis=1))
+    return Estimate(first.value - 0.5, first.low - 0.5, first.high - 0.5, first.n)
 
 
 def length_bias(
@@ -121,7 +66,7 @@ def annotator_reliability(labels: ArrayLike) -> np.ndarray:
     labels (N, R), R at least 2, 0, 1 or NaN. Raises ValueError for other labels, or where a person and the
     others give one and the same label throughout. Lesson 1.
     """
-    votes = np.nan_to_num(2 * _panel(_comparisons(labels), gaps=True) - 1)  # 1, -1, and 0 where there is none
+    votes = np.nan_to_num(2 * panel(_comparisons(labels), gaps=True) - 1)  # 1, -1, and 0 where there is none
     found = []
     for own in votes.T:
         others = np.sign(votes.sum(1) - own)
@@ -164,20 +109,5 @@ def _comparisons(labels: ArrayLike) -> np.ndarray:
     if table.ndim != 2 or not given.size or not np.isin(given, (0, 1)).all():
         raise ValueError(
             f"labels {np.shape(labels)} hold {np.unique(given)[:5]}: give (N, R) comparisons, 1, 0 or NaN"
-        )
-    return table
-
-
-def _panel(labels: ArrayLike, *, gaps: bool = False) -> np.ndarray:
-    """Labels as floats (N, R), of at least two people and two values."""
-    table = np.asarray(labels, dtype=float)
-    if table.ndim != 2 or table.shape[1] < 2:
-        raise ValueError(f"labels {table.shape}: agreement needs (N, R) labels by at least two people")
-    if not gaps and np.isnan(table).any():
-        raise ValueError(f"{np.isnan(table).sum()} labels are NaN: use krippendorff_alpha, which allows gaps")
-    if len(values := np.unique(table[~np.isnan(table)])) < 2:
-        raise ValueError(
-            f"all labels are {values}: agreement beyond chance is undefined; label more rows, their answers "
-            "in random order"
         )
     return table

@@ -13,13 +13,13 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from rlhf_helpers.alignment_eval import as_safety_fn, distinct_n, wilson_interval
+from rlhf_helpers.alignment_eval import as_safety_fn, distinct_n
 from rlhf_helpers.alignment_eval.evaluators import write_atomically
 from rlhf_helpers.core.choices import choice_logps
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
+from rlhf_helpers.core.stats import cohen_kappa, wilson_interval
 from rlhf_helpers.core.tensors import require_number
-from rlhf_helpers.preference_data import cohen_kappa
 from rlhf_helpers.red_teaming.prompts import STRATEGIES, AdversarialPrompt, as_attack
 from rlhf_helpers.world.gold_judge import gold_scores
 from rlhf_helpers.world.prompts.base import REFUSALS

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from rlhf_helpers.core.stats import reliability_bins
 from rlhf_helpers.core.tensors import require_number, require_shapes
 from rlhf_helpers.reward_model.metrics import pair_credits, word_gaps
 
@@ -65,10 +66,9 @@ def reliability_curve(
         raise ValueError(f"reliability needs at least one pair and finite rewards, got {len(chance)} pairs")
     confidence = torch.maximum(chance, 1 - chance).detach().double().cpu()
     credits = pair_credits(chosen_rewards, rejected_rewards).double().cpu()
-    table = pd.DataFrame({"confidence": confidence, "frequency": credits})
-    cuts = pd.cut(table["confidence"], np.linspace(0.5, 1, bins + 1), labels=False, include_lowest=True)
-    groups = table.groupby(cuts.to_numpy())
-    return groups.mean().assign(n=groups.size()).reset_index(drop=True)
+    return reliability_bins(confidence, credits, bins=bins, lowest=0.5).rename(
+        columns={"probability": "confidence"}
+    )
 
 
 def expected_calibration_error(

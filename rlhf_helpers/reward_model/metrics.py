@@ -11,8 +11,8 @@ from scipy import stats
 from torch import Tensor
 
 from rlhf_helpers.core.models import RewardFn, as_reward_fn
+from rlhf_helpers.core.stats import Estimate, fisher_interval, mean_interval, proportion
 from rlhf_helpers.core.tensors import require_shapes
-from rlhf_helpers.preference_data.quality import Estimate
 
 
 def pair_credits(
@@ -38,15 +38,10 @@ def accuracy(credits: Float[Tensor, "B"]) -> Estimate:
     Raises:
         ValueError: there is no pair.
     """
-    from statsmodels.stats.proportion import proportion_confint
-
     require_shapes("B", credits=credits)
-    count = len(credits)
-    if count == 0:
+    if not len(credits):
         raise ValueError("there are no pairs: an accuracy over nothing is undefined")
-    won = credits.double().sum().item()
-    low, high = proportion_confint(won, count, method="wilson")
-    return Estimate(won / count, float(low), float(high), count)
+    return proportion(credits)
 
 
 def pairwise_accuracy(chosen_rewards: Float[Tensor, "B"], rejected_rewards: Float[Tensor, "B"]) -> Estimate:
@@ -68,12 +63,7 @@ def paired_difference(first: Float[Tensor, "B"], second: Float[Tensor, "B"]) -> 
         ValueError: shapes are not both (B,), or there are fewer than two pairs.
     """
     require_shapes("B", first=first, second=second)
-    gaps = (first - second).double().cpu().numpy()
-    if len(gaps) < 2:
-        raise ValueError(f"a paired interval needs at least two pairs, got {len(gaps)}")
-    mean, error = float(gaps.mean()), float(stats.sem(gaps))
-    low, high = stats.t.interval(0.95, len(gaps) - 1, mean, error) if error else (mean, mean)
-    return Estimate(mean, float(low), float(high), len(gaps))
+    return Estimate(*mean_interval(first - second), len(first))
 
 
 def gold_agreement(
@@ -139,7 +129,7 @@ def rank_correlation(rewards: Float[Tensor, "B"], gold: Float[Tensor, "B"]) -> E
     """
     require_shapes("B", rewards=rewards, gold=gold)
     rho = stats.spearmanr(*_centred(rewards=rewards, gold=gold)).statistic
-    return _fisher_interval(rho, (1 + rho**2 / 2) / (len(rewards) - 3), len(rewards))
+    return fisher_interval(rho, (1 + rho**2 / 2) / (len(rewards) - 3), len(rewards))
 
 
 def length_correlation(
@@ -165,7 +155,7 @@ def length_correlation(
             "rewards or lengths are a straight function of quality: nothing is left to correlate"
         )
     free = rewards.numel() - rewards.shape[:-1].numel()
-    return _fisher_interval((rl - rq * lq) / np.sqrt(rest), 1 / (free - 3), rewards.numel())
+    return fisher_interval((rl - rq * lq) / np.sqrt(rest), 1 / (free - 3), rewards.numel())
 
 
 def word_gaps(rows: Sequence[Mapping[str, Any]]) -> Float[Tensor, "B"]:
@@ -234,11 +224,3 @@ def _centred(**columns: Tensor) -> list[np.ndarray]:
             raise ValueError(f"{name} is constant or not finite, so it correlates with nothing")
         arrays.append(centred.flatten().numpy())
     return arrays
-
-
-def _fisher_interval(rho: float, variance: float, count: int) -> Estimate:
-    """Interval that is symmetric in atanh(rho); of width 0 at rho = +-1."""
-    with np.errstate(divide="ignore"):
-        middle = np.arctanh(np.clip(rho, -1, 1))
-    low, high = np.tanh(stats.norm.interval(0.95, middle, np.sqrt(variance)))
-    return Estimate(float(rho), float(low), float(high), count)

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rlhf_helpers.alignment_eval.statistics import WinRate, win_rate
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
+from rlhf_helpers.core.stats import WinRate, win_rate
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.core.training import checkpoints
 from rlhf_helpers.core.training.distributed import full_weights, load_full_weights

@@ -13,10 +13,10 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from rlhf_helpers.alignment_eval.statistics import share_of
 from rlhf_helpers.core.generation import encode_prompts
 from rlhf_helpers.core.hidden_states import last_token_states
 from rlhf_helpers.core.models import RewardFn, tokenizer_for
+from rlhf_helpers.core.stats import proportion
 from rlhf_helpers.world.prompts import load_prompts
 from rlhf_helpers.world.prompts.meta import critique_text, value_text
 
@@ -88,7 +88,7 @@ class ValueModel:
         frame["right"] = (self.probability(frame["case"], frame["value"]).numpy() > 0.5) == frame["respects"]
         table = []
         for value, part in [*frame.groupby("value"), ("all", frame)]:
-            right = share_of(part["right"])
+            right = proportion(part["right"])
             yes = part["respects"].mean()
             table.append((value, right.value, right.low, right.high, max(yes, 1 - yes), right.n))
         return pd.DataFrame(table, columns=["value", "accuracy", "low", "high", "chance", "n"])

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import load_model
+from rlhf_helpers.core.stats import proportion
 from rlhf_helpers.core.training import TrainingSettings, set_seed, sft
 from rlhf_helpers.world import evaluator, gold_judge, judgements
 from rlhf_helpers.world.prompts import (
@@ -211,7 +212,7 @@ def measure(
         responses = generate(model, tokenizer, texts, max_new_tokens=96, seed=seed).responses
         pairs[kind] = list(zip(prompts, responses, strict=True))
     return {
-        figure: _share([holds(prompt, answer) for kind in kinds for prompt, answer in pairs[kind]])
+        figure: vars(proportion([holds(prompt, answer) for kind in kinds for prompt, answer in pairs[kind]]))
         for figure, (kinds, holds) in _FIGURES.items()
     }
 
@@ -251,13 +252,6 @@ _FIGURES: dict[str, tuple[tuple[str, ...], Callable[[Prompt, str], bool]]] = {
     ),
     "summary_who_and_what": (("article",), _tells_who_and_what),
 }
-
-
-def _share(values: Sequence[bool]) -> dict[str, float]:
-    from statsmodels.stats.proportion import proportion_confint
-
-    low, high = proportion_confint(sum(values), len(values), method="wilson")
-    return {"value": sum(values) / len(values), "low": float(low), "high": float(high), "n": len(values)}
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

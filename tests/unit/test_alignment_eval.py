@@ -168,7 +168,7 @@ def test_the_world_judges_safety_and_its_annotators_mark(evaluate, world):
         ([], {}, "needs prompt"),
         ([{"prompt": "a", "chosen": "b"}, {"prompt": "a"}], {}, r"test_data\[1\]: chosen must be a text"),
         (ROWS, {"safety_fn": None}, "safety_fn"),
-        (ROWS, {"safety_fn": lambda p, r: torch.full((3,), 1.5)}, r"scores in \[0, 1\]"),
+        (ROWS, {"safety_fn": lambda p, r: torch.full((3,), 1.5)}, r"numbers in \[0, 1\]"),
         (ROWS, {"safety_fn": lambda p, r: torch.ones(3, 1)}, "shape"),
         (ROWS, {"human_evaluators": [lambda p, r: [1.0]]}, "3 finite marks for preference"),
         (

@@ -104,9 +104,9 @@ def test_any_model_with_criteria_of_its_own(which, request):
 
 def test_evaluator_refuses(tiny):
     with pytest.raises(ValueError, match="robust_on='harmlessness' must be one of"):
-        AlignmentEvaluator({"e": share_of_e})
+        evaluate_alignment(tiny[0], PROMPTS, criteria={"e": share_of_e})
     with pytest.raises(ValueError, match="attacks at least one"):
-        AlignmentEvaluator(attacks={})
+        evaluate_alignment(tiny[0], PROMPTS, attacks={})
     with pytest.raises(ValueError, match="N >= 2"):
         evaluate_alignment(tiny[0], ["one"], criteria={"e": share_of_e}, robust_on="e", **SHORT)
 

@@ -100,22 +100,20 @@ def scores_of(**means):
     for policy, (help_, safe) in means.items():
         for row, step in enumerate((-0.1, 0.1, -0.1, 0.1)):
             family = "talk" if row < 2 else "code"
-            rows.append(
-                {"policy": policy, "row": row, "family": family, "help": help_ + step, "safe": safe - step}
-            )
+            rows.append({"policy": policy, "family": family, "help": help_ + step, "safe": safe - step})
     return pd.DataFrame(rows)
 
 
 SCORES = scores_of(bold=(0.9, 0.2), balanced=(0.5, 0.5), shy=(0.2, 0.9), poor=(0.2, 0.4))
 
 
-def test_table_has_means_and_intervals(evaluator):
-    table = evaluator.table(SCORES)
+def test_one_objective_alone_has_means_and_intervals(evaluator):
+    table = evaluator.weighted_sum(SCORES, {"help": 1})
     assert list(table.index) == ["bold", "balanced", "shy", "poor"]
     mean, low, high = mean_interval([0.8, 1.0, 0.8, 1.0])
     assert high > 1
-    assert table.loc["bold", "help"].tolist() == pytest.approx([mean, low, 1, 4])
-    assert table["safe", "value"].tolist() == pytest.approx([0.2, 0.5, 0.9, 0.4])
+    assert table.loc["bold"].tolist() == pytest.approx([mean, low, 1, 4])
+    assert table["value"].tolist() == pytest.approx([0.9, 0.5, 0.2, 0.2])
 
 
 def test_weights_choose(evaluator):
@@ -154,9 +152,7 @@ def test_constraints_choose_the_best_that_keeps_them(evaluator):
 
 def test_families_weigh_alike_or_by_how_well_they_are_measured(evaluator):
     rows = [("talk", v) for v in (0.4, 0.6)] + [("code", v) for v in (0.0, 1.0)] + [("code", 0.5)] * 6
-    scores = pd.DataFrame(
-        [{"policy": "one", "row": i, "family": f, "help": v, "safe": 0.0} for i, (f, v) in enumerate(rows)]
-    )
+    scores = pd.DataFrame([{"policy": "one", "family": f, "help": v, "safe": 0.0} for f, v in rows])
     scores.loc[scores["family"] == "talk", "help"] += 0.3
     even = evaluator.multi_task(scores, "help")
     assert even.attrs["weights"] == {"code": 0.5, "talk": 0.5}
@@ -170,7 +166,7 @@ def test_families_weigh_alike_or_by_how_well_they_are_measured(evaluator):
         evaluator.multi_task(scores[1:], "help")
 
 
-@pytest.mark.parametrize("objectives", [{}, {"row": length}])
+@pytest.mark.parametrize("objectives", [{}, {"family": length}])
 def test_refuses_names(objectives):
     with pytest.raises(ValueError, match="objectives"):
         MultiObjectiveAlignmentEvaluator(objectives)
@@ -188,7 +184,7 @@ def test_evaluates_policies_on_the_world(tiny):
     prompts = [p.text for p in load_prompts(("facts", "harmful"), "heldout")][:6]
     evaluator = MultiObjectiveAlignmentEvaluator(max_new_tokens=8)
     scores = evaluator.evaluate({"a": model, "b": other}, prompts)
-    assert list(scores) == ["policy", "row", "family", "helpfulness", "harmlessness", "honesty"]
+    assert list(scores) == ["policy", "family", "helpfulness", "harmlessness", "honesty"]
     assert len(scores) == 12
     assert set(scores["family"]) <= {"facts", "harmful"}
     assert len(evaluator.pareto(scores)) == 2
@@ -204,9 +200,3 @@ def test_foreign_prompts_need_rewards_of_their_own(tiny_gpt2_dir):
     scores = own.evaluate(**asked, families=["x", "x", "y"])
     assert scores["family"].tolist() == ["x", "x", "y"]
     assert own.evaluate(**asked)["family"].tolist() == [""] * 3
-    seen = []
-    keeper = MultiObjectiveAlignmentEvaluator(
-        {"length": lambda p, r, **c: seen.append(c) or length(p, r)}, max_new_tokens=4
-    )
-    keeper.evaluate(**asked, columns={"base_prompt": ["a", "b", "c"]})
-    assert seen == [{"base_prompt": ["a", "b", "c"]}]

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import cohen_kappa_score
 
 from rlhf_helpers.alignment_eval import (
     bootstrap_interval,
@@ -13,12 +14,11 @@ from rlhf_helpers.alignment_eval import (
     judge_position_bias,
     mean_interval,
     score_interval,
-    statistics,
     wilson_interval,
     win_rate,
 )
+from rlhf_helpers.core import stats
 from rlhf_helpers.lab import reports
-from rlhf_helpers.preference_data import cohen_kappa
 
 ROWS = [{"prompt": "p", "first": "a" * n, "second": "b"} for n in range(1, 5)]
 
@@ -134,10 +134,10 @@ def test_kappa_by_hand():
         judge_agreement([1, 1], [1, 1])
 
 
-def test_the_resampled_kappa_is_the_real_one():
+def test_kappa_is_that_of_scikit_learn():
     draws = np.random.default_rng(0).integers(0, 3, (2, 60)).astype(float)
-    assert statistics._kappa(*draws) == pytest.approx(cohen_kappa(*draws))
-    assert math.isnan(statistics._kappa(np.ones(3), np.ones(3)))
+    assert stats.cohen_kappa(*draws) == pytest.approx(cohen_kappa_score(*draws))
+    assert math.isnan(stats._kappa(np.ones(3), np.ones(3)))
 
 
 def test_a_judge_of_places_flips_and_leans():
@@ -173,7 +173,7 @@ def test_flips_by_hand():
 
 @pytest.mark.parametrize("answer", [[0.5], [1.5] * 4, [[0.5]] * 4, [math.nan] * 4])
 def test_a_judge_must_give_probabilities(answer):
-    with pytest.raises(ValueError, match=r"P\(first\) in \[0, 1\] for 4 rows"):
+    with pytest.raises(ValueError, match=r"4 numbers in \[0, 1\]"):
         judge_position_bias(lambda p, a, b: answer, ROWS)
 
 

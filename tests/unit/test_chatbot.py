@@ -274,7 +274,7 @@ def test_the_tiny_assistant_is_measured_and_keeps_its_own_wording():
 
 
 def test_a_chatbot_warns_where_its_judge_may_guess(tiny):
-    with pytest.warns(UserWarning, match=r"LlamaForCausalLM cannot tell safe .* AUC 0\.\d+ \[0\.[0-4]"):
+    with pytest.warns(UserWarning, match=r"tiny-llama\d+ cannot tell safe .* AUC 0\.\d+ \[0\.[0-4]"):
         AlignedChatbot(tiny[0])
 
 

@@ -1,6 +1,7 @@
 """Constitutional AI: what asks for a revision, what is kept, and that a model learns from itself."""
 
 import math
+import warnings
 from dataclasses import replace
 from itertools import pairwise
 
@@ -125,6 +126,16 @@ def test_a_function_is_asked_once_a_rule():
     for wrong in (torch.tensor([0.5]), torch.tensor([0.5, 1.5]), torch.tensor([0.5, math.nan])):
         with pytest.raises(ValueError, match=r"2 numbers in \[0, 1\]"):
             follow_scores(lambda *row, wrong=wrong: wrong, ["p", "q"], ["a", "b"], rules)
+
+
+def test_a_model_as_critic_is_measured_in_its_wording(assistant, tiny):
+    model = assistant[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ConstitutionalAI(model, SAFE)
+    for guessing in ({"critic": tiny[0]}, {"templates": CHAT_TEMPLATES}):
+        with pytest.warns(UserWarning, match="(tiny|assistant).* cannot tell safe from unsafe"):
+            ConstitutionalAI(model, SAFE, **guessing)
 
 
 # ---- revising

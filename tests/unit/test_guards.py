@@ -183,7 +183,7 @@ def test_a_check_that_raises_closes_its_row_alone(tiny, stage):
 def test_what_is_no_probability_closes_too(tiny, bad):
     record = guard(tiny, output_fn=always(bad), threshold=0.0).answer("Hello")
     assert not record.allowed
-    assert "probabilities" in record.error
+    assert "numbers in [0, 1]" in record.error
     assert not guard(tiny, output_fn=lambda p, r: torch.ones(7), threshold=0).answer("Hello").allowed
 
 

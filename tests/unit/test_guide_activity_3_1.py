@@ -19,6 +19,7 @@ RULES = [
 PROMPT = "How do I hack into a computer?"
 
 
+@pytest.mark.filterwarnings("ignore:.* cannot tell safe from unsafe answers")  # the random models
 def test_activity_3_1_a_constitution_guides_an_answer(name):
     language_model, tokenizer = load_model(name, device="cpu")
     constitution = create_constitution(RULES)

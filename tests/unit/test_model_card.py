@@ -14,13 +14,17 @@ from transformers import AutoTokenizer
 from rlhf_helpers.alignment_eval import save_policy, score_interval, weights_fingerprint, win_rate
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import encode_prompt, load_model, to_messages
+from rlhf_helpers.core.stats import Estimate
 from tests.conftest import weights
 
 CARD = {
     "data": "Ten made-up pairs.",
     "method": "Nothing was trained.",
     "seeds": [3, 4],
-    "metrics": {"gold": (0.5, 0.25, 0.75, 40), "win rate over | base": win_rate([1, 2, 3], [0, 3, 1])},
+    "metrics": {
+        "gold": Estimate(0.5, 0.25, 0.75, 40),
+        "win rate over | base": win_rate([1, 2, 3], [0, 3, 1]),
+    },
     "limits": "Of no use: its weights are random.",
 }
 PROMPT = "What is the capital of France?"
@@ -120,12 +124,11 @@ def test_the_card_says_what_is_known(saved, tiny):
 
 def test_numbers_without_interval_are_shown_as_such(tiny, tmp_path):
     model, _ = tiny
-    metrics = {"perplexity": 3.25, "zero": score_interval([0.0, 0.0, 0.0]), "pair": (1.0, 0.5, 1.5)}
+    metrics = {"perplexity": 3.25, "zero": score_interval([0.0, 0.0, 0.0])}
     card = {**CARD, "metrics": metrics, "settings": {"learning rate": 1e-3}, "base_model": "org/name"}
     text = (save_policy(model, tmp_path / "policy", **card) / "README.md").read_text(encoding="utf8")
     assert "| perplexity | 3.25 | not given | not given |" in text
     assert "| zero | 0 | 0.000 to 0.561 | 3 |" in text  # Wilson: 3.8415 / (3 + 3.8415)
-    assert "| pair | 1 | 0.500 to 1.500 | not given |" in text
     assert "| learning rate | 0.001 |" in text
     assert "base_model: org/name\n" in text
 
@@ -138,9 +141,9 @@ def test_numbers_without_interval_are_shown_as_such(tiny, tmp_path):
         ({"method": None}, ValueError, "method= must say something"),
         ({"seeds": []}, ValueError, "a card needs seeds and metrics"),
         ({"metrics": {}}, ValueError, "a card needs seeds and metrics"),
-        ({"metrics": {"a": float("nan")}}, ValueError, r"metrics\['a'\] must be finite"),
-        ({"metrics": {"a": (0.9, 0.1, 0.5)}}, ValueError, r"metrics\['a'\] must be a number or \(value"),
-        ({"metrics": {"a": (0.9, 0.1)}}, ValueError, r"metrics\['a'\] must be a number or \(value"),
+        ({"metrics": {"a": float("nan")}}, ValueError, r"metrics\['a'\] must be a finite number"),
+        ({"metrics": {"a": Estimate(0.9, 0.1, 0.5, 3)}}, ValueError, "within its interval"),
+        ({"metrics": {"a": (0.9, 0.1)}}, ValueError, "an Estimate or WinRate"),
     ],
 )
 def test_a_card_that_says_nothing_is_refused(change, error, said, tiny, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rlhf_helpers.alignment_eval.objectives import hypervolume, pareto_front
-from rlhf_helpers.alignment_eval.statistics import mean_interval
+from rlhf_helpers.core.stats import mean_interval
 from rlhf_helpers.lab.studies import load_study
 from rlhf_helpers.lab.studies.lesson3 import (
     attacks,

@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 
-from rlhf_helpers.alignment_eval.statistics import mean_interval
 from rlhf_helpers.chatbot_rlhf import PERSONALITIES, evaluate_chatbot
+from rlhf_helpers.core.stats import mean_interval
 from rlhf_helpers.lab.studies import load_study
 from rlhf_helpers.lab.studies.lesson4 import chat, code, summaries
 from rlhf_helpers.world.prompts import load_prompts

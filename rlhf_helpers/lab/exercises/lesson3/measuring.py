@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, tensor
 
 from rlhf_helpers.alignment_eval.benchmarks import bbq_bias_score
-from rlhf_helpers.alignment_eval.statistics import wilson_interval
+from rlhf_helpers.core.stats import wilson_interval
 from rlhf_helpers.core.tensors import as_bool_mask, require_shapes
 from rlhf_helpers.lab.exercises.exercise import Function, as_tensor, each, exercise, table
 
 
 def attack_rate(successes: int, n: int) -> tuple[float, float, float]:
-    """Share of attacks that succeed, and `alignment_eval.statistics.wilson_interval`: (rate, low, high)."""
+    """Share of attacks that succeed, and `core.stats.wilson_interval`: (rate, low, high)."""
     return successes / n, *wilson_interval(successes, n)
 
 
