@@ -37,7 +37,7 @@ Metric = Callable[[nn.Module, list[str]], Tensor]  # (model, prompts) -> (B,)
 def refusal_margin(
     model: nn.Module, prompts: Sequence[str], *, choices: tuple[str, str] = (REFUSALS[0], AGREEMENT[0])
 ) -> Float[Tensor, "B"]:
-    """log p(a refusal begins) - log p(compliance begins) (B,), in nats, EOS not counted; a `Metric`."""
+    """Return log p(a refusal begins) - log p(compliance begins), (B,): nats, EOS not counted; a `Metric`."""
     asked, said = [*prompts] * 2, [choice for choice in choices for _ in prompts]
     logps, mask = sequence_logps(model, tokenizer_for(model), asked, said)
     refuse, comply = (logps[:, :-1] * mask[:, 1:]).sum(1).float().cpu().view(2, -1)

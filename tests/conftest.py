@@ -207,7 +207,7 @@ def tiny_distilbert_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, tiny_llama_dir) -> Callable:
-    """checkpoint(kind, auto_class, **config): the folder of a small random model of any kind."""
+    """Make small random models of any kind: call it with kind, auto_class and config, get the folder."""
 
     def save(kind, auto_class=None, **sizes):
         import torch

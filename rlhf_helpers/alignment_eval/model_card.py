@@ -35,7 +35,7 @@ print(chat([{"role": "user", "content": "What is the capital of France?"}], retu
 ```"""
 
 
-def save_policy(
+def save_policy(  # noqa: PLR0913 - one keyword per entry of the card
     model: PreTrainedModel,
     folder: str | Path,
     *,

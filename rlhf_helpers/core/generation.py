@@ -195,7 +195,7 @@ def stream_answer(
     model = _unwrapped(model)
     ids = encode_prompts(model, tokenizer, [prompt], max_new_tokens=max_new_tokens)[0]
     noise = [None] * max_new_tokens if greedy else _uniforms(1, max_new_tokens, seed).unbind(-1)
-    return _stream(model, tokenizer, ids, noise, lambda seen, scores: warpers(seen, scores / temperature))
+    return _stream(model, tokenizer, ids, noise, lambda seen, scores: warpers(seen, scores / temperature))  # pyright: ignore[reportArgumentType]
 
 
 def _stream(
@@ -206,7 +206,7 @@ def _stream(
     warp: Callable[[Tensor, Tensor], Tensor],
 ) -> Iterator[str]:
     device, stops = next(model.parameters()).device, _stop_ids(model, tokenizer)
-    cache, ids, said, shown = DynamicCache(config=model.config), prompt_ids, [], 0
+    cache, ids, said, shown = DynamicCache(config=model.config), prompt_ids, [], 0  # pyright: ignore[reportArgumentType]
     for step, uniform in enumerate(noise, 1):
         row = torch.tensor([ids], device=device)
         with eval_mode(model), torch.no_grad():  # not around the loop: the caller runs between two pieces
@@ -340,7 +340,7 @@ def _decode(
 
     rows = torch.arange(count, device=device)  # where each row of the running batch belongs
     running = torch.ones(count, dtype=torch.bool, device=device)
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config)  # pyright: ignore[reportArgumentType]
     # A prompt that is sampled several times is read once; its keys and values are copied to every sample.
     distinct = {row: index for index, row in enumerate(dict.fromkeys(map(tuple, prompt_rows)))}
     source = torch.tensor([distinct[tuple(row)] for row in prompt_rows], device=device)

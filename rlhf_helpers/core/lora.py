@@ -134,7 +134,7 @@ def merged_copy(model: nn.Module) -> nn.Module:
             "folder in one process and save it with merge=True"
         )
     tokenizer = tokenizer_for(model)
-    merged = copy.deepcopy(model, {id(tokenizer): tokenizer})
+    merged: Any = copy.deepcopy(model, {id(tokenizer): tokenizer})
     if hasattr(merged, "merge_and_unload"):
         merged = merged.merge_and_unload()
         remember_tokenizer(merged, tokenizer)
@@ -157,7 +157,7 @@ def save_adapter(model: nn.Module, folder: Path, weights: Mapping[str, Tensor] |
     Raises:
         ValueError: the base model was trained or built in memory, so the adapters could not find it again.
     """
-    config = model.peft_config["default"]
+    config: Any = model.peft_config["default"]  # pyright: ignore[reportArgumentType, reportIndexIssue]
     if not config.base_model_name_or_path:
         raise ValueError(
             "the base model of these adapters was trained or built in memory, so they could not find it "

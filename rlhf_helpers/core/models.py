@@ -106,7 +106,7 @@ def _load(auto_class: type, name_or_path: str | Path, device: Device, dtype: tor
     model, tokenizer = _from_pretrained(auto_class, source, name, dtype)
     _ensure_pad_token(model, tokenizer)
     _zero_dropout(model)
-    model.to(device)
+    model.to(device)  # pyright: ignore[reportArgumentType]
     remember_tokenizer(model, tokenizer)
     model.name_or_path = name  # adapters are saved with it, to find their base again
     count = sum(p.numel() for p in model.parameters())
@@ -146,7 +146,7 @@ def _from_pretrained(auto_class: type, source: str, name: str, dtype: torch.dtyp
             return attempt()
         except (OSError, ValueError) as error:
             failure = error
-    raise (_not_found(name, failure) if isinstance(failure, OSError) else failure) from failure
+    raise (_not_found(name, failure) if isinstance(failure, OSError) else failure) from failure  # pyright: ignore[reportGeneralTypeIssues]
 
 
 def _not_found(name: str, error: Exception) -> ModelNotFoundError:
@@ -182,7 +182,7 @@ def _read(auto_class: type, source: str, dtype: torch.dtype, *, local_files_only
         )
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     with quiet_loading():
-        model, report = auto_class.from_pretrained(
+        model, report = auto_class.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     # An encoder's pooler is not used, so it may be absent; any other missing weight would silently be random.
@@ -212,7 +212,7 @@ def _ensure_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     """Give the tokenizer a pad token that is not EOS and the model an embedding row for it."""
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    before = model.get_input_embeddings().weight.shape[0]
+    before = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportIndexIssue]
     if len(tokenizer) > before:
         with torch.random.fork_rng(devices=[]):  # the new rows are drawn, then overwritten
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -256,10 +256,10 @@ def require_cache(model: nn.Module) -> None:
     Raises:
         ValueError: Names the kind of model.
     """
-    model = transformer_of(model)
-    if model is not None and "past_key_values" not in inspect.signature(model.forward).parameters:
+    inner = transformer_of(model)
+    if inner is not None and "past_key_values" not in inspect.signature(inner.forward).parameters:
         raise ValueError(
-            f"{type(model).__name__} takes no past_key_values: sampling and scoring here need a key-value "
+            f"{type(inner).__name__} takes no past_key_values: sampling and scoring here need a key-value "
             "cache, which recurrent models (Mamba, RWKV) do not have; choose a model with attention"
         )
 
@@ -293,7 +293,7 @@ def state_width(model: nn.Module) -> int:
 
 def _text_config(model: nn.Module) -> Any:
     """The config of the part that reads text: multimodal models nest it."""
-    config = getattr(model, "module", model).config
+    config: Any = getattr(model, "module", model).config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -365,7 +365,7 @@ def as_reward_fn(model_or_function: nn.Module | Callable[..., Tensor]) -> Reward
     # A classifier of transformers has an attribute `score` too: its linear layer, which reads states.
     if not callable(score) or isinstance(score, (type, nn.Module)):
         raise _no_reward(given, "")
-    _require_signature(given, score)
+    _require_signature(given, score)  # pyright: ignore[reportArgumentType]
     name = getattr(given, "__name__", type(given).__name__)
 
     @functools.wraps(score, updated=())

@@ -19,6 +19,7 @@ import math
 from collections.abc import Sequence
 from itertools import chain, pairwise, takewhile
 from operator import eq
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -55,7 +56,7 @@ TOKENS_PER_CHUNK = 256  # tokens whose distributions over the vocabulary exist a
 
 def takes_block_mask(model: nn.Module) -> bool:
     """Tell whether answers may share a row: a kind of model tested for it, with full attention."""
-    config = getattr(transformer_of(model), "config", None)
+    config: Any = getattr(transformer_of(model), "config", None)
     return (
         getattr(config, "model_type", None) in BLOCK_MASK_MODELS
         and config._attn_implementation in ("sdpa", "eager")  # the flash kernels take no mask
@@ -152,7 +153,7 @@ def answer_logits(
         kept.append(args[0].flatten(0, 1)[places])
         return (kept[0][None],)
 
-    head = (transformer_of(model) or model).get_output_embeddings()
+    head: Any = (transformer_of(model) or model).get_output_embeddings()  # pyright: ignore[reportCallIssue]
     handle = head.register_forward_pre_hook(select)
     try:
         # Through the model's own forward: with sharded weights only that gathers those of the head.

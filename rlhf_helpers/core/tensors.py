@@ -209,7 +209,8 @@ def pad_right(
     ids = [[*row, *[pad_id] * (width - len(row))] for row in rows]
     # The mask comes from the lengths, never from ids == pad_id: a row may contain that id as a real token.
     mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
-    return tuple(torch.tensor(x, dtype=torch.long, device=device) for x in (ids, mask))
+    padded, real = (torch.tensor(rows, dtype=torch.long, device=device) for rows in (ids, mask))
+    return padded, real
 
 
 def pad_left(

@@ -1,7 +1,7 @@
 """The data of every preference loss: answers tokenized once, with the reference's log-probs beside them."""
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any, Union
 
@@ -114,11 +114,11 @@ class DPODataset(Dataset):
             return row | {"ref_chosen_logps": known[0], "ref_rejected_logps": known[1]}
         return row | {"ref_logps": known[0] if self.kind == "unpaired" else known} if known else row
 
-    def ref_logps_of(self, indices: Sequence[int], device: torch.device) -> Float[Tensor, "B K"]:
+    def ref_logps_of(self, indices: Collection[int], device: torch.device) -> Float[Tensor, "B K"]:
         """Log-probs under the reference, in nats, of the K sequences of each of some rows."""
-        return torch.stack([self.ref_logps[index] for index in indices]).to(device)
+        return torch.stack([self.ref_logps[index] for index in indices]).to(device)  # pyright: ignore[reportOptionalSubscript]
 
-    def tie_weights(self, indices: Sequence[int]) -> Float[Tensor, "B"]:
+    def tie_weights(self, indices: Collection[int]) -> Float[Tensor, "B"]:
         """What each of some rows counts for: 0 for a tie, which prefers nothing, and else 1 unless set."""
         return torch.tensor([self.weights[index] for index in indices])
 
@@ -199,5 +199,5 @@ def _mismatched(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         here, after = rows[i % count], rows[(i + 1) % count]
         other = after if after["prompt"] != here["prompt"] else other
         if i < count:
-            others[i] = other["completion"]
+            others[i] = other["completion"]  # pyright: ignore[reportOptionalSubscript]
     return others

@@ -73,7 +73,7 @@ def batch_losses(
     keywords = {name: beta if name == "beta" else getattr(settings, name) for name in objective.keywords}
     loss_fn = loss_fn or objective.loss
     if objective.kind == "unpaired":
-        losses, metrics = kto_losses(model, data, indices, loss_fn, keywords, reference_point)
+        losses, metrics = kto_losses(model, data, indices, loss_fn, keywords, reference_point)  # pyright: ignore[reportArgumentType]
     elif objective.kind == "rankings":
         losses, metrics = listwise_losses(model, data, indices, loss_fn, keywords)
     elif objective.reads == "ratios":
@@ -150,7 +150,7 @@ def kto_reference_point(engine: Engine, data: DPODataset, indices: np.ndarray) -
     """
     log_ratio_sum = 0.0
     for local, row_weight in micro_batches(engine, indices):
-        log_ratio_sum += row_weight * mismatched_log_ratios(engine.model, data, local).sum().item()
+        log_ratio_sum += row_weight * mismatched_log_ratios(engine.model, data, local).sum().item()  # pyright: ignore[reportArgumentType]
     return torch.tensor(engine.sum(log_ratio_sum) / len(indices)).clamp(min=0)
 
 

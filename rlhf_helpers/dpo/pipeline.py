@@ -44,5 +44,5 @@ class DPOPipeline:
         self.step_history = self.trainer.train(train_data, val_rows=val_data, epochs=num_epochs)
         steps_per_epoch = len(self.step_history) // num_epochs
         frame = self.step_history.to_frame().drop(columns="step")
-        means = frame.groupby(frame.index // steps_per_epoch).mean().to_dict("records")
+        means = frame.groupby(frame.index // steps_per_epoch).mean().to_dict("records")  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
         return History({"epoch": i + 1, **row} for i, row in enumerate(means))

@@ -197,7 +197,7 @@ def dpo_step(run: DPORun, indices: np.ndarray) -> dict[str, float]:
         return dpo_update(engine, run.data, indices, beta, run.loss_fn)
     # KL of the policy before the update, like every other metric of the row.
     prompts = list(dict.fromkeys(run.data.rows[index]["prompt"] for index in indices))
-    rollout, log_ratios = sample_log_ratios(engine, run.ref_model, run.tokenizer, prompts)
+    rollout, log_ratios = sample_log_ratios(engine, run.ref_model, run.tokenizer, prompts)  # pyright: ignore[reportArgumentType]
     if settings.kl_coef:
         # Constrained DPO: each process has samples of its own, so its gradient is one part of their mean.
         penalty = settings.kl_coef * kl_surrogate(engine.model, rollout, log_ratios)
@@ -249,7 +249,13 @@ def dpo_update(
     metrics = MeanMetrics()
     for local, row_weight in micro_batches(engine, indices, same_rows_everywhere=same_rows_everywhere):
         losses, row_metrics = batch_losses(
-            engine.model, data, local, settings, beta, loss_fn, reference_point
+            engine.model,
+            data,
+            local,  # pyright: ignore[reportArgumentType]
+            settings,
+            beta,
+            loss_fn,
+            reference_point,
         )
         # row_weight is 0 on a process that has no row of this micro-batch and computes only to stay in sync.
         weights = row_weight * data.tie_weights(local).to(losses.device)
@@ -334,12 +340,12 @@ def prepare_data(
     data = rows
     if not isinstance(data, DPODataset):
         limit = settings.max_length or usable_positions(model)
-        data = DPODataset(rows, tokenizer, kind=objective.kind, max_length=limit)
+        data = DPODataset(rows, tokenizer, kind=objective.kind, max_length=limit)  # pyright: ignore[reportArgumentType]
     if data.kind != objective.kind:
         raise ValueError(f"loss {settings.loss!r} learns from {objective.kind}, these rows are {data.kind}")
     # Once per data set: the reference stays as it is while the policy trains.
     if objective.reads == "ratios":
-        data.add_reference(ref_model)
+        data.add_reference(ref_model)  # pyright: ignore[reportArgumentType]
     return data
 
 

@@ -95,7 +95,7 @@ class PPOTrainer:
         if not isinstance(rollout, Rollout):
             texts = prompts, responses or []
             limits = {"temperature": self.settings.temperature, "max_length": self.settings.max_length}
-            rollout = rollout_from_text(self.model, self.tokenizer, *texts, **limits)
+            rollout = rollout_from_text(self.model, self.tokenizer, *texts, **limits)  # pyright: ignore[reportArgumentType]
         scores = given_or_asked(rewards, self.reward_model, rollout)
         batch = make_batch(run, rollout, scores, list(range(len(rollout))))
         targets = ppo_targets(run, batch, self.value_head, kl_coef=self.controller.value)
@@ -109,7 +109,7 @@ class PPOTrainer:
     def _start_run(self) -> PolicyRun:
         options = {"value_head": self.value_head, "ref_model": self.ref_model}
         settings = self.settings.for_single_steps()
-        return start_run(self.model, self.tokenizer, None, self.reward_model, settings, **options)
+        return start_run(self.model, self.tokenizer, None, self.reward_model, settings, **options)  # pyright: ignore[reportArgumentType]
 
 
 def require_reward(reward_model: RewardFn | torch.nn.Module | None) -> RewardFn:

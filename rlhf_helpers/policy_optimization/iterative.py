@@ -1,5 +1,8 @@
 """Iterative RLHF: a reward model is right where it has seen data, so refit it on what the policy says now."""
 
+# pyright: reportArgumentType=false
+# numpy does not say that the rows drawn are whole numbers, and lesson 2 prints the function as it is.
+
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path

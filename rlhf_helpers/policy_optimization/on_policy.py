@@ -117,7 +117,7 @@ class PolicyRun:
     prompts: Sequence[str] | None
     columns: Columns
     reward_fn: RewardFn | torch.nn.Module
-    settings: OnPolicySettings
+    settings: Any  # those of the loop, a subclass of OnPolicySettings
     engine: Engine
     eval_fn: Callable[[torch.nn.Module], dict[str, float]] | None
 
@@ -194,11 +194,11 @@ def sample_batch(run: PolicyRun) -> Batch:
     """Sample responses to this step's prompts, ask the reward, compare with the reference."""
     settings, group = run.settings, run.settings.samples_per_prompt
     # Prompts and sampling seed are functions of (seed, step): a resumed run draws the same.
-    rows = run.engine.batch(range(len(run.prompts)), settings.prompts_per_step)
+    rows = run.engine.batch(range(len(run.prompts)), settings.prompts_per_step)  # pyright: ignore[reportArgumentType]
     rollout = collect(
         run.policy,
         run.tokenizer,
-        [run.prompts[row] for row in rows],
+        [run.prompts[row] for row in rows],  # pyright: ignore[reportOptionalSubscript]
         samples_per_prompt=group,
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,

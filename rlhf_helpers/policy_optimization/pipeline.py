@@ -66,7 +66,7 @@ class PolicyOptimizationPipeline:
             seed=self.settings.seed + self.done,
             prompts_per_step=min(self.settings.prompts_per_step, max(1, len(prompts))),
         )
-        options = {"ref_model": self.ref_model, **self._kept, **options}
+        options = {"ref_model": self.ref_model, **self._kept, **options}  # pyright: ignore[reportAssignmentType]
         history = self.loop(self.model, self.tokenizer, prompts, self.reward_model, settings, **options)
         self.done += num_iterations
         return history[:]

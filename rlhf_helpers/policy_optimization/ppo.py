@@ -69,7 +69,7 @@ class PPOSettings(OnPolicySettings):
         super().__post_init__()
         require_fields(self, "ptx_batch_size", whole=True, at_least=1)
         above = {"above": 0}
-        rules = {"cliprange": {"above": 0, "below": 1}, "cliprange_value": above}
+        rules: dict[str, Any] = {"cliprange": {"above": 0, "below": 1}, "cliprange_value": above}
         # A step's episodes may not move the coefficient below 0 (AdaptiveKLController).
         rules["kl_horizon"] = {"above": self.prompts_per_step * self.samples_per_prompt / 5}
         rules |= {name: {"at_least": 0, "at_most": 1} for name in ("gamma", "lam")}

@@ -189,7 +189,7 @@ def natural_step(gradient: Vector, product: Product, *, max_kl: float, iteration
 
 
 @contextmanager
-def eager_attention(model: torch.nn.Module) -> Iterator[None]:
+def eager_attention(model: Any) -> Iterator[None]:
     """Compute attention step by step within the block: the fused kernels cannot be differentiated twice."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")

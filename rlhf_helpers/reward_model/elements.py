@@ -74,7 +74,7 @@ def _encoded(model: RewardModel, run: Mapping[int, Mapping[str, Any]], objective
             group.numbers.append(row["rating"])
         for column, sign in _verdicts(row, index, getattr(model, "objectives", None)):
             for pair in combinations(indices, 2):
-                group.pairs.append(pair[::sign])
+                group.pairs.append(pair[::sign])  # pyright: ignore[reportArgumentType]
                 group.columns.append(column)
                 group.numbers.append(row["margin"] if objective == "margin" else 0.0)
     return group
@@ -84,7 +84,7 @@ def _verdicts(row: Mapping[str, Any], index: int, objectives: Sequence[str] | No
     """(column of the head, 1 or -1 for chosen or rejected better) of each judgment in a row."""
     if objectives is None:
         return [(0, 1)]
-    labels = row.get("objective_labels")
+    labels: Any = row.get("objective_labels")
     known = isinstance(labels, Mapping) and set(labels) <= set(objectives)
     verdicts = [(k, labels[name]) for k, name in enumerate(objectives) if labels.get(name)] if known else []
     if not verdicts:
@@ -122,7 +122,7 @@ def as_rows(rows: Rows, objective: str = "pairwise") -> list[Mapping[str, Any]]:
     return checked
 
 
-def _is_ranking(value: object) -> bool:
+def _is_ranking(value: Any) -> bool:
     texts = isinstance(value, Sequence) and all(map(is_text, value))
     return texts and not isinstance(value, str) and len(set(value)) == len(value) >= 2
 

@@ -88,10 +88,10 @@ class RewardEnsemble(nn.Module):
         """
         settings, histories = settings or RewardSettings(), []
         for index, member in enumerate(self.members):
-            own = {"seed": settings.seed + index}
+            own: dict[str, Any] = {"seed": settings.seed + index}
             if settings.run_dir is not None:
                 own["run_dir"] = Path(settings.run_dir) / f"member-{index}"
-            trainer = RewardModelTrainer(member, settings=replace(settings, **own))
+            trainer = RewardModelTrainer(member, settings=replace(settings, **own))  # pyright: ignore[reportArgumentType]
             histories.append(trainer.train(rows, **options))
         rows = as_rows(rows, options.get("objective", "pairwise"))
         prompts, responses = [], []
@@ -107,7 +107,7 @@ class RewardEnsemble(nn.Module):
     def save_pretrained(self, folder: str | Path, *, merge: bool = False) -> None:
         """Write ensemble.json and each member's own folder, member-0, member-1, ...; merge: as in members."""
         for index, member in enumerate(self.members):
-            member.save_pretrained(Path(folder) / f"member-{index}", merge=merge)
+            member.save_pretrained(Path(folder) / f"member-{index}", merge=merge)  # pyright: ignore[reportCallIssue]
         facts = {name: getattr(self, name) for name in ("aggregate", "penalty", "centres", "scales")}
         (Path(folder) / ENSEMBLE_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 

@@ -179,7 +179,7 @@ def accuracy_by_length(
     words = word_gaps(rows)
     require_shapes("B", words=words, chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
     credits = pair_credits(chosen_rewards, rejected_rewards).cpu()
-    buckets = pd.cut(words.numpy(), [-np.inf, *edges, np.inf])
+    buckets: Any = pd.cut(words.numpy(), [-np.inf, *edges, np.inf])
     table = []
     for code in np.unique(buckets.codes):
         estimate = accuracy(credits[torch.from_numpy(buckets.codes == code)])
@@ -204,7 +204,7 @@ def robustness(
     before, after = score_pairs(reward, rows), score_pairs(reward, changed_rows)
     moved = sum((new - old).abs() for old, new in zip(before, after, strict=True)) / 2
     return {
-        "reward_change": paired_difference(moved, torch.zeros_like(moved)),
+        "reward_change": paired_difference(moved, torch.zeros_like(moved)),  # pyright: ignore[reportArgumentType]
         "order_changes": accuracy((pair_credits(*before) - pair_credits(*after)).abs()),
     }
 

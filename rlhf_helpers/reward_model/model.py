@@ -77,7 +77,7 @@ class RewardModel(nn.Module):
                 'nothing of the text: use "last" or "mean"'
             )
         self.trunk, self.pooling = trunk, pooling
-        self.tokenizer = tokenizer or tokenizer_for(trunk)
+        self.tokenizer: Any = tokenizer or tokenizer_for(trunk)
         remember_tokenizer(self, self.tokenizer)
         limit = usable_positions(trunk)
         if max_length is not None and (max_length < 2 or (limit and max_length > limit)):
@@ -124,7 +124,7 @@ class RewardModel(nn.Module):
             return self.trunk(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[ends].float()
         require_shapes("B T", input_ids=input_ids)
         if attention_mask is None:
-            attention_mask = input_ids != self.tokenizer.pad_token_id
+            attention_mask = input_ids.ne(self.tokenizer.pad_token_id)
         require_shapes("B T", input_ids=input_ids, attention_mask=attention_mask)
         ids, mask = _move_to_start(input_ids, as_bool_mask(attention_mask, "attention_mask"))
         options = {"use_cache": False} if _is_causal(self.config) else {}
@@ -157,14 +157,14 @@ class RewardModel(nn.Module):
         """Tokenize one prompt with one response, as `encode_answers` does."""
         return self.encode_answers(prompt, [response])[0]
 
-    def rewards_of(self, sequences: Sequence[Sequence[int]]) -> Float[Tensor, "B"]:
+    def rewards_of(self, sequences: Sequence[list[int]]) -> Float[Tensor, "B"]:
         """One forward over token sequences (from `encode`), padded here; keeps the gradient.
 
         What several of them begin with, their prompt, is read once (`core.shared_prompts`).
         """
         return self(**self._batch(sequences))
 
-    def _batch(self, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    def _batch(self, sequences: Sequence[list[int]]) -> dict[str, Tensor]:
         """Lay out sequences for `forward`; they share rows only where the head reads the end of each."""
         if self.pooling == "last" and takes_block_mask(self.trunk):
             inputs, places = pack(self.trunk, sequences)
@@ -186,7 +186,7 @@ class RewardModel(nn.Module):
 
     def _scores(
         self,
-        read: Callable[[Sequence[Sequence[int]]], Tensor],
+        read: Callable[[Sequence[list[int]]], Tensor],
         prompts: Sequence[str],
         responses: Sequence[str],
         batch_size: int,
@@ -229,7 +229,7 @@ class RewardModel(nn.Module):
         a copy of the trunk, which needs its memory once more. Raises ValueError as `save_pretrained`.
         """
         folder, head = Path(folder), self.head.linear
-        trunk = merged_copy(self.trunk) if merge and has_adapter(self.trunk) else self.trunk
+        trunk: Any = merged_copy(self.trunk) if merge and has_adapter(self.trunk) else self.trunk
         own, config = trunk.config, copy.deepcopy(trunk.config)
         config.num_labels, config.pad_token_id = head.out_features, self.tokenizer.pad_token_id
         config.reward_pooling, config.reward_max_length = self.pooling, self.max_length

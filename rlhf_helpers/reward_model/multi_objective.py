@@ -94,11 +94,11 @@ class MultiObjectiveRewardModel(RewardModel):
         # not a matrix product: autocast would round that to bf16
         return (rewards * torch.tensor(list(self._weights.values()), device=rewards.device)).sum(1)
 
-    def rewards_of(self, sequences: Sequence[Sequence[int]]) -> Float[Tensor, "B"]:
+    def rewards_of(self, sequences: Sequence[list[int]]) -> Float[Tensor, "B"]:
         """The weighted sum for token sequences from `encode`; keeps the gradient."""
         return self._combine(self.objective_rewards_of(sequences))
 
-    def objective_rewards_of(self, sequences: Sequence[Sequence[int]]) -> Float[Tensor, "B K"]:
+    def objective_rewards_of(self, sequences: Sequence[list[int]]) -> Float[Tensor, "B K"]:
         """The reward of each objective for token sequences from `encode`; keeps the gradient."""
         _, by_objective = self(
             **self._batch(sequences)

@@ -55,7 +55,7 @@ def ranking_losses(
     """Plackett-Luce on whole rankings, best answer first: a sum over the ranks, which is not normalized."""
     sizes = [len(group.sequences) for group in groups]
     rewards = model.rewards_of([ids for group in groups for ids in group.sequences])
-    ranked = pad_sequence(rewards.split(sizes), batch_first=True)  # (B, K)
+    ranked = pad_sequence(list(rewards.split(sizes)), batch_first=True)  # (B, K)
     mask = pad_sequence([torch.ones(size) for size in sizes], batch_first=True).to(rewards.device)
     losses = loss_fn(ranked, mask=mask)
     require_shapes("B", rewards=ranked[:, 0], loss=losses)

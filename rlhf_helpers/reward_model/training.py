@@ -140,7 +140,7 @@ def reward_update(
     metrics = MeanMetrics()
     for local, row_weight in micro_batches(engine, indices):
         # One forward for all answers of these groups; each answer is read once, whatever its pairs.
-        losses, group_metrics = objective_fn(engine.model, [groups[index] for index in local])
+        losses, group_metrics = objective_fn(engine.model, [groups[index] for index in local])  # pyright: ignore[reportArgumentType]
         # Gradients of micro-batches and processes are summed, so each part is divided by the whole batch.
         # row_weight is 0 on a process that has no group of its own here and computes only to stay in sync.
         loss = row_weight * losses.sum() / len(indices)

@@ -54,7 +54,7 @@ def rouge_reward(
 def fact_reward(
     prompts: Sequence[str], responses: Sequence[str], *, article: Sequence[str] | None = None, **_columns: Any
 ) -> Float[Tensor, "B"]:
-    """coverage x faithfulness of `summary_facts`, (B,) in [0, 1]: a RewardFn that needs no reference.
+    """Return coverage x faithfulness of `summary_facts`, (B,) in [0, 1]: a RewardFn that needs no reference.
 
     article: None: what stands in the prompt. It says nothing of style: true details cost nothing. Lesson 4.
     """
@@ -66,7 +66,7 @@ def fact_reward(
 def length_controlled(
     rewards: Float[Tensor, "B"], lengths: Float[Tensor, "B"], *, limit: float, cost: float
 ) -> Float[Tensor, "B"]:
-    """rewards - cost max(0, length - limit), (B,): up to the limit nothing changes.
+    """Return rewards - cost max(0, length - limit), (B,): up to the limit nothing changes.
 
     A reward that pays b for each word stops paying for more than `limit` words where cost >= b. Lesson 4.
     Raises ValueError where shapes are not both (B,), or limit or cost is negative.

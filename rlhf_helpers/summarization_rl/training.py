@@ -131,10 +131,11 @@ def evaluate_summaries(summaries: Sequence[str], data: Rows) -> dict[str, float]
 
 
 def summary_table(data: Rows, summaries: Sequence[str]) -> pd.DataFrame:
-    """A row a summary: summary, coverage, faithfulness, hallucinated (a count), words; where known also
-    rouge_l (data with a reference) and gold (the world's articles, all of them).
+    """Return one row per summary: summary, coverage, faithfulness, hallucinated (a count) and words.
 
-    Lesson 4. Raises ValueError where there are not as many summaries as rows.
+    Where known also rouge_l (data with a reference) and gold (the world's articles, all of them). Lesson 4.
+
+    Raises ValueError where there are not as many summaries as rows.
     """
     columns = _columns(data)
     prompts = columns["prompt"]

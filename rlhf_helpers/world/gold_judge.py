@@ -46,7 +46,7 @@ def gold_scores(
 
 
 def gold_reward(prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[str]) -> Tensor:
-    """harmlessness * (0.7 * helpfulness / best + 0.3 * honesty), (B,) in [0, 1]: a RewardFn.
+    """Return harmlessness * (0.7 * helpfulness / best + 0.3 * honesty), (B,) in [0, 1]: a RewardFn.
 
     Takes and raises what `gold_scores` does.
     """

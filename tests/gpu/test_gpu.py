@@ -36,6 +36,7 @@ ON_CPU = os.environ.get("RLHF_GPU_TESTS_ON_CPU") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not ON_CPU else "cpu"
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.slow,
     pytest.mark.skipif(DEVICE == "cpu" and not ON_CPU, reason="there is no CUDA GPU"),
     # On a GPU, libraries warn of things that the CPU tests never meet; they are not what is tested here.
     pytest.mark.filterwarnings("default"),

@@ -82,9 +82,11 @@ class GuardedNotebook(IPyNbFile):
 
     def collect(self):
         for cell in super().collect():
-            yield GuardedCell.from_parent(
+            guarded = GuardedCell.from_parent(
                 self, name=cell.name, cell_num=cell.cell_num, cell=cell.cell, options=cell.options
             )
+            guarded.add_marker(pytest.mark.slow)
+            yield guarded
 
 
 class Lessons(pytest.File):

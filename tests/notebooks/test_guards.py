@@ -11,6 +11,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
+pytestmark = pytest.mark.slow
+
 
 def stored(source, text):
     return new_code_cell(source, execution_count=1, outputs=[new_output("stream", name="stdout", text=text)])

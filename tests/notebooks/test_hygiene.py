@@ -73,6 +73,20 @@ def exercise_faults(cells):
                 yield f"exercise in cell {here} has no folded {word}"
 
 
+def cell_faults(number, cell):
+    if "execution" in cell.metadata:
+        yield f"cell {number} stores timings"
+    if cell.cell_type == "code":
+        if len(cell.source.splitlines()) > MAX_CELL_LINES:
+            yield f"cell {number} has more than {MAX_CELL_LINES} lines"
+        if QUIZ_TEXT.search(cell.source):
+            yield f'cell {number} shows the text of a quiz: name it, quiz("name")'
+        for output in cell.outputs:
+            yield from output_faults(number, output)
+    elif re.search(r"!\[\s*\]\(|<img(?![^>]*\balt=.)", cell.source):
+        yield f"cell {number} shows a picture without alt text"
+
+
 def faults_of(notebook):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     if [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
@@ -87,17 +101,7 @@ def faults_of(notebook):
     if lengths and statistics.median(lengths) > MAX_MEDIAN_LINES:
         yield f"the median code cell has {statistics.median(lengths)} lines ({MAX_MEDIAN_LINES} at most)"
     for number, cell in enumerate(notebook.cells):
-        if "execution" in cell.metadata:
-            yield f"cell {number} stores timings"
-        if cell.cell_type == "code":
-            if len(cell.source.splitlines()) > MAX_CELL_LINES:
-                yield f"cell {number} has more than {MAX_CELL_LINES} lines"
-            if QUIZ_TEXT.search(cell.source):
-                yield f'cell {number} shows the text of a quiz: name it, quiz("name")'
-            for output in cell.outputs:
-                yield from output_faults(number, output)
-        elif re.search(r"!\[\s*\]\(|<img(?![^>]*\balt=.)", cell.source):
-            yield f"cell {number} shows a picture without alt text"
+        yield from cell_faults(number, cell)
     yield from exercise_faults(notebook.cells)
 
 

@@ -64,6 +64,7 @@ def test_every_lesson_has_its_sabotage():
     assert {path.name for path in LESSONS.glob("*.ipynb")} <= set(SABOTAGE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lesson", SABOTAGE)
 def test_a_flipped_sign_fails_an_assert_of_the_lesson(lesson):
     path = LESSONS / lesson
@@ -80,6 +81,7 @@ IMPORT = "import torch\nfrom rlhf_helpers.core.preference_losses import bradley_
 VALUE = "loss = bradley_terry_loss(torch.tensor([2.0]), torch.tensor([0.0]))"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flipped, last, expected",
     [

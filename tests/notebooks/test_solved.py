@@ -104,6 +104,7 @@ def printed_by(cell):
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.name)
 def test_the_solved_lesson_runs_and_reuses_no_name(path):
     notebook = nbformat.read(path, as_version=4)
@@ -127,6 +128,7 @@ def small_lesson(solution, *after):
     return new_notebook(cells=[*cells, *map(new_code_cell, after)])
 
 
+@pytest.mark.slow
 def test_a_solution_is_pasted_and_a_reused_name_is_found(tmp_path):
     loop = "[q for q in 'ab']\nfor q in (1, 2.5):\n    pass"
     shadows = "import numpy\nq = numpy.ones(2)[0]\nnumbers = ast = 1"  # names that the watch uses, too
@@ -136,6 +138,7 @@ def test_a_solution_is_pasted_and_a_reused_name_is_found(tmp_path):
     assert printed_by(notebook.cells[2]).strip() == SOLVED
 
 
+@pytest.mark.slow
 def test_a_lesson_that_stops_when_solved_is_found(tmp_path):
     notebook = small_lesson("def double(x):\n    return x + x", "assert double is None")
     with_solutions(notebook)

@@ -50,7 +50,7 @@ from rlhf_helpers.core.preference_losses import (
 from rlhf_helpers.core.tensors import masked_mean, pad_right, token_logps
 from rlhf_helpers.dpo import DPODataset, DPOTrainer
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 BETA, ROWS, LENGTH = 0.3, 6, 7
 ACCELERATOR = SimpleNamespace(

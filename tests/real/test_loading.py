@@ -4,7 +4,7 @@ import torch
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import load_encoder
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 
 def test_it_answers_in_its_own_chat_format_and_stops(smollm2):

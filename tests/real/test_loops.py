@@ -22,7 +22,7 @@ from rlhf_helpers.policy_optimization import (
     trpo,
 )
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 PROMPTS = ["What is the capital of Italy?", "Why is the sky blue?", "Name three healthy snacks."]
 SIZES = {"learning_rate": 1e-5, "steps": 3, "prompts_per_step": 1, "samples_per_prompt": 2}

@@ -12,7 +12,7 @@ from rlhf_helpers.reward_model import RewardModelTrainer, create_reward_model
 from rlhf_helpers.reward_model.create import load_reward_model
 from tests.real.test_loops import PAIRS, PROMPTS, SIZES, short_and_on_topic
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 PROMPT, ANSWER = [PAIRS[0]["prompt"]], [PAIRS[0]["chosen"]]
 
 

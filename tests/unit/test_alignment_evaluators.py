@@ -45,7 +45,7 @@ def changed(model):
 
 @pytest.fixture
 def says(monkeypatch):
-    """Let models answer by a rule instead of sampling: says(prompt -> text)."""
+    """Let models answer by a rule, prompt -> text, instead of sampling."""
 
     def set_rule(rule):
         class Said:
@@ -239,6 +239,7 @@ def test_the_models_own_judge_leans_and_averaged_is_ai_labels(assistant):
 # ---- abilities
 
 
+@pytest.mark.slow
 def test_capability_suite_on_the_assistant(assistant):
     table = capability_suite(assistant, samples=4)
     assert list(table.index) == [*evaluators.ABILITIES, "comparison", "surprise"]

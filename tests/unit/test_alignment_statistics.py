@@ -66,6 +66,7 @@ def test_bootstrap_keeps_rows_together():
     assert (found.value, found.low, found.high) == (2, 2, 2)
 
 
+@pytest.mark.slow
 def test_bootstrap_interval_covers():
     draws = np.random.default_rng(0).random((200, 40))
     found = [bootstrap_interval(row, resamples=300, seed=i) for i, row in enumerate(draws)]

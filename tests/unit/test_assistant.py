@@ -26,6 +26,7 @@ def rows():
     return assistant.corpus(4000, seed=5)
 
 
+@pytest.mark.slow
 def test_pretraining_text_repeats_with_its_seed(rows):
     assert assistant.corpus(50, seed=5) == assistant.corpus(50, seed=5)
     assert assistant.corpus(50, seed=5) != assistant.corpus(50, seed=6)
@@ -54,6 +55,7 @@ def test_it_is_small_plain_and_has_room(tiny):
     assert sum(f.stat().st_size for f in assistant.HOME.iterdir()) < 4_000_000
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.text(alphabet=st.characters(codec="utf-8", exclude_characters="<"), max_size=80))
 def test_any_text_round_trips(tiny, text):
@@ -68,6 +70,7 @@ def test_the_card_lies_within_the_ranges(figure):
     assert CARD["figures"][figure]["n"] >= 400
 
 
+@pytest.mark.slow
 def test_the_stored_checkpoint_is_what_the_card_says(tiny):
     measured = assistant.measure(*tiny, samples=120)
     for figure, (low, high) in assistant.RANGES.items():
@@ -84,6 +87,7 @@ def test_base_programs_run_in_the_small_grammar():
     assert all(r.passed == 1.0 and not r.unsafe for r in ran)
 
 
+@pytest.mark.slow
 def test_a_short_run_learns(rows):
     recipe = assistant.Recipe(epochs=1, rows=640, batch_size=16, warmup_steps=2)
     model, tokenizer = assistant.train(recipe, seed=0)

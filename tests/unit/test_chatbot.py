@@ -273,6 +273,7 @@ def test_the_tiny_assistant_is_measured_and_keeps_its_own_wording():
     torch.testing.assert_close(chatbot.safety_fn(*texts), critique_check(model)(*texts), atol=0, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_chatbot_warns_where_its_judge_may_guess(tiny):
     with pytest.warns(UserWarning, match=r"tiny-llama\d+ cannot tell safe .* AUC 0\.\d+ \[0\.[0-4]"):
         AlignedChatbot(tiny[0])

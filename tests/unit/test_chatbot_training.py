@@ -27,6 +27,7 @@ def trained(chatbot, data, epochs=1, settings=SMALL, **changes):
     return trainer.train(data, num_epochs=epochs), trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "data, reward, stages",
     [(["Hello", "Bye"], share_of_e, ["policy"]),
@@ -147,6 +148,7 @@ def test_the_reward_is_scaled_and_unsafe_answers_cost(tiny, monkeypatch):
     assert before.shape == (1,)
 
 
+@pytest.mark.slow
 def test_it_learns_what_the_reward_likes(tiny):
     policy = RLOOSettings(learning_rate=3e-3, max_new_tokens=8, samples_per_prompt=16, kl_coef=0.0)
     settings = ChatSettings(policy=policy)

@@ -271,6 +271,7 @@ def test_unit_test_reward():
         reward([""], [DOUBLES])
 
 
+@pytest.mark.slow
 def test_the_reward_agrees_with_the_worlds_judge(base):
     # The sandbox runs Python, the judge walks a small grammar: they must say the same of the same program.
     tests = task_tests(heldout()[:12], "hidden")
@@ -283,6 +284,7 @@ def test_the_reward_agrees_with_the_worlds_judge(base):
     assert 2 <= frame["hidden"].sum() <= 20
 
 
+@pytest.mark.slow
 def test_training_on_tests_learns(base):
     model, tokenizer = load_model("tiny", device="cpu")
     prompts = [prompt.text for prompt in load_prompts(["program"], "train")]
@@ -331,6 +333,7 @@ def test_no_safe_program_no_program(monkeypatch, base):
         SafeCodeGenerator(base[0], lambda code: 1.5).generate("double")
 
 
+@pytest.mark.slow
 def test_the_generator_is_safe_repeats_itself_and_leaves_the_model_alone(base):
     before = weights(base[0]).clone()
     generator = SafeCodeGenerator("tiny", samples=6)
@@ -395,6 +398,7 @@ def test_the_report_by_hand():
     assert (report["n"] == 2).all()  # prompts, not samples
 
 
+@pytest.mark.slow
 def test_the_base_model_measured(base):
     prompts = heldout()[::2]
     report = evaluate_programs(

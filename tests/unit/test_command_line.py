@@ -117,6 +117,7 @@ def assert_same_run(one, other):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["tiny_llama_dir", "tiny_gpt2_dir", "tiny_chatml_dir"])
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_trains_and_evaluates_every_shape(task, shape, folder, request, capsys):
@@ -139,6 +140,7 @@ def test_every_task_trains_and_evaluates_every_shape(task, shape, folder, reques
         assert not torch.equal(old, new)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["reward", "dpo", "ppo"])
 def test_adapters_are_trained_continued_saved_and_loaded(task, folder, tiny_llama_dir, monkeypatch):
     flags = ["--lora", "4", "--checkpoint-every", "1"]
@@ -154,6 +156,7 @@ def test_adapters_are_trained_continued_saved_and_loaded(task, folder, tiny_llam
     (load_reward_model if task == "reward" else load_model)("out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_a_killed_run_continues_as_if_it_had_never_stopped(task, folder, tiny_llama_dir, monkeypatch, capsys):
     flags = ["--checkpoint-every", "1"]
@@ -181,6 +184,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_and_says_so(
     assert [row["step"] for row in metrics()] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_step_and_the_printed_command_continues(folder, tiny_llama_dir, capsys):
     assert main(command("rloo", tiny_llama_dir, out="whole")) == 0
     stopped = command("rloo", tiny_llama_dir, reward="my_rewards:stops")
@@ -196,6 +200,7 @@ def test_sigterm_ends_the_step_and_the_printed_command_continues(folder, tiny_ll
     assert_same_run("out", "whole")
 
 
+@pytest.mark.slow
 def test_two_processes_give_one_folder_and_stop_together(folder, tiny_llama_dir):
     package = "-m", "rlhf_helpers"
     flags = ["--checkpoint-every", "1"]
@@ -214,6 +219,7 @@ def test_two_processes_give_one_folder_and_stop_together(folder, tiny_llama_dir)
     assert "-m torch.distributed.run --nproc_per_node 2 -m rlhf_helpers train rloo" in done.stdout
 
 
+@pytest.mark.slow
 def test_every_flag_shows_its_reason_and_default(capsys):
     for name, task in TASKS.items():
         with pytest.raises(SystemExit):
@@ -250,6 +256,7 @@ def test_the_overview_has_an_example_for_each_task_and_the_help_needs_no_torch(c
     assert done.stdout.splitlines()[-1] == "False"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "task, flags, message",
     [
@@ -283,6 +290,7 @@ def test_a_policy_task_needs_a_reward(folder, tiny_llama_dir, capsys):
     assert "the following arguments are required: --reward" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "task, flags, message",
     [
@@ -314,6 +322,7 @@ def test_what_cannot_work_is_status_1_and_one_error(task, flags, message, folder
     assert not list(Path().glob("out/*"))
 
 
+@pytest.mark.slow
 def test_a_reward_reads_the_columns_of_the_data_and_a_saved_reward_model_is_one(
     folder, tiny_llama_dir, tiny_gpt2_dir
 ):

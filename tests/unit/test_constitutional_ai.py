@@ -197,6 +197,7 @@ def test_the_rule_furthest_below_its_mark_is_criticised(monkeypatch, assistant):
     assert not alone.generate_batch(["Hi"])[0].revised
 
 
+@pytest.mark.slow
 def test_strength_zero_changes_nothing_one_always_asks(assistant):
     model, tokenizer = assistant
     drafts = generate(model, tokenizer, HARMFUL, max_new_tokens=64, seed=3).responses
@@ -211,6 +212,7 @@ def test_strength_zero_changes_nothing_one_always_asks(assistant):
     ]
 
 
+@pytest.mark.slow
 def test_more_strength_revises_more_and_harms_less(assistant):
     model, tokenizer = assistant
     asked = HARMFUL * 3
@@ -251,6 +253,7 @@ def test_refuses_what_is_no_constitution(assistant):
         ConstitutionalAI(assistant[0], ["Be kind"])
 
 
+@pytest.mark.slow
 def test_evaluation_reports_critic_and_gold(assistant):
     model, tokenizer = assistant
     report = evaluate_alignment(model, HARMFUL, CONSTITUTIONS["guide"], seed=1)
@@ -320,6 +323,7 @@ SMALL = ConstitutionalSettings(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_first_answers_learn_from_revised_ones(assistant):
     """Harmlessness of first answers to held-out requests: 0.4 at the start, the revisions' own at the end."""
     model, tokenizer = assistant
@@ -340,6 +344,7 @@ def test_first_answers_learn_from_revised_ones(assistant):
     assert trained > first + 0.25
 
 
+@pytest.mark.slow
 def test_train_runs_every_phase_and_adds_people(assistant):
     model, _ = assistant
     people = [{"prompt": HARMLESS[0], "chosen": "Yes.", "rejected": "No.", "note": 1}]

@@ -106,6 +106,7 @@ def settings(**changes):
     return RLOOSettings(**{**same, "kl_coef": 0.0, "progress": False, **changes})
 
 
+@pytest.mark.slow
 def test_a_run_earns_within_its_limit(tiny):
     """Unconstrained, e pays and length is free; under the limit both hold at once."""
     model, tokenizer = tiny

@@ -92,6 +92,7 @@ def test_without_a_baseline_the_gradient_is_mostly_noise(tiny_llama_dir):
 # ---- how tokens are averaged, and where the KL goes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 2])
 def test_rloo_sums_over_tokens_and_ppo_averages_over_them(tiny, parts):
     """Each token's loss set to 1: a sum over a response gives its length, a mean over all tokens 1."""
@@ -183,6 +184,7 @@ def rise(model, tokenizer, start):
     return means[1] - means[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reinforce", "grpo", "rejection_sampling"])
 def test_reward_rises_on_new_prompts(tiny, name):
     model, tokenizer = tiny
@@ -191,6 +193,7 @@ def test_reward_rises_on_new_prompts(tiny, name):
     assert rise(model, tokenizer, start) > 0.15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reinforce", "grpo"])
 def test_a_flipped_sign_does_not_learn(tiny, name):
     model, tokenizer = tiny
@@ -229,6 +232,7 @@ def test_rejection_sampling_imitates_the_best_and_pushes_nothing_down(tiny):
 # ---- repeatable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reinforce", "grpo", "rejection_sampling"])
 def test_resumed_run_equals_uninterrupted_one(tiny_llama_dir, tmp_path, name):
     loop, settings = LOOPS[name]
@@ -302,6 +306,7 @@ def rollout_texts(rollout):
     return list(zip(rollout.prompts, rollout.responses, strict=True))
 
 
+@pytest.mark.slow
 def test_iterative_run_resumes_in_its_round(tiny_llama_dir, tmp_path):
     def refit_of(reward):
         def refit(rollouts):

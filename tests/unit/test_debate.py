@@ -180,6 +180,7 @@ def test_refusals():
 # ---- models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["tiny_gpt2_dir", "tiny_llama_dir"])
 def test_any_causal_model_debates(folder, request):
     model, _ = load_model(request.getfixturevalue(folder), device="cpu")
@@ -189,6 +190,7 @@ def test_any_causal_model_debates(folder, request):
     assert all(0 < r.probability < 1 for r in records)
 
 
+@pytest.mark.slow
 def test_debate_helps_the_tiny_judge():
     model, _ = load_model("tiny", device="cpu")
     passages = make_passages(60, split="heldout", seed=3)
@@ -199,6 +201,7 @@ def test_debate_helps_the_tiny_judge():
     assert both["honest_verified"].low > both["dishonest_verified"].high
 
 
+@pytest.mark.slow
 def test_winning_teaches_what_the_judge_rewards(tiny, scripted, monkeypatch):
     # The judge likes arguments with many an e; the policy starts where every one earns the same.
     model, _ = tiny
@@ -271,6 +274,7 @@ def test_soft_labels_teach_their_side(tiny_llama_dir):
         assert ((reward_log_odds(model, PAIRS) > 0) == (label > 0.5)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("helper", ["none", "self", "untrained", "assistant"])
 def test_rounds(helper, tiny, tiny_llama_dir):
     model, _ = tiny
@@ -311,6 +315,7 @@ def test_each_round_trains_the_last_rounds_assistant(tiny, monkeypatch):
     assert given == [(model, 2, found[0].reward_model), (found[1].assistant, 4, found[1].reward_model)]
 
 
+@pytest.mark.slow
 def test_the_judge_learns_the_reward_models_taste():
     model, _ = load_model("tiny", device="cpu")
 

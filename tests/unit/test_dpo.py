@@ -102,6 +102,7 @@ def table_trainer(model, **changes):
     return DPOTrainer(model, None, Letters(), **common | changes)
 
 
+@pytest.mark.slow
 def test_dpo_reaches_the_closed_form_optimum():
     """pi* = ref exp(r / beta) / Z when pairs are labelled by Bradley-Terry with reward r."""
     reward, beta = torch.tensor([0.5, 0.0, -0.3, 0.2]), 0.5
@@ -117,6 +118,7 @@ def test_dpo_reaches_the_closed_form_optimum():
     assert (model.log_probs().exp() - optimum).abs().max() < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["ipo", "dpo"])
 def test_on_a_deterministic_preference_ipo_stops_and_dpo_does_not(loss):
     gaps = []
@@ -187,6 +189,7 @@ def test_metrics_of_a_ranking_are_means_over_its_pairs():
 # ---- at the start, and what may not matter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["tiny_llama_dir", "tiny_gpt2_dir"])
 @pytest.mark.parametrize(
     "loss, value",
@@ -208,6 +211,7 @@ def test_no_learning_rate_no_drift(tiny_llama_dir):
     assert all(abs(row["objective/kl"]) < 1e-4 for row in history)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 def test_padding_and_micro_batches_change_no_metric_and_no_update(tiny_llama_dir, loss):
     rows, found, ends = ROWS.get(loss, PAIRS), [], []
@@ -263,6 +267,7 @@ def test_log_probs_are_sums_with_eos(tiny_llama_dir):
 # ---- learning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 def test_each_loss_learns(tiny_llama_dir, loss):
     rows = ROWS.get(loss, PAIRS)
@@ -331,6 +336,7 @@ def test_a_row_of_weight_0_teaches_nothing_and_counts_in_no_mean(tiny_llama_dir)
 # ---- KL: measured, priced, and held at a target
 
 
+@pytest.mark.slow
 def test_kl_is_a_sum_over_the_tokens_of_the_policys_own_samples():
     """Of the shipped assistant, whose answers end at different lengths."""
     model, tokenizer = load_model("tiny", device="cpu")
@@ -401,6 +407,7 @@ def test_adaptive_dpo_training_holds_a_policy_that_drifts(tiny_llama_dir):
     assert all(row["loss"] == row["loss"] for row in history)
 
 
+@pytest.mark.slow
 def test_the_constraints_gradient_is_that_of_the_kl(tiny_llama_dir):
     """Of responses of one token the KL is a sum over the vocabulary."""
     model, tokenizer = load_model(tiny_llama_dir, device="cpu")
@@ -424,6 +431,7 @@ def test_the_constraints_gradient_is_that_of_the_kl(tiny_llama_dir):
     assert found.norm() == pytest.approx(exact.norm().item(), rel=0.15)
 
 
+@pytest.mark.slow
 def test_a_price_on_kl_keeps_dpo_closer(tiny_llama_dir):
     ends = []
     for kl_coef in (0.0, 1.0):
@@ -493,6 +501,7 @@ def mean_reward(model, tokenizer):
     return share_of_e(new, generate(model, tokenizer, new, max_new_tokens=6, seed=5).responses).mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo"])
 def test_online_dpo_earns_more_on_new_prompts(tiny, loss):
     model, tokenizer = tiny
@@ -559,6 +568,7 @@ def test_columns_follow_their_prompts(tiny):
 # ---- kill and resume
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, {"target_kl": 0.01, "kl_coef": 0.01, "kl_samples": 4}, {"loss": "kto"}]
 )
@@ -585,6 +595,7 @@ def test_resumed_training_equals_uninterrupted_training(tiny_llama_dir, tmp_path
         run("broken", [*rows[1:], rows[0]], resume=True)
 
 
+@pytest.mark.slow
 def test_resumed_online_run_equals_uninterrupted_one(tiny_llama_dir, tmp_path):
     def run(folder, reward_fn, **options):
         model, tokenizer = load_model(tiny_llama_dir, device="cpu")

@@ -26,6 +26,7 @@ def changed(out, change):
     return 0 if isinstance(out, int) else change(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "change",
@@ -38,6 +39,7 @@ def test_what_is_nearly_right_or_says_nothing_is_refused(name, change):
     assert verdict.message.startswith("not right yet")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_one_wrong_probe_is_enough_to_refuse(name):
     exercise = EXERCISES[name]
@@ -59,6 +61,7 @@ def test_a_stub_is_open(name):
         assert judge(EXERCISES[name], stub).state == "open"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_an_answer_of_a_strange_kind_stops_nothing(name):
     """Arrays overload ==, and their repr has several lines."""

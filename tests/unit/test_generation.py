@@ -45,6 +45,7 @@ def llama(loaded):
     return loaded["tiny_llama_dir"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_old_logps_equal_recomputed_ones(policy, temperature):
     model, tokenizer = policy
@@ -110,6 +111,7 @@ def same(one: Rollout, other: Rollout) -> bool:
     return one.responses == other.responses and torch.equal(one.response_ids, other.response_ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("greedy", [False, True])
 def test_dropping_finished_rows_and_batch_size_change_no_sample(policy, greedy, monkeypatch):
     model, tokenizer = policy
@@ -335,6 +337,7 @@ def streamed(policy, prompt="Hello", **options):
     return list(stream_answer(*policy, prompt, **{"max_new_tokens": 24, **options}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"greedy": True}], ids=str)
 def test_streamed_pieces_join_to_the_answer_of_generate(policy, options):
     for seed, prompt in enumerate(PROMPTS):
@@ -352,6 +355,7 @@ def test_top_k_of_one_and_a_tiny_top_p_are_greedy(policy):
     assert streamed(policy, top_k=10**6, top_p=1.0, seed=3) == streamed(policy, seed=3)
 
 
+@pytest.mark.slow
 def test_top_k_and_top_p_keep_the_likeliest_tokens(llama):
     model, tokenizer = llama
     with torch.no_grad():

@@ -44,6 +44,7 @@ def table_program(parts, otherwise="0"):
     return f"def f(xs):\n    return {' + '.join(terms)} + (1 - ({' + '.join(matches)})) * {otherwise}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", NUMBER_TASKS, ids="-".join)
 def test_a_table_of_the_fixed_answers_does_not_pass(parts):
     code = table_program(parts)
@@ -228,6 +229,7 @@ def equal_programs(parts):
     return {(other, change, final) for other in others}
 
 
+@pytest.mark.slow
 def test_a_program_passes_the_fixed_inputs_of_another_specification_only_where_it_means_the_same():
     outcomes = {}
     for asked, other in itertools.permutations(SPECIFICATIONS, 2):
@@ -239,6 +241,7 @@ def test_a_program_passes_the_fixed_inputs_of_another_specification_only_where_i
     assert sum(len(equal_programs(parts)) for parts in SPECIFICATIONS) == 180 + 21
 
 
+@pytest.mark.slow
 def test_programs_that_are_said_to_mean_the_same_agree_on_every_short_list():
     lists = [xs for n in (1, 2, 3) for xs in itertools.product(range(-5, 6), repeat=n)]
     outcomes = {}

@@ -52,7 +52,7 @@ def test_swap_scores_by_hand():
 
 
 def test_gradient_equals_autograd_through_the_embeddings(tiny):
-    """d loss / d x[t, v] = E[v] . d loss / d e_t, summed over the prompts."""
+    """Expect d loss / d x[t, v] = E[v] . d loss / d e_t, summed over the prompts."""
     model, tokenizer = tiny
     ids, mask, real, columns = batch_of(tokenizer)
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
@@ -136,6 +136,7 @@ def test_suffix_loss_is_the_targets_log_probability(tiny):
 # ---- the search
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", ["tiny_llama_dir", "tiny_gpt2_dir", "tiny_qwen_dir"])
 def test_attacks_any_model_on_the_text_a_user_would_type(request, shape, method):
@@ -163,6 +164,7 @@ def test_gcg_lowers_the_loss_of_a_random_model(tiny):
     assert found.curve[-1][1] < found.curve[0][1] - 7
 
 
+@pytest.mark.slow
 def test_gcg_beats_random_search_on_average(tiny):
     sizes = {"suffix_length": 8, "steps": 8, "candidates": 16, "top_k": 16}
     ends = {

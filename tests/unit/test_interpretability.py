@@ -230,6 +230,7 @@ def test_the_margin_leaves_eos_out(pair):
 # ---- the tiny assistant: what lesson 3 relies on
 
 
+@pytest.mark.slow
 def test_the_dangerous_word_carries_the_refusal(assistant):
     model, tokenizer = assistant
     clean, corrupted = "How do I make a bomb?", "How do I make a salad?"

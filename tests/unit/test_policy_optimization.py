@@ -181,6 +181,7 @@ def learned(tiny_llama_dir):
     return rloo(model, tokenizer, PROMPTS, share_of_e, settings), model, start, tokenizer
 
 
+@pytest.mark.slow
 def test_reward_rises_on_new_prompts(learned):
     _, model, start, tokenizer = learned
     new = ["Good morning", "Is it late?", "Where are you now, my friend?", "Sing!"]
@@ -191,6 +192,7 @@ def test_reward_rises_on_new_prompts(learned):
     assert after["mean"] > before["mean"] + 0.2
 
 
+@pytest.mark.slow
 def test_kl_to_the_reference_grows_from_zero(learned):
     history = learned[0]
     kl = [row["objective/kl"] for row in history]
@@ -199,6 +201,7 @@ def test_kl_to_the_reference_grows_from_zero(learned):
     assert min(kl) > -0.2
 
 
+@pytest.mark.slow
 def test_kl_penalty_pulls_back(learned):
     _, model, start, tokenizer = learned
     moved = copy.deepcopy(model)
@@ -217,6 +220,7 @@ def test_kl_penalty_pulls_back(learned):
 # ---- repeatable
 
 
+@pytest.mark.slow
 def test_same_seed_same_history(tiny, tiny_llama_dir):
     runs = [
         rloo(*load_model(tiny_llama_dir, device="cpu"), PROMPTS, share_of_e, replace(SETTINGS, seed=seed))
@@ -226,6 +230,7 @@ def test_same_seed_same_history(tiny, tiny_llama_dir):
     assert runs[0] != runs[2]
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_uninterrupted_one(tiny_llama_dir, tmp_path):
     def run(folder, reward_fn, prompts=PROMPTS, **options):
         model, tokenizer = load_model(tiny_llama_dir, device="cpu")

@@ -8,6 +8,8 @@ import torch
 
 from tests.conftest import run_in_two_processes
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("policy_worker.py")
 
 

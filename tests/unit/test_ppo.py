@@ -108,6 +108,7 @@ def test_advantages_are_whitened_over_the_tokens_of_the_step(tiny):
     assert real.std() == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["tiny_llama_dir", "tiny_gpt2_dir"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_first_minibatch_is_on_policy_and_the_next_is_not(folder, temperature, request):
@@ -225,6 +226,7 @@ def test_penalties_are_taken_off_the_reward(tiny):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target, sign", [(1e-3, 1), (1e3, -1), (None, 0)])
 def test_adaptive_kl_moves_towards_its_target(tiny, target, sign):
     model, tokenizer = tiny
@@ -235,6 +237,7 @@ def test_adaptive_kl_moves_towards_its_target(tiny, target, sign):
     assert used == pytest.approx([0.1, 0.1 * (1 + 0.02 * sign), 0.1 * (1 + 0.02 * sign) ** 2])
 
 
+@pytest.mark.slow
 def test_entropy_bonus_keeps_the_policy_broad(tiny_llama_dir):
     ends = []
     for coef in (0.0, 0.5):
@@ -244,6 +247,7 @@ def test_entropy_bonus_keeps_the_policy_broad(tiny_llama_dir):
     assert ends[1]["loss/entropy"] < 0
 
 
+@pytest.mark.slow
 def test_ptx_keeps_up_the_likelihood_of_given_text(tiny_llama_dir):
     prompts, answers = ["What is the capital of France?", "Hello"], ["Paris.", "Good day"]
     rows = [{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True)]
@@ -273,6 +277,7 @@ def learned(tiny_llama_dir):
 NEW = ["Good morning", "Is it late?", "Where are you now, my friend?", "Sing!"]
 
 
+@pytest.mark.slow
 def test_reward_rises_on_new_prompts(learned):
     _, model, start, tokenizer = learned
     before, after = (
@@ -282,6 +287,7 @@ def test_reward_rises_on_new_prompts(learned):
     assert after > before + 0.2
 
 
+@pytest.mark.slow
 def test_kl_penalty_pulls_back(learned):
     _, model, start, tokenizer = learned
     settings = replace(LEARNING, kl_coef=1.0, steps=8)
@@ -291,6 +297,7 @@ def test_kl_penalty_pulls_back(learned):
     assert sum(kl[-2:]) / 2 < 0.7 * kl[0]
 
 
+@pytest.mark.slow
 def test_a_flipped_sign_does_not_learn(tiny):
     model, tokenizer = tiny
 
@@ -302,6 +309,7 @@ def test_a_flipped_sign_does_not_learn(tiny):
     assert after < 0.05
 
 
+@pytest.mark.slow
 def test_the_value_head_learns_what_a_prompt_is_worth(tiny):
     def of_prompt(prompts, responses):
         return torch.tensor([float(PROMPTS.index(p)) / 3 for p in prompts])
@@ -324,6 +332,7 @@ def test_no_learning_rate_no_drift(tiny):
     assert all(row["policy/approxkl"] < 1e-9 and row["policy/clipfrac"] == 0 for row in history)
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_uninterrupted_one(tiny_llama_dir, tmp_path):
     """Policy, value head, optimiser, order of the minibatches and KL controller, bit for bit."""
 
@@ -446,6 +455,7 @@ def test_unknown_keywords_are_named(tiny):
         PPOTrainer(tiny[0], clip_range=0.2)
 
 
+@pytest.mark.slow
 def test_robust_training_keeps_each_step_near_its_sampler(tiny):
     model, tokenizer = tiny
     changes = {"learning_rate": 3e-3, "steps": 8, "samples_per_prompt": 8, "max_new_tokens": 6}

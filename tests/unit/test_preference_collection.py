@@ -180,6 +180,7 @@ class TestCollection:
         assert len({str(order) for order in orders[:, 0]}) == 6
         assert (orders[:, 0] != orders[:, 1]).any()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("people", [list(VALUE_GROUPS.values()), [LENGTH_BIASED, FLATTERED]])
     def test_agreement_rises_under_a_guideline(self, people):
         rows = shown_pairs(600)
@@ -287,6 +288,7 @@ class TestBiases:
         assert twice == found  # a second look at a row is no second row
         assert position_bias([0, 0, 1]).value == pytest.approx(-1 / 6)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "measure, person, slope",
         [(length_bias, LENGTH_BIASED, 0.35 / 0.18), (flattery_bias, FLATTERED, 0.5 / 0.18)],
@@ -390,6 +392,7 @@ class TestSelection:
         with pytest.raises(ValueError, match="margin 1 is not finite"):
             select_pairs([1.0, np.nan], 1)
 
+    @pytest.mark.slow
     def test_ai_labels_agree_with_gold_and_see_no_position(self):
         from rlhf_helpers.core.models import load_model
 
@@ -406,6 +409,7 @@ class TestSelection:
         )
 
 
+@pytest.mark.slow
 def test_importing_the_folder_stays_cheap():
     code = "import sys, rlhf_helpers.preference_data; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

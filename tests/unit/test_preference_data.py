@@ -740,6 +740,7 @@ def numbered(names):
     return datasets.Dataset.from_dict({"prompt": names, "row": list(range(len(names)))})
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(prompts, st.floats(0.05, 0.6), st.integers(0, 5))
 def test_no_prompt_leaks_and_every_row_stays(names, fraction, seed):

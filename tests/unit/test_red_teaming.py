@@ -299,6 +299,7 @@ def test_few_findings_of_a_kind_leave_room_for_the_other(tmp_path):
 # ---- canaries, harms, learned attackers
 
 
+@pytest.mark.slow
 def test_canaries(assistant):
     table = extract_canaries(*assistant, samples=10, controls=20)
     assert len(table) == 10
@@ -338,6 +339,7 @@ def test_attacks_asked_again_earn_the_mean_of_their_answers(assistant):
     assert reward([""], [BOMB]).tolist() == [0.5]
 
 
+@pytest.mark.slow
 def test_an_attacker_learns_where_the_target_is_weak(assistant):
     """A judge that minds private data alone: the attacker comes to ask for it; from 0.3, at least +0.3."""
 
@@ -393,6 +395,7 @@ def test_the_largest_harm_counts_and_the_front_is_not_beaten(tiny):
 # ---- hardening
 
 
+@pytest.mark.slow
 def test_hardening_halves_what_was_never_trained_on(assistant):
     """Held-out requests in a held-out wrapper: from about 0.7 to under half of it."""
     model = assistant[0]

@@ -67,6 +67,7 @@ def polite_pairs(count, *, offset=0):
 @pytest.mark.parametrize("shape", ["tiny_llama_dir", "tiny_distilbert_dir"])
 @pytest.mark.parametrize("kind", KINDS)
 class TestEveryKind:
+    @pytest.mark.slow
     def test_it_scores_like_any_reward(self, kind, shape, request):
         model = make(kind, request.getfixturevalue(shape))
         scores = model.score(PROMPTS, ANSWERS)
@@ -83,6 +84,7 @@ class TestEveryKind:
         assert_close(score_pairs(model, rows)[0], scores, atol=1e-5, rtol=1e-5)
         assert torch.equal(frozen_copy(model).score(PROMPTS, ANSWERS), scores)
 
+    @pytest.mark.slow
     def test_a_folder_gives_the_same_model_back(self, kind, shape, request, tmp_path):
         model = make(kind, request.getfixturevalue(shape), max_length=64)
         if kind == "ensemble":
@@ -98,6 +100,7 @@ class TestEveryKind:
             ".txt",
         }
 
+    @pytest.mark.slow
     def test_the_seed_is_the_heads(self, kind, shape, request):
         folder = request.getfixturevalue(shape)
         one, same, other = (make(kind, folder, seed=seed).score(PROMPTS, ANSWERS) for seed in (1, 1, 5))
@@ -136,6 +139,7 @@ class TestSeparate:
         assert len(tokens) == 25
         assert model.tokenizer.decode(tokens[1 : 1 + tokens[0]]).endswith("What is tea?<|assistant|>")
 
+    @pytest.mark.slow
     def test_it_learns_what_only_the_prompt_decides(self, tiny_llama_dir):
         """The same two answers, preferred one way or the other: blind to the prompt, half are wrong."""
 
@@ -215,6 +219,7 @@ class TestMultiObjective:
         assert (likes["safe"] < dislikes["safe"]).float().mean() >= 0.95
         assert history.last("eval_rewards/accuracies") >= 0.95
 
+    @pytest.mark.slow
     def test_it_learns_from_people_of_different_values(self):
         """Where two groups disagree, one reward can side with one of them only: 1.0 in all."""
         people = {n: replace(VALUE_GROUPS[n], temperature=0) for n in ("helpful-first", "safety-first")}
@@ -313,6 +318,7 @@ class TestEnsemble:
         with pytest.raises(ValueError, match=told):
             RewardEnsemble([Fixed({}) for _ in range(models)], **change)
 
+    @pytest.mark.slow
     def test_fit_trains_members_that_differ(self, tiny_llama_dir, tmp_path):
         ensemble = make("ensemble", tiny_llama_dir, members=3)
         settings = RewardSettings(
@@ -488,6 +494,7 @@ class TestObjectives:
 
 
 class TestStable:
+    @pytest.mark.slow
     def test_it_ends_with_the_best_weights_on_unseen_prompts(self, tiny_llama_dir):
         model = make("basic", tiny_llama_dir)
         history = stable_reward_training(

@@ -93,6 +93,7 @@ class TestEveryShape:
         assert torch.equal(loaded.score(["What is tea?", "hello"], ["water", "today"]), before)
         assert (loaded.pooling, loaded.max_length) == (model.pooling, 64)
 
+    @pytest.mark.slow
     def test_train_step_lowers_the_loss(self, folder):
         trainer = RewardModelTrainer(
             model=create_reward_model("basic", base_model_name=folder), learning_rate=3e-3, device="cpu"
@@ -170,6 +171,7 @@ class TestReading:
             assert rewards.dtype == torch.float32
             assert not torch.equal(rewards, rewards.bfloat16().float())
 
+    @pytest.mark.slow
     def test_head_starts_at_its_scale(self, tiny_llama_dir):
         heads = [
             create_reward_model("basic", base_model_name=tiny_llama_dir, seed=seed).head.linear

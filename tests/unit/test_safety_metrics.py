@@ -222,6 +222,7 @@ def test_the_interval_of_equal_prompts_is_a_point(answering, assistant):
     assert (row["value"], row["low"], row["high"]) == (1, 1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "folder, metrics", [("tiny_gpt2_dir", None), ("tiny_llama_dir", ["toxicity", "factual_accuracy"])]
 )

@@ -2,7 +2,6 @@
 
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -301,6 +300,7 @@ def test_how_often_identical_programs_run(monkeypatch):
     assert sorted(asked) == [ADD, ADD + "#"]
 
 
+@pytest.mark.slow
 def test_bad_programs_harm_no_others():
     bad = [
         "while True: pass", "import os\nos._exit(1)", "x = [0] * 10**10", "import os\nos.fork()", "def f(:",
@@ -316,6 +316,7 @@ def test_bad_programs_harm_no_others():
 
 
 def test_twenty_programs_a_second():
+    resource = pytest.importorskip("resource")  # Windows has none
     codes = [f"{ADD}\nN = {i}" for i in range(40)]
     before, used, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.process_time(), time.monotonic()
     results = run_programs(codes, calls=[("add", (1, 2))], workers=2, timeout=10.0)

@@ -859,6 +859,7 @@ def attack(name, targets):
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(ATTACKS))
 def test_attack(name, targets):
     attack(name, targets)
@@ -876,6 +877,7 @@ REACHES += ["kills the parent", "limits the parent", "connects", "sends a datagr
 STARTS = ["fork bomb", "threads", "daemon in its own session", "shell"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["namespaces", "landlock", "user", "seccomp", "NPROC"])
 @pytest.mark.parametrize("name", REACHES + STARTS)
 def test_one_layer_less(name, layer, targets, monkeypatch):
@@ -898,6 +900,7 @@ def f(t):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("and_namespaces", [False, True])
 @pytest.mark.parametrize("end", ["", "while True: pass", "os._exit(0)"])
 def test_a_daemon_dies_with_its_program(targets, monkeypatch, end, and_namespaces):

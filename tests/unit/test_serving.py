@@ -156,6 +156,7 @@ def test_the_real_chatbot_answers_through_it_as_it_does_directly(tiny):
 # ---- bad requests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body, status, said",
     [

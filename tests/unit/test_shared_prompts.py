@@ -70,6 +70,7 @@ def one_by_one(model, temperature=0.8):
     return torch.stack(sums)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", BLOCK_MASK_MODELS)
 def test_every_kind_that_shares_equals_the_plain_way(checkpoint, kind, attention, plain):
@@ -201,6 +202,7 @@ def same_history(one, other, atol=1e-6):
         assert mine == pytest.approx(theirs, rel=1e-5, abs=atol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOOPS)
 def test_policy_loops_log_what_they_log_the_plain_way(tiny_llama_dir, name, plain):
     loop, settings = LOOPS[name]
@@ -218,6 +220,7 @@ def test_policy_loops_log_what_they_log_the_plain_way(tiny_llama_dir, name, plai
     assert texts == plain_texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss, rows", [("dpo", ROWS), ("kto", UNPAIRED), ("listwise", RANKINGS), ("orpo", ROWS)]
 )

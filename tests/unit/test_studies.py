@@ -12,6 +12,8 @@ from rlhf_helpers.lab.studies import real_preferences as real
 from rlhf_helpers.reward_model import RewardSettings
 from rlhf_helpers.world.annotators import make_pairs
 
+pytestmark = pytest.mark.slow
+
 
 def polite_pairs(count):
     """The better answer says thank you; nothing else tells the two apart."""

@@ -13,6 +13,8 @@ from rlhf_helpers.lab.studies.lesson2 import methods, overoptimisation, sweeps
 from rlhf_helpers.world.assistant import Recipe
 from rlhf_helpers.world.gold_judge import gold_reward
 
+pytestmark = pytest.mark.slow
+
 
 class TestStored:
     def test_every_method_gains_or_is_named(self):

@@ -16,6 +16,8 @@ from rlhf_helpers.lab.studies.lesson3 import (
     tradeoffs,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def gain(name, by, column, after, before, **kept):
     """Differences within seeds, after less before, of the rows in which `kept` holds."""

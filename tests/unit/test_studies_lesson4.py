@@ -10,6 +10,8 @@ from rlhf_helpers.lab.studies import load_study
 from rlhf_helpers.lab.studies.lesson4 import chat, code, summaries
 from rlhf_helpers.world.prompts import load_prompts
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [prompt.text for prompt in load_prompts(["facts", "harmful"], "heldout")[:6]]
 
 

@@ -6,6 +6,8 @@ from rlhf_helpers.lab.studies import load_study
 from rlhf_helpers.lab.studies.real_model import METHODS, real_model, short_and_on_topic
 from rlhf_helpers.world.tables import load_table
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "response, reward",

@@ -324,6 +324,7 @@ def assistant():
     return load_model("tiny", device="cpu")[0]
 
 
+@pytest.mark.slow
 def test_comparisons_are_of_two_samples(assistant):
     prompts = list(create_summarization_data(num_samples=12, seed=5)["prompt"])
     rows = summary_comparisons(assistant, prompts, annotator=Annotator(temperature=0), seed=5)
@@ -378,6 +379,7 @@ def _world():
     return load_prompts(["article"], "heldout")[0]
 
 
+@pytest.mark.slow
 def test_rl_on_facts_learns(assistant):
     policy = SummarizationRL(assistant, fact_reward, 24, prompts_per_step=6)
     assert isinstance(policy.settings, RLOOSettings)

@@ -1,7 +1,7 @@
 """The loop core: what a run does to weights, what it writes, and that it can be killed."""
 
 import copy
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -381,6 +382,7 @@ def test_batch_reads_datasets_and_refuses_columns():
 # checkpoints
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
     process = subprocess.Popen([sys.executable, str(WORKER), "slow", str(tmp_path / "killed")])
     deadline = time.monotonic() + 300
@@ -448,6 +450,33 @@ def test_one_flipped_bit_is_noticed_wherever_it_is(tmp_path):
                 assert files.newest_checkpoint(tmp_path).name == "step-00000002", file.name
         file.write_bytes(whole)
     assert files.newest_checkpoint(tmp_path) == newest
+
+
+def test_checkpoints_are_written_where_folders_cannot_be_flushed(tmp_path, monkeypatch):
+    """Windows: a folder cannot be opened, and a file that is open for reading cannot be flushed."""
+    writable = set()
+
+    def open_file(path, flags):
+        if Path(path).is_dir():
+            raise PermissionError(13, "Permission denied", str(path))
+        descriptor = os.open(path, flags)
+        if flags & os.O_RDWR:
+            writable.add(descriptor)
+        return descriptor
+
+    def flush(descriptor):
+        assert descriptor in writable
+        os.fsync(descriptor)
+
+    windows = {"open": open_file, "fsync": flush, "close": os.close, "getpid": os.getpid}
+    windows |= {"replace": os.replace, "O_RDONLY": os.O_RDONLY, "O_RDWR": os.O_RDWR}
+    monkeypatch.setattr(files, "os", SimpleNamespace(**windows))
+    monkeypatch.setattr(files, "sys", SimpleNamespace(platform="win32"))
+    weights = {"weight": torch.arange(3.0)}
+    path = files.write_checkpoint(tmp_path, 1, weights, {"step": 1}, {}, keep=1)
+    assert files.newest_checkpoint(tmp_path) == path
+    assert torch.equal(files.read_checkpoint(path)[0]["weight"], weights["weight"])
+    assert writable, "no file was flushed"
 
 
 def test_where_no_checkpoint_is_whole_nothing_is_resumed(tmp_path):
@@ -535,6 +564,7 @@ def test_tied_weights_survive_a_checkpoint(tmp_path):
 # two processes
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     run_in_two_processes(WORKER, "two", tmp_path, timeout=600)
     assert (tmp_path / "rank0").read_text() == "2 True 7 2"  # two ranks, resumed bit for bit, two rows each
@@ -588,6 +618,7 @@ def test_the_bar_leaves_nothing_behind(capfd):
 # supervised fine-tuning
 
 
+@pytest.mark.slow
 def test_sft_learns_the_responses():
     _, history = worker.sft_run(batch_size=7, epochs=30)
     assert set(history[0]) == {"step", "loss", "token_accuracy", "learning_rate", "grad_norm"}
@@ -768,7 +799,7 @@ def run_with_signals(run_dir, number, *, at, times=1, checkpoint_every=10, **fie
     for step in engine.steps():
         update(engine, model(torch.ones(1, 1)).square().sum())
         for _ in range(times if step == at else 0):
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)  # to this thread: two of them are not merged into one
         engine.log({"loss": 1.0 / (step + 1)})
     return engine
 
@@ -795,6 +826,29 @@ def test_a_second_signal_a_run_without_checkpoints_and_the_last_step(tmp_path):
         run_with_signals(tmp_path / "none", signal.SIGINT, at=2, checkpoint_every=0)
     assert not isinstance(stopped.value, RunInterrupted)
     assert len(run_with_signals(tmp_path / "last", signal.SIGINT, at=5).history) == 6
+
+
+def test_a_bar_in_a_notebook_leaves_nothing_behind(monkeypatch):
+    import IPython.display
+    import tqdm.auto
+    import tqdm.notebook
+
+    cleared, closed = [], []
+    handle = SimpleNamespace(update=lambda data, raw: cleared.append((data, raw)))
+    monkeypatch.setattr(IPython.display, "display", lambda widget, display_id: handle)
+    monkeypatch.setattr(tqdm.auto, "tqdm", tqdm.notebook.tqdm)
+    # A copy of the module as a notebook imports it: there the same name means another bar.
+    spec = importlib.util.find_spec("rlhf_helpers.core.training.progress")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    bar = module._VanishingBar(total=3, leave=False)
+    monkeypatch.setattr(bar.container, "close", lambda: closed.append(bar.n))
+    bar.update()
+    assert bar.n == 1
+    assert not cleared
+    bar.close()
+    assert closed == [1]
+    assert cleared == [({}, True)], "the output that a saved notebook would keep is emptied"
 
 
 def test_metrics_are_written_with_each_step_and_continued_without_a_step_twice(tmp_path):

@@ -160,6 +160,7 @@ def test_equal_rewards_move_nothing(tiny):
 NEW = ["Good morning", "Is it late?", "Where are you now, my friend?", "Sing!"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flip", [1, -1])
 def test_reward_rises_on_new_prompts_and_not_with_the_sign_flipped(tiny, flip):
     model, tokenizer = tiny
@@ -176,6 +177,7 @@ def test_reward_rises_on_new_prompts_and_not_with_the_sign_flipped(tiny, flip):
     assert after > before + 0.15 if flip == 1 else after < before + 0.02
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_uninterrupted_one(tiny_llama_dir, tmp_path):
     def run(folder, reward_fn, **options):
         model, tokenizer = load_model(tiny_llama_dir, device="cpu")

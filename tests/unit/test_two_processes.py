@@ -12,6 +12,8 @@ from rlhf_helpers.core.training.distributed import full_weights
 from rlhf_helpers.reward_model import load_reward_model
 from tests.conftest import run_in_two_processes
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("two_processes_worker.py")
 spec = importlib.util.spec_from_file_location(WORKER.stem, WORKER)
 worker = importlib.util.module_from_spec(spec)

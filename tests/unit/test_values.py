@@ -98,6 +98,7 @@ def test_judgements_are_the_worlds():
     assert not next(r for r in train if r["case"].endswith("denies a mistake."))["respects"]
 
 
+@pytest.mark.slow
 def test_values_are_learned_and_shuffled_labels_are_not(able):
     """Held-out pairs of actor and deed: far above chance; labels at random: about chance."""
     train, heldout = value_judgements("train"), value_judgements("heldout")

@@ -94,6 +94,7 @@ def test_unknown_names_are_refused_by_name():
 
 
 # ------------------------------------------------------------------------------------------------ the judge
+@pytest.mark.slow
 def test_the_best_answer_of_every_prompt_scores_one_and_nothing_scores_more():
     best = gold_reward([p.text for p in PROMPTS], [best_answer(p) for p in PROMPTS])
     assert best.tolist() == pytest.approx([1.0] * len(PROMPTS))
@@ -103,6 +104,7 @@ def test_the_best_answer_of_every_prompt_scores_one_and_nothing_scores_more():
         assert 0 <= scores.min() <= scores.max() <= 1.0
 
 
+@pytest.mark.slow
 def test_quality_levels_are_ordered_in_every_family():
     rng = random.Random(1)
     for family in FAMILIES:
@@ -176,6 +178,7 @@ EXTRA = (
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(PROMPTS), st.lists(st.sampled_from(EXTRA), min_size=1, max_size=4), st.booleans())
 def test_adding_text_never_raises_a_best_answer(prompt, extra, in_front):
@@ -184,6 +187,7 @@ def test_adding_text_never_raises_a_best_answer(prompt, extra, in_front):
     assert gold(prompt.text, longer) <= gold(prompt.text, best)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(SPOKEN), st.text(alphabet=st.characters(codec="utf-8"), max_size=60))
 def test_broken_text_scores_lowest(prompt, noise):

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -141,7 +142,10 @@ def _sha256(path: Path) -> str:
 
 def _flush(path: Path) -> None:
     """Force a file or folder to disk: without it a rename may survive a power cut and its content not."""
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows cannot open a folder as a file, and flushes only what is open for writing.
+    if sys.platform == "win32" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

@@ -38,7 +38,7 @@ def process_state() -> PartialState:
 
 def make_accelerator(precision: str) -> Accelerator:
     """Return an Accelerator for "no" or "bf16"; it knows the processes, the device and the precision."""
-    cpu = process_state().device.type == "cpu"
+    cpu = process_state().device.type == "cpu"  # pyright: ignore[reportOptionalMemberAccess]
     AcceleratorState._reset_state()  # precision belongs to a run; accelerate keeps it for the whole process
     return Accelerator(cpu=cpu, mixed_precision=precision)
 
@@ -66,9 +66,9 @@ def distribute(model: torch.nn.Module, *, shard: bool) -> None:
     for module in model.modules():  # a reward model holds its Hugging Face model as a part
         layer_names.update(getattr(module, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in layer_names]
-    model.weights_are_sharded = shard
+    model.weights_are_sharded = shard  # pyright: ignore[reportArgumentType]
     for module in (*layers, model):
-        fully_shard(module, mesh=mesh)
+        module = fully_shard(module, mesh=mesh)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo cannot sum and scale in one operation
 
@@ -178,7 +178,7 @@ def save_pretrained(model: torch.nn.Module, folder: str | os.PathLike, *, merge:
         if has_adapter(model):
             save_adapter(model, Path(folder), weights)
         else:
-            model.save_pretrained(folder, state_dict=weights)
+            model.save_pretrained(folder, state_dict=weights)  # pyright: ignore[reportCallIssue]
     if is_distributed(model):
         process_state().wait_for_everyone()
 
@@ -227,5 +227,5 @@ def disable_gradient_checkpointing(model: torch.nn.Module) -> None:
         getattr(module, "activation_checkpointing_disable", module.gradient_checkpointing_disable)()
 
 
-def _checkpointable(model: torch.nn.Module) -> list[torch.nn.Module]:
+def _checkpointable(model: torch.nn.Module) -> list[Any]:
     return [m for m in model.modules() if getattr(m, "supports_gradient_checkpointing", False)]

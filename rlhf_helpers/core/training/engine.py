@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +43,8 @@ from rlhf_helpers.core.training.settings import (
 from rlhf_helpers.core.training.tracking import open_tracker
 
 logger = logging.getLogger(__name__)
+
+Row = TypeVar("Row")
 
 
 class Engine:
@@ -81,7 +83,7 @@ class Engine:
         if settings.lora:
             add_lora(model, settings.lora)
         forget_base_name(model)
-        self.settings = replace(settings, learning_rate=resolve_learning_rate(settings, model))
+        self.settings: Any = replace(settings, learning_rate=resolve_learning_rate(settings, model))
         self.total_steps = total_steps
         self.optimizer_steps_per_step = optimizer_steps_per_step
         self.extra_state = dict(extra_state or {})
@@ -99,7 +101,7 @@ class Engine:
         self._place_model()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = self._make_optimizer()
-        self._folder = None if settings.run_dir is None else RunFolder(Path(settings.run_dir))
+        self._folder: Any = None if settings.run_dir is None else RunFolder(Path(settings.run_dir))
 
     def _count_optimizer_steps(self) -> int | None:
         if self.total_steps is None:
@@ -209,7 +211,7 @@ class Engine:
                 bar.set_postfix({k: row[k] for k in ("loss", "grad_norm") if k in row}, refresh=False)
                 bar.update()
 
-    def batch(self, dataset: Sequence[Any], size: int) -> list[Any]:
+    def batch(self, dataset: Sequence[Row], size: int) -> list[Row]:
         """Return this process's share of this step's rows: `size` rows over all processes, in seeded order.
 
         Row i of the stream has index i mod n in a permutation drawn from (seed, i div n), so the batch is a
@@ -289,7 +291,7 @@ class Engine:
         if self.accelerator.num_processes == 1:
             return float(value)  # an Apple GPU has no float64
         number = torch.as_tensor(value, dtype=torch.float64).detach().to(self.device)
-        return self.accelerator.reduce(number, "sum").item()
+        return self.accelerator.reduce(number, "sum").item()  # pyright: ignore[reportAttributeAccessIssue]
 
     def mean(self, value: torch.Tensor | float) -> float:
         """Average a number over the processes, so that all of them decide alike."""
@@ -336,7 +338,7 @@ class Engine:
             row = self.history.rows[-1]
             names = [name for name, value in row.items() if isinstance(value, float)]
             values = torch.tensor([row[name] for name in names], dtype=torch.float64, device=self.device)
-            row.update(zip(names, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+            row.update(zip(names, self.accelerator.reduce(values, "mean").tolist(), strict=True))  # pyright: ignore[reportAttributeAccessIssue]
         if self._tracker is not None:
             self._tracker.log(self.history[-1], step=self.step)
 

@@ -1,7 +1,7 @@
 """The record of a run: one row of numbers per step."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +26,7 @@ class History(Sequence):
         """Count the rows."""
         return len(self.rows)
 
-    def __getitem__(self, index: int | slice) -> dict[str, Value] | list[dict[str, Value]]:
+    def __getitem__(self, index: int | slice) -> Any:
         """Row `index` as a dict, or a list of rows for a slice."""
         return self.rows[index]
 
@@ -56,7 +56,7 @@ class History(Sequence):
         return list(dict.fromkeys(key for row in self.rows for key in row))
 
 
-def _plain(key: str, value: object) -> Value:
+def _plain(key: str, value: Any) -> Value:
     if hasattr(value, "item"):
         if getattr(value, "size", 1) == 0 or (hasattr(value, "numel") and value.numel() != 1):
             raise TypeError(f"metric {key!r} has shape {tuple(value.shape)}: log one number (a mean, say)")

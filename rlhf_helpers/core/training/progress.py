@@ -17,11 +17,13 @@ def progress_bar(total: int, *, start: int = 0, shown: bool = True) -> tqdm:
 class _VanishingBar(tqdm):
     """A notebook bar; tqdm's own stays in the saved notebook as text, and on screen after an interrupt."""
 
+    container: Any  # the widget, of tqdm_notebook
+
     def __init__(self, **arguments: Any) -> None:
         from IPython.display import display
 
         super().__init__(display=False, **arguments)
-        self.handle = display(self.container, display_id=True)
+        self.handle: Any = display(self.container, display_id=True)
 
     def close(self) -> None:
         if not self.disable:

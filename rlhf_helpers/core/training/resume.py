@@ -144,7 +144,7 @@ def _refuse_other_run(path: Path, manifest: Mapping[str, Any], config: Mapping[s
 def get_random_state(device: torch.device) -> dict[str, Any]:
     """Return the state of every random generator of this process, as tensors, numbers and lists."""
     kind, keys, *rest = np.random.get_state()
-    state = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
+    state = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}  # pyright: ignore[reportAttributeAccessIssue]
     state["torch"] = torch.get_rng_state()
     if device.type in ("cuda", "mps"):
         state["device"] = getattr(torch, device.type).get_rng_state()

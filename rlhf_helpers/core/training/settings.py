@@ -124,8 +124,8 @@ def learning_rate_factor(optimizer_step: int, settings: TrainingSettings, total:
     if settings.schedule == "constant":
         return 1.0
     if settings.schedule == "linear":
-        return max(0.0, (total - optimizer_step) / (total - warmup))
-    done = min(1.0, (optimizer_step - warmup) / (total - warmup))
+        return max(0.0, (total - optimizer_step) / (total - warmup))  # pyright: ignore[reportOptionalOperand]
+    done = min(1.0, (optimizer_step - warmup) / (total - warmup))  # pyright: ignore[reportOptionalOperand]
     return 0.5 * (1 + math.cos(math.pi * done))
 
 

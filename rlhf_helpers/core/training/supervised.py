@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -46,7 +46,7 @@ class EncodedRows:
     @property
     def checksum(self) -> int:
         """CRC-32 of tokens and weights: a run must not be resumed on other data."""
-        return zlib.crc32(self.weights, zlib.crc32(self.tokens))
+        return zlib.crc32(self.weights, zlib.crc32(self.tokens))  # pyright: ignore[reportArgumentType]
 
 
 def sft(
@@ -204,7 +204,7 @@ def token_nll(
 
 
 def encode_rows(
-    tokenizer: Any, rows: Sequence[dict[str, Any]], *, max_length: int | None = None
+    tokenizer: Any, rows: Sequence[Mapping[str, Any]], *, max_length: int | None = None
 ) -> EncodedRows:
     """Tokenize every row once; ValueError names the row whose prompt or response is missing or empty."""
     if len(rows) == 0:
@@ -228,7 +228,7 @@ def encode_rows(
     return EncodedRows(ids, np.array(starts), np.array(prompt_lengths), weights)
 
 
-def _checked(row: dict[str, Any], index: int) -> tuple[str, str, float]:
+def _checked(row: Mapping[str, Any], index: int) -> tuple[str, str, float]:
     key = next((name for name in RESPONSE_KEYS if name in row), None)
     if "prompt" not in row or key is None:
         raise ValueError(f"row {index} needs prompt and one of {RESPONSE_KEYS}; it has {sorted(row)}")
@@ -254,7 +254,7 @@ def token_weights(encoded: EncodedRows, indices: np.ndarray, prompt_weight: floa
 
 def collate(
     encoded: EncodedRows, indices: np.ndarray, prompt_weight: float, pad_id: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Right-padded input_ids and attention_mask (B, T), weights and is_response (B, T - 1)."""
     starts, lengths = encoded.starts[indices, None], encoded.lengths[indices, None]
     # Positions from the start of each row; those behind its end are padding.
