@@ -15,7 +15,7 @@ from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
 from rlhf_helpers.core.text import is_text
 from rlhf_helpers.preference_data.reading import Source, read_records
-from rlhf_helpers.preference_data.report import DataIssue, PreferenceDataError
+from rlhf_helpers.preference_data.report import PreferenceDataError
 
 Rows, Scores = list[dict[str, Any]], dict[str, float]
 _CELLS = ("Best Answer", "Correct Answers", "Incorrect Answers")  # of a row of TruthfulQA's CSV
@@ -226,4 +226,4 @@ def _text(place: str, row: Mapping[str, Any], name: str) -> str:
 
 
 def _fault(place: str, name: str, value: Any, fix: str) -> PreferenceDataError:
-    return PreferenceDataError(place, [DataIssue(place, f"{name}={value!r}", fix)])
+    return PreferenceDataError(place, [f"{place}: {name}={value!r}; {fix}"])

@@ -8,7 +8,7 @@ The way of one record through the files of this folder, here line 7 of a file gi
 
     pairs.jsonl, line 7             {"prompt": [{"role": "user", "content": "2 + 2?"}], "chosen": [...], ...}
     reading      read_records       ("pairs.jsonl:7", {...}): the record with its place
-    formats      detect_format      CHAT, the format of most records, is used for all of them
+    formats      detect_format      the format of most records, here "TRL conversational", is used for all
     formats      Format.examples    [{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}], or none and the
                                     problems with their fixes; an OASST tree gives several
     conversions  CONVERSIONS        only for examples of another unit (rankings, where pairs are read)
@@ -16,49 +16,37 @@ The way of one record through the files of this folder, here line 7 of a file gi
     tidying      to_dataset         row of the `datasets.Dataset`; the counts go into the LoadReport (report)
 """
 
-import importlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any
 
 from datasets import Dataset
 
-from rlhf_helpers.preference_data.conversions import (
-    CONVERSIONS,
-    rankings_to_pairs,
+from rlhf_helpers.core.stats import cohen_kappa, fleiss_kappa, krippendorff_alpha
+from rlhf_helpers.preference_data.augmentation import augment
+from rlhf_helpers.preference_data.collection import (
+    collect_comparisons,
+    collect_rankings,
+    collect_ratings,
 )
-from rlhf_helpers.preference_data.formats import Findings, Format, Row, detect_format, detect_prompts
+from rlhf_helpers.preference_data.conversions import CONVERSIONS, rankings_to_pairs
+from rlhf_helpers.preference_data.creation import PreferenceDataset, create_preference_data
+from rlhf_helpers.preference_data.formats import Row, detect_format
+from rlhf_helpers.preference_data.quality import (
+    annotator_reliability,
+    flattery_bias,
+    length_bias,
+    position_bias,
+)
 from rlhf_helpers.preference_data.reading import Source, read_records
-from rlhf_helpers.preference_data.report import DataIssue, LoadReport, PreferenceDataError
+from rlhf_helpers.preference_data.report import LoadReport, PreferenceDataError
+from rlhf_helpers.preference_data.selection import ai_labels, select_pairs
 from rlhf_helpers.preference_data.splits import (
     leaked_prompts,
-    normalised_prompt,
     prompt_folds,
     split_by_prompt,
 )
 from rlhf_helpers.preference_data.tidying import COLUMNS, clean_rows, to_dataset
-
-# What needs torch, models or the world loads on first use (PEP 562): name -> its file, relative to here.
-_LAZY = {
-    "Guideline": "collection",
-    "PreferenceDataset": "creation",
-    "ai_labels": "selection",
-    "annotator_reliability": "quality",
-    "augment": "augmentation",
-    "cohen_kappa": ".core.stats",
-    "collect_comparisons": "collection",
-    "collect_rankings": "collection",
-    "collect_ratings": "collection",
-    "create_preference_data": "creation",
-    "flattery_bias": "quality",
-    "fleiss_kappa": ".core.stats",
-    "krippendorff_alpha": ".core.stats",
-    "length_bias": "quality",
-    "position_bias": "quality",
-    "select_pairs": "selection",
-    "under_guideline": "collection",
-}
+from rlhf_helpers.world.annotators import Guideline
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +59,6 @@ READERS = {  # unit of the examples -> its reader
     "demonstrations": "read_demonstrations",
     "prompts": "read_prompts",
 }
-
-
-def __getattr__(name: str) -> Any:
-    """Load a name of `_LAZY` when it is first asked for."""
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
 
 
 def load_preferences(source: Source, *, split: str | None = None, limit: int | None = None) -> Dataset:
@@ -145,45 +126,38 @@ def read_prompts(source: Source, *, split: str | None = None, limit: int | None 
     Accepts any rows with a prompt, a text or messages, and the pairs and conversations that hold one without
     such a column; their answers are further columns. The rest as `read_preferences`.
     """
-    return _read(source, split, limit, "prompts", detect_prompts)
+    return _read(source, split, limit, "prompts")
 
 
-def _read(
-    source: Source,
-    split: str | None,
-    limit: int | None,
-    unit: str,
-    detect: Callable[[Any], Format | None] = detect_format,
-) -> Reading:
-    """Read, parse in the format that `detect` finds in most records, convert to `unit` and clean."""
-    name, records, issues = read_records(source, split=split, limit=limit)
-    formats = Counter(form for form in (detect(value) for _, value in records) if form)
+def _read(source: Source, split: str | None, limit: int | None, unit: str) -> Reading:
+    """Read, parse in the format that is found in most records, convert to `unit` and clean."""
+    name, records, faults = read_records(source, split=split, limit=limit)
+    formats = Counter(form for form in (detect_format(value, unit) for _, value in records) if form)
     form = formats.most_common(1)[0][0] if formats else None
     conversions = CONVERSIONS.get(unit, {})
     if form is None and records:
         place, value = records[0]
-        columns = sorted(value) if isinstance(value, Mapping) else type(value).__name__
+        columns = sorted(value) if isinstance(value, dict) else type(value).__name__
         fix = f"give {', '.join(COLUMNS[unit])}, or another format that {READERS[unit]} names"
-        issues.append(DataIssue(place, f"unknown format, the record has {columns}", fix))
+        faults.append(f"{place}: unknown format, the record has {columns}; {fix}")
     elif form and form.unit not in (unit, *conversions):
         wanted = " or ".join((unit, *conversions))
         fix = f"read it with {READERS[form.unit]}"
-        issues.append(DataIssue(name, f"holds {form.unit} ('{form.name}'), not {wanted}", fix))
+        faults.append(f"{name}: holds {form.unit} ('{form.name}'), not {wanted}; {fix}")
     rows: list[Row | None] = []
-    noted: Counter[str] = Counter()
+    noted = Counter()
     for place, value in records if form else []:
-        found = Findings()
-        rows += form.examples(value, found)
-        issues += [DataIssue(place, problem, fix) for problem, fix in found.problems]
-        noted.update(found.noted)
-    if issues or not form:
-        raise PreferenceDataError(name, issues)
+        try:
+            rows += form.examples(value, noted)
+        except ValueError as error:
+            faults += [f"{place}: {fault}" for fault in error.args]
+    if faults:
+        raise PreferenceDataError(name, faults)
     if form.unit != unit:
         noted[form.unit] = len(rows)
-        rows = conversions[form.unit](rows, noted)
+        unshared = [row for row in rows if row is None]
+        rows = [*conversions[form.unit]([row for row in rows if row], noted), *unshared]
     kept, dropped, noticed = clean_rows(rows, unit)
     counts = len(records), len(rows), len(kept), dropped, {**noted, **noticed}
     report = LoadReport(name, form.name, unit, *counts)
-    if not kept:
-        raise PreferenceDataError(name, [DataIssue(name, f"nothing is left ({report})", "give more")])
-    return to_dataset(name, kept), report
+    return to_dataset(report, kept), report

@@ -1,65 +1,14 @@
 """Collecting judgements: people compare, rank or rate the same answers, with or without a guideline."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from rlhf_helpers.world.annotators import Annotator
+from rlhf_helpers.world.annotators import Annotator, Guideline
 
 Rows = Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Guideline:
-    """A written rule for annotators; `axis_weights` say what it puts first, and how clearly.
-
-    The weights are of helpfulness, harmlessness and honesty, in units of gold reward, in which a person's
-    noise is measured (the gold reward itself is near 0.7, 1, 0.3; empty stands for it): a vague rule with
-    small weights can lower agreement. Raises ValueError unless adherence lies in [0, 1]. Lesson 1.
-    """
-
-    text: str
-    axis_weights: Mapping[str, float]
-    adherence: float = 0.8  # 0: nobody reads it; 1: own values and biases no longer count
-
-    def __post_init__(self) -> None:
-        """Refuse a share that is none."""
-        if not 0 <= self.adherence <= 1:
-            raise ValueError(f"adherence={self.adherence} is a share between 0 and 1")
-
-
-@dataclass(frozen=True)
-class _GuidedAnnotator(Annotator):
-    person: Annotator = field(default_factory=Annotator)
-    rules: Annotator = field(default_factory=Annotator)
-    adherence: float = 0.0
-
-    def utility(
-        self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[str]
-    ) -> np.ndarray:
-        own = self.person.utility(prompts, responses, **columns)
-        return (1 - self.adherence) * own + self.adherence * self.rules.utility(prompts, responses, **columns)
-
-    def biases(self, responses: Sequence[str]) -> np.ndarray:
-        return (1 - self.adherence) * self.person.biases(responses)
-
-
-def under_guideline(annotator: Annotator, guideline: Guideline) -> Annotator:
-    """The person who follows the guideline with its adherence a: u = (1 - a) u_own + a u_guideline.
-
-    u_own holds the person's biases, so they too shrink to (1 - a); noise and carelessness stay. Raises
-    ValueError for an axis that the world does not judge. Lesson 1.
-    """
-    return _GuidedAnnotator(
-        f"{annotator.name}, guided",
-        temperature=annotator.temperature,
-        reliability=annotator.reliability,
-        person=annotator,
-        rules=Annotator(axis_weights=guideline.axis_weights),
-        adherence=guideline.adherence,
-    )
 
 
 def collect_comparisons(
@@ -106,7 +55,9 @@ def _panel(
     annotators: Sequence[Annotator], guideline: Guideline | None, seed: int
 ) -> list[tuple[Annotator, int]]:
     """The people, each with an own seed."""
-    people = [under_guideline(person, guideline) for person in annotators] if guideline else annotators
+    people = list(annotators)
+    if guideline:
+        people = [replace(person, guidelines=(*person.guidelines, guideline)) for person in people]
     return list(zip(people, np.random.SeedSequence(seed).generate_state(len(people)).tolist(), strict=True))
 
 

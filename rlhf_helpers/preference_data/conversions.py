@@ -1,4 +1,4 @@
-"""From one kind of judgement to another: rankings and ratings to pairs, pairs to labels or messages."""
+"""From one kind of judgement to another: rankings and ratings to pairs, pairs to labels or demonstrations."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ def _further(row: Row, *used: str) -> Row:
     return {key: value for key, value in row.items() if key not in used}
 
 
-def pairs_of_rankings(rows: Iterable[Row], noted: Counter[str]) -> list[Row]:
+def pairs_of_rankings(rows: Iterable[Row], noted: Counter) -> list[Row]:
     """List the K (K - 1) / 2 pairs of each ranking, a prompt's together; ties are counted, not paired."""
     pairs = []
     for row in (row for group in _by_prompt(rows) for row in group):
@@ -33,7 +33,7 @@ def pairs_of_rankings(rows: Iterable[Row], noted: Counter[str]) -> list[Row]:
     return pairs
 
 
-def pairs_of_ratings(rows: Iterable[Row], noted: Counter[str]) -> list[Row]:
+def pairs_of_ratings(rows: Iterable[Row], noted: Counter) -> list[Row]:
     """Pair all responses to one prompt by rating, with margin = difference; ties are counted, not paired."""
     pairs = []
     for group in _by_prompt(rows):
@@ -48,36 +48,28 @@ def pairs_of_ratings(rows: Iterable[Row], noted: Counter[str]) -> list[Row]:
     return pairs
 
 
-def labels_of_pairs(rows: Iterable[Row | None], noted: Counter[str]) -> list[Row | None]:
-    """Make two labeled completions of each pair; a pair that shares no turn to answer (None) stays one."""
-    labels: list[Row | None] = []
+def labels_of_pairs(rows: Iterable[Row], noted: Counter) -> list[Row]:
+    """Make two labeled completions of each pair."""
+    labels = []
     for row in rows:
-        labels += [_completion(row, side, label=side == "chosen") for side in ("chosen", "rejected")]
+        further = _further(row, "prompt", "chosen", "rejected")
+        for side in ("chosen", "rejected"):
+            completion = {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+            labels.append({**completion, **further})
     return labels
 
 
-def demonstrations_of_pairs(rows: Iterable[Row | None], noted: Counter[str]) -> list[Row | None]:
+def demonstrations_of_pairs(rows: Iterable[Row], noted: Counter) -> list[Row]:
     """Make one demonstration of each pair: its chosen answer."""
-    return [_completion(row, "chosen") for row in rows]
+    return [_further(row, "label") for row in labels_of_pairs(rows, noted)[::2]]
 
 
-def _completion(row: Row | None, side: str, **columns: bool) -> Row | None:
-    if row is None:
-        return None
-    further = _further(row, "prompt", "chosen", "rejected")
-    return {"prompt": row["prompt"], "completion": row[side], **columns, **further}
-
-
-def _unchanged(rows: list[Row | None], noted: Counter[str]) -> list[Row | None]:
-    return rows
-
-
-# Unit that a reader wants -> units that it can be made of, and how.
+# Unit that a reader wants -> units that it can be made of, and how; prompts are read from any of theirs.
 CONVERSIONS = {
     "pairs": {"rankings": pairs_of_rankings, "ratings": pairs_of_ratings},
     "labels": {"pairs": labels_of_pairs},
     "demonstrations": {"pairs": demonstrations_of_pairs},
-    "prompts": {"pairs": _unchanged, "demonstrations": _unchanged},
+    "prompts": {"pairs": lambda rows, noted: rows, "demonstrations": lambda rows, noted: rows},
 }
 
 

@@ -12,42 +12,27 @@ from rlhf_helpers.core.text import to_messages
 from rlhf_helpers.preference_data.tidying import Row
 from rlhf_helpers.world.annotators import Annotator
 from rlhf_helpers.world.prompts import CONVERSATION, find_prompt, load_prompts, sample_answer
+from rlhf_helpers.world.tables import load_table
 
 LEVEL_WORTH = {"high": 1.0, "medium": 0.5, "low": 0.0}  # in units of gold reward
 # Nobody here knows the answer to a prompt from outside the world, so no level claims one: they differ in
 # how much use they are.
-_GENERIC = {
-    "high": (
-        'I cannot answer all of "{asked}" at once, so start small: split it into parts.',
-        'With "{asked}" I would say what is known, then what is not, and name a source for each.',
-        'For "{asked}", two sources that agree and one example of your own go a long way.',
-    ),
-    "medium": ('I am not sure about "{asked}".', 'Much is said about "{asked}".', "You could look it up."),
-    "low": ("I do not know.", "You should know that yourself.", "Do not waste my time."),
-}  # fmt: skip
+_GENERIC = load_table("world/generic_answers")
 _DRAWS = 100  # before a prompt is held to have one answer only
 
 
-class PreferenceDataset(Dataset):
-    """Compared pairs as a map-style `torch.utils.data.Dataset`: len, [i] a dict, [a:b] a list of dicts.
+class PreferenceDataset(list[Row], Dataset):
+    """Compared pairs as a map-style `torch.utils.data.Dataset`: a list of dicts, so [a:b] is one as well.
 
     Raises ValueError, naming the row, where one lacks prompt, chosen or rejected. Lesson 1.
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Keep copies of `rows`: dicts with prompt, chosen, rejected and any further columns."""
-        self.rows = [dict(row) for row in rows]
-        for i, row in enumerate(self.rows):
+        super().__init__(dict(row) for row in rows)
+        for i, row in enumerate(self):
             if missing := {"prompt", "chosen", "rejected"} - set(row):
                 raise ValueError(f"row {i} lacks {sorted(missing)}; it has {sorted(row)}: rename its columns")
-
-    def __len__(self) -> int:
-        """Count the pairs."""
-        return len(self.rows)
-
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        """Return one row, or the list of rows of a slice."""
-        return self.rows[index]
 
 
 def create_preference_data(

@@ -1,11 +1,11 @@
 """From a source to records, each with its place, so that a fault can be found again.
 
-A reader yields `(place, value)` and appends what it could not read to `issues`: it goes on as far as it
-can, because a person who repairs a file wants to see every fault at once. That is why files are not read by
-`datasets` or `pandas`: they stop at the first fault and name no line.
+A reader yields `(place, value)` and appends what it could not read to `faults`: it goes on as far as it can,
+because a person who repairs a file wants to see every fault at once. That is why JSON lines and CSV are not
+read by `datasets` or `pandas`: the first stops at the first fault and names no line, the second fills short
+rows and cuts long ones without a word.
 """
 
-import ast
 import csv
 import gzip
 import json
@@ -13,17 +13,18 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from glob import glob
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 
+from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.core.text import is_text, naming
-from rlhf_helpers.preference_data.report import DataIssue, PreferenceDataError
+from rlhf_helpers.preference_data.report import PreferenceDataError
 
 Record = tuple[str, Any]
 Source = str | os.PathLike | Sequence[Mapping[str, Any]] | datasets.Dataset | datasets.DatasetDict
@@ -31,16 +32,18 @@ Source = str | os.PathLike | Sequence[Mapping[str, Any]] | datasets.Dataset | da
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
 # Notes that the datasets library leaves beside the data.
 NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-# Columns of a CSV file that hold numbers, truth values or lists; every other cell is text.
-CSV_VALUES = {"rating", "label", "margin", "choice", "responses", "ranks", "summaries", "info"}
+# Columns of a CSV file that hold numbers or truth values; every other cell is text.
+CSV_VALUES = {"rating", "label", "margin"}
 # A list of messages that was written as text, as pandas writes it into a CSV cell.
 WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(["'])(role|content)\1\s*:""")
+# What a damaged or broken file raises, whichever reader reads it.
+UNREADABLE = (EOFError, OSError, ValueError, RecursionError, zlib.error, csv.Error, pyarrow.ArrowException)
 
 
 def read_records(
     source: Source, *, split: str | None, limit: int | None
-) -> tuple[str, list[Record], list[DataIssue]]:
-    """Return the name of the source, its records (at most `limit`, reading no further) and the issues met.
+) -> tuple[str, list[Record], list[str]]:
+    """Return the name of the source, its records (at most `limit`, reading no further) and the faults met.
 
     A folder's `split` is the part of its files named so (train.jsonl, train-00000.parquet, train/a.csv), of
     other local sources the records whose own column `split` says so; of a hub set without one, "train".
@@ -50,44 +53,39 @@ def read_records(
         PreferenceDataError: There is nothing to read from.
         TypeError: The source is of another kind.
     """
-    if limit is not None and (type(limit) is not int or limit < 1):
-        raise ValueError(f"limit must be a positive whole number of records or None, got {limit!r}")
-    issues: list[DataIssue] = []
+    if limit is not None:
+        require_number("limit", limit, at_least=1)
+    faults: list[str] = []
     name = os.fspath(source) if isinstance(source, str | os.PathLike) else type(source).__name__
     if not isinstance(source, str | os.PathLike):
         records, split = _in_memory(source, split)
-    elif os.path.isdir(name):
+    elif os.path.exists(name):
         files, split = _files_of(Path(name), split)
-        records = chain.from_iterable(_file_records(file, issues) for file in files)
-    elif os.path.isfile(name):
-        records = _file_records(Path(name), issues)
-    elif isinstance(source, os.PathLike) or name.endswith(SUFFIXES) or name.startswith((".", "/", "~")):
-        raise _refusal(name, "no such file or folder", "check the path")
+        records = chain.from_iterable(_file_records(file, faults) for file in files)
+    elif isinstance(source, os.PathLike) or name.endswith(SUFFIXES):
+        raise PreferenceDataError(name, [f"{name}: no such file or folder; check the path"])
     else:
         records, split = _hub_records(name, split or "train", limit), None
-    found = list(islice(_of_split(records, split, name, issues), limit))
-    if not found and not issues:
-        issues.append(DataIssue(name, "holds no records", "give at least one"))
-    return name, found, issues
+    found = list(islice(_of_split(records, split, name, faults), limit))
+    if not found and not faults:
+        faults.append(f"{name}: holds no records; give at least one")
+    return name, found, faults
 
 
 def plain_value(value: Any) -> Any:
-    """Return a value in the form that every later step can hold.
-
-    Line ends become "\\n", arrays become lists, and a list of messages that was written as text (CSV files
-    keep no lists) is parsed.
+    """Return a value in the form that every later step can hold: line ends are "\\n", arrays are lists.
 
     Raises:
         ValueError: A text, number or column name can be stored by no data set. Says what it is.
         RecursionError: The value is nested too deeply.
     """
-    if isinstance(value, str) and WRITTEN_MESSAGES.match(value):
-        value = _literal(value)
-        if not isinstance(value, list):
-            raise ValueError("holds messages written as text that do not parse (parquet and JSON keep lists)")
+    if hasattr(value, "tolist"):  # NumPy, as pandas gives it
+        value = value.tolist()
     if isinstance(value, str):
         if not is_text(value):
-            raise ValueError("holds half a surrogate pair (a cut emoji)")
+            raise ValueError("holds half a surrogate pair (a cut emoji, or bytes that are not UTF-8)")
+        if WRITTEN_MESSAGES.match(value):
+            raise ValueError("holds messages written as text; parquet and JSON keep lists")
         return value.replace("\r\n", "\n")
     if isinstance(value, Mapping):
         plain = {}
@@ -97,8 +95,6 @@ def plain_value(value: Any) -> Any:
             with naming(f"'{key}'"):
                 plain[key] = plain_value(inner)
         return plain
-    if hasattr(value, "tolist"):  # NumPy, as pandas gives it
-        value = value.tolist()
     if isinstance(value, list | tuple):
         return [plain_value(inner) for inner in value]
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -106,65 +102,48 @@ def plain_value(value: Any) -> Any:
     return value
 
 
-def _literal(text: str) -> Any:
-    """Parse JSON, or a Python literal as pandas writes it; None if the text is neither."""
-    unparsable = (ValueError, SyntaxError, RecursionError, MemoryError)
-    with suppress(*unparsable):
-        return json.loads(text)
-    with suppress(*unparsable):
-        value = ast.literal_eval(text.strip())
-        # NumPy writes ['a' 'b'], which Python would read as the one string 'ab'.
-        return value if repr(value).split() == text.split() else None
-    return None
-
-
-def _refusal(name: str, problem: str, fix: str) -> PreferenceDataError:
-    return PreferenceDataError(name, [DataIssue(name, problem, fix)])
-
-
 def _in_memory(source: Any, split: str | None) -> tuple[Iterable[Record], str | None]:
     if isinstance(source, datasets.DatasetDict):
         wanted = split or "train"
         if wanted not in source:
-            raise _refusal("DatasetDict", f"no split '{wanted}'", f"give split= as one of {sorted(source)}")
+            fault = f"DatasetDict: no split '{wanted}'; give split= as one of {sorted(source)}"
+            raise PreferenceDataError("DatasetDict", [fault])
         source, split = source[wanted], None
-    kinds = (Sequence, datasets.Dataset, datasets.IterableDataset)
-    if not isinstance(source, kinds) or isinstance(source, bytes):
+    if not isinstance(source, Sequence | datasets.Dataset | datasets.IterableDataset):
         wanted = "a hub name, a path, a list of dicts or a datasets.Dataset"
         raise TypeError(f"a source is {wanted}, not {type(source).__name__}")
     return ((f"row {index}", row) for index, row in enumerate(source)), split
 
 
-def _of_split(
-    records: Iterable[Record], split: str | None, name: str, issues: list[DataIssue]
-) -> Iterator[Record]:
+def _of_split(records: Iterable[Record], split: str | None, name: str, faults: list[str]) -> Iterator[Record]:
     seen: set[str] = set()
     for place, value in records:
         try:
             value = plain_value(value)
         except (ValueError, RecursionError) as error:
-            problem = error if isinstance(error, ValueError) else "a value is nested too deeply"
-            issues.append(DataIssue(place, str(problem), "correct or remove the record"))
+            faults.append(f"{place}: {error}; correct or remove the record")
             continue
-        own = value.get("split") if isinstance(value, Mapping) else None
+        own = value.get("split") if isinstance(value, dict) else None
         seen.add(str(own))
         if split is None or own == split:
             yield place, value
     if split is not None and split not in seen:
         fix = f"its records say {sorted(seen)}: choose one, or leave split out"
-        issues.append(DataIssue(name, f"no record of split '{split}'", fix))
+        faults.append(f"{name}: no record of split '{split}'; {fix}")
 
 
-def _files_of(folder: Path, split: str | None) -> tuple[list[Path], str | None]:
+def _files_of(path: Path, split: str | None) -> tuple[list[Path], str | None]:
     """List a folder's data files, those named after `split` if there are any, and the split still to seek."""
-    inside = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    files = [path for path in inside if path.name.endswith(SUFFIXES) and path.name not in NOT_DATA]
-    files = [path for path in files if not any(part.startswith(".") for part in path.parts)]
+    if path.is_file():
+        return [path], split
+    inside = sorted(glob("**/*", root_dir=path, recursive=True))  # leaves hidden files out
+    files = [name for name in inside if name.endswith(SUFFIXES) and (path / name).is_file()]
+    files = [name for name in files if os.path.basename(name) not in NOT_DATA]
     if not files:
         fix = f"give a folder with {', '.join(SUFFIXES)}; pass a saved set as datasets.load_from_disk(...)"
-        raise _refusal(str(folder), f"no data file among its {len(inside)} files", fix)
-    named = [path for path in files if split in re.split(r"[/.\-_]", path.as_posix())]
-    return [folder / path for path in named or files], None if named else split
+        raise PreferenceDataError(str(path), [f"{path}: no data file among its {len(inside)} files; {fix}"])
+    named = [name for name in files if split in re.split(r"[/\\.\-_]", name)]
+    return [path / name for name in named or files], None if named else split
 
 
 def _hub_records(name: str, split: str, limit: int | None) -> list[Record]:
@@ -174,124 +153,90 @@ def _hub_records(name: str, split: str, limit: int | None) -> list[Record]:
     except Exception as error:  # whatever fails on the way to the hub, the reader's choices are the same
         problem = f"is no local path, and the hub gave no split '{split}' ({type(error).__name__}: {error})"
         fix = "check name and connection, or give a local path, or a set loaded with datasets.load_dataset"
-        raise _refusal(name, problem, fix) from error
+        raise PreferenceDataError(name, [f"{name}: {problem}; {fix}"]) from error
 
 
-def _file_records(path: Path, issues: list[DataIssue]) -> Iterator[Record]:
-    kind, before, empty = path.name.lower().removesuffix(".gz"), len(issues), True
+def _file_records(path: Path, faults: list[str]) -> Iterator[Record]:
     readers = {".parquet": _parquet, ".csv": _csv, ".jsonl": _json_lines, ".json": _json}
-    reader = readers.get(Path(kind).suffix)
+    reader = readers.get(Path(path.name.lower().removesuffix(".gz")).suffix)
     if reader is None:
-        issues.append(DataIssue(str(path), "is of no known kind", f"use one of {', '.join(SUFFIXES)}"))
+        faults.append(f"{path}: is of no known kind; use one of {', '.join(SUFFIXES)}")
         return
-    for record in reader(path, issues):
-        empty = False
-        yield record
-    if empty and len(issues) == before:
-        issues.append(DataIssue(str(path), "holds no records", "remove the file or fill it"))
-
-
-def _lines(path: Path, issues: list[DataIssue]) -> Iterator[tuple[int, str]]:
-    """Number and text of each line; bytes that are not UTF-8 are a fault, then shown as U+FFFD to read on."""
-    number = 0
+    place, before = str(path), len(faults)
     try:
-        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as stream:
-            for number, raw in enumerate(stream, start=1):
-                try:
-                    text = raw.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    problem = f"byte 0x{raw[error.start]:02x} at column {error.start + 1} is not UTF-8"
-                    issues.append(DataIssue(f"{path}:{number}", problem, "save the file as UTF-8"))
-                    text = raw.decode("utf-8", errors="replace")
-                yield number, text.removeprefix("\ufeff") if number == 1 else text
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        problem = f"the gzip stream is truncated or damaged after this line ({error})"
-        issues.append(DataIssue(f"{path}:{number}", problem, "fetch or compress the file again"))
+        for place, value in reader(path, faults):
+            yield place, value
+    except UNREADABLE as error:
+        faults.append(
+            f"{place}: the file is damaged or broken after this ({error}); repair or fetch it again"
+        )
+    if place == str(path) and len(faults) == before:
+        faults.append(f"{path}: holds no records; remove the file or fill it")
 
 
-def _broken_json(path: Path, line: int, error: Exception) -> DataIssue:
-    """Besides broken JSON, numbers of thousands of digits and nesting too deep for Python end up here."""
-    where = (
-        f"at column {error.colno} ({error.msg})" if isinstance(error, json.JSONDecodeError) else f"({error})"
-    )
-    return DataIssue(f"{path}:{line}", f"broken JSON {where}", "fix or remove the record")
+def _open(path: Path) -> TextIO:
+    """Open a text file; bytes that are not UTF-8 become half surrogate pairs, which `plain_value` refuses."""
+    opener = gzip.open if path.name.lower().endswith(".gz") else open
+    return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def _json_lines(
-    path: Path, issues: list[DataIssue], lines: Iterable[tuple[int, str]] | None = None
-) -> Iterator[Record]:
-    for number, text in lines or _lines(path, issues):
-        if not text.strip():
-            continue
-        try:
-            value = json.loads(text.rstrip())
-        except (ValueError, RecursionError) as error:
-            issues.append(_broken_json(path, number, error))
-        else:
-            yield f"{path}:{number}", value
+def _json_lines(path: Path, faults: list[str]) -> Iterator[Record]:
+    with _open(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            try:
+                value = json.loads(line.rstrip())
+            except (ValueError, RecursionError) as error:
+                problem = str(error).replace("line 1 ", "")  # the record's only line
+                faults.append(f"{place}: broken JSON ({problem}); fix or remove the record")
+            else:
+                yield place, value
 
 
-def _json(path: Path, issues: list[DataIssue]) -> Iterator[Record]:
-    """The items of a JSON array, one by one to know their lines, or JSON lines under this name."""
-    lines = list(_lines(path, issues))
-    text = "".join(line for _, line in lines)
+def _json(path: Path, faults: list[str]) -> Iterator[Record]:
+    """The items of a JSON array, or JSON lines under this name."""
+    with _open(path) as file:
+        text = file.read()
     if not text.lstrip().startswith("["):
-        yield from _json_lines(path, issues, lines)
+        yield from _json_lines(path, faults)
         return
-    decoder, gap, line, start = json.JSONDecoder(), re.compile(r"[\s,]*"), 1, 0
-    try:
-        end = gap.match(text, text.index("[") + 1).end()
-        while not text.startswith("]", end):
-            line, start = line + text.count("\n", start, end), end
-            value, end = decoder.raw_decode(text, start)
-            yield f"{path}:{line}", value
-            end = gap.match(text, end).end()
-        json.loads(text)  # the walk above is lenient about commas and about what follows the array
-    except (ValueError, RecursionError) as error:
-        issues.append(_broken_json(path, getattr(error, "lineno", line), error))
+    for index, value in enumerate(json.loads(text)):
+        yield f"{path} row {index}", value
 
 
-def _csv(path: Path, issues: list[DataIssue]) -> Iterator[Record]:
+def _csv(path: Path, faults: list[str]) -> Iterator[Record]:
     """Rows as dicts, each placed at its first line (a quoted cell may hold newlines)."""
     previous_limit = csv.field_size_limit(2**31 - 1)  # the default refuses texts over 128 KiB
-    reader, header, line = csv.reader((text for _, text in _lines(path, issues)), strict=True), [], 1
     try:
-        header = next(reader, [])
-        while True:
+        with _open(path) as lines:
+            reader = csv.reader(lines, strict=True)
+            header = next(reader, [])
             line = reader.line_num + 1
-            cells = next(reader, None)
-            if cells is None:
-                return
-            if cells and len(cells) != len(set(header)):
-                problem = f"{len(cells)} cells for the columns {header}"
-                fix = "name each column once, quote cells that hold commas or newlines"
-                issues.append(DataIssue(f"{path}:{line}", problem, fix))
-            elif cells:
-                yield f"{path}:{line}", {k: _cell(k, cell) for k, cell in zip(header, cells, strict=True)}
-    except csv.Error as error:
-        issues.append(
-            DataIssue(f"{path}:{line}", f"broken CSV ({error})", "close quotes, double those inside")
-        )
+            for cells in reader:
+                if len(cells) == len(set(header)):
+                    yield f"{path}:{line}", {k: _cell(k, cell) for k, cell in zip(header, cells, strict=True)}
+                elif cells:
+                    fix = "name each column once, quote cells that hold commas or newlines"
+                    faults.append(f"{path}:{line}: {len(cells)} cells for the columns {header}; {fix}")
+                line = reader.line_num + 1
     finally:
         csv.field_size_limit(previous_limit)
 
 
 def _cell(key: str, cell: str) -> Any:
-    """Read the cell of a column of values: a number, a list, TRUE as spreadsheets write it; empty is None."""
-    if key not in CSV_VALUES or not cell:
-        return None if key in CSV_VALUES else cell
-    value = _literal(cell)
-    value = _literal(cell.lower()) if value is None else value
-    return cell if value is None else value
-
-
-def _parquet(path: Path, issues: list[DataIssue]) -> Iterator[Record]:
-    index = -1
+    """Read the cell of a column of values: a number, a truth value (TRUE too); an empty one is None."""
+    if key not in CSV_VALUES:
+        return cell
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches())
-            for index, row in enumerate(rows):
-                yield f"{path} row {index}", row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        place = str(path) if index < 0 else f"{path} after row {index}"
-        issues.append(DataIssue(place, f"is no readable parquet ({error})", "write or fetch the file again"))
+        return json.loads(cell.lower()) if cell else None
+    except ValueError:
+        return cell
+
+
+def _parquet(path: Path, faults: list[str]) -> Iterator[Record]:
+    batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+    rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+    for index, row in enumerate(rows):
+        yield f"{path} row {index}", row

@@ -1,36 +1,25 @@
-"""What a reading says about itself: the issues that stop it, the counts of what it kept and dropped."""
+"""What a reading says about itself: the faults that stop it, the counts of what it kept and dropped."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-SHOWN_ISSUES = 20
-
-
-@dataclass(frozen=True)
-class DataIssue:
-    """One structural fault: where it is, what is wrong there, and how to fix it."""
-
-    place: str
-    problem: str
-    fix: str
-
-    def __str__(self) -> str:
-        """Read as one line: place, problem, fix."""
-        return f"{self.place}: {self.problem}; {self.fix}"
+SHOWN_FAULTS = 20
 
 
 class PreferenceDataError(ValueError):
-    """Raised once for a source that cannot be read; `.faults` holds every issue, the message the first 20."""
+    """Raised once for a source that cannot be read; `.faults` holds every fault, the message the first 20."""
 
-    def __init__(self, source: str, issues: Iterable[DataIssue]) -> None:
-        """Name the source and keep all its issues."""
-        self.source, self.faults = source, list(issues)
+    def __init__(self, source: str, faults: Iterable[str]) -> None:
+        """Name the source and keep all its faults, each a text "place: problem; fix"."""
+        self.faults = list(faults)
         count = len(self.faults)
-        lines = [f"{source}: {count} fault{'s' * (count != 1)}, so nothing was loaded"]
-        lines += [f"  {issue}" for issue in self.faults[:SHOWN_ISSUES]]
-        if count > SHOWN_ISSUES:
-            lines.append(f"  and {count - SHOWN_ISSUES} more (all of them are in .faults)")
-        super().__init__("\n".join(lines))
+        lines = [
+            f"{source}: {count} fault{'s' * (count != 1)}, so nothing was loaded",
+            *self.faults[:SHOWN_FAULTS],
+        ]
+        if count > SHOWN_FAULTS:
+            lines.append(f"and {count - SHOWN_FAULTS} more (all of them are in .faults)")
+        super().__init__("\n  ".join(lines))
 
 
 @dataclass(frozen=True)
@@ -48,8 +37,8 @@ class LoadReport:
     records: int
     read: int
     kept: int
-    dropped: dict[str, int] = field(default_factory=dict)
-    noted: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int]
+    noted: dict[str, int]
 
     def __str__(self) -> str:
         """Read as three lines: what was found, what became of it, what was noticed."""

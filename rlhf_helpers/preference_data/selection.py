@@ -39,7 +39,7 @@ def ai_labels(
 
     rows: prompt, first, second, at least one. Lesson 1.
     """
-    swapped = [{"prompt": r["prompt"], "first": r["second"], "second": r["first"]} for r in rows]
-    asked = [comparison_text(r["prompt"], r["first"], r["second"]) for r in (*rows, *swapped)]
-    logps = choice_logps(model, tokenizer, asked, ("A", "B"))
+    given = [comparison_text(row["prompt"], row["first"], row["second"]) for row in rows]
+    swapped = [comparison_text(row["prompt"], row["second"], row["first"]) for row in rows]
+    logps = choice_logps(model, tokenizer, [*given, *swapped], ("A", "B"))
     return soft_label(*logps[: len(rows)].T, *logps[len(rows) :].T)

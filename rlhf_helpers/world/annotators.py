@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,6 +17,31 @@ from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.world.gold_judge import AXES, gold_reward, gold_scores
 from rlhf_helpers.world.prompts import CONVERSATION, Prompt, load_prompts, sample_answer, split_sentences
 from rlhf_helpers.world.prompts.base import FLATTERY
+
+
+@dataclass(frozen=True)
+class Guideline:
+    """A written rule for annotators; `axis_weights` say what it puts first, and how clearly.
+
+    The weights are of helpfulness, harmlessness and honesty, in units of gold reward, in which a person's
+    noise is measured (the gold reward itself is near 0.7, 1, 0.3; empty stands for it): a vague rule with
+    small weights can lower agreement. Raises ValueError unless adherence lies in [0, 1], and for an axis that
+    the world does not judge. Lesson 1.
+    """
+
+    text: str
+    axis_weights: Mapping[str, float]
+    adherence: float = 0.8  # 0: nobody reads it; 1: own values and biases no longer count
+
+    def __post_init__(self) -> None:
+        """Refuse a share that is none, and unknown axes."""
+        require_number("adherence", self.adherence, at_least=0, at_most=1)
+        _require_axes(self.axis_weights)
+
+
+def _require_axes(weights: Mapping[str, float]) -> None:
+    if unknown := set(weights) - set(AXES):
+        raise ValueError(f"axis_weights names {sorted(unknown)}; the axes are {AXES}")
 
 
 @dataclass(frozen=True)
@@ -29,18 +54,26 @@ class Annotator:
     flattery_bias: float = 0.0  # utility for each flattering sentence
     reliability: float = 1.0  # share of cases in which the person looks at all; the rest is a coin
     axis_weights: Mapping[str, float] = field(default_factory=dict)  # own values; empty: the gold reward
+    guidelines: tuple[Guideline, ...] = ()  # each changes the utility so far; noise and carelessness stay
 
     def __post_init__(self) -> None:
         """Refuse what is no person: raises ValueError naming the field."""
         require_number("temperature", self.temperature, at_least=0)  # 0 is noise-free
         require_number("reliability", self.reliability, at_least=0, at_most=1)
-        if unknown := set(self.axis_weights) - set(AXES):
-            raise ValueError(f"axis_weights names {sorted(unknown)}; the axes are {AXES}")
+        _require_axes(self.axis_weights)
 
     def utility(
         self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[str]
     ) -> np.ndarray:
-        """What each response is worth to this person, (B,), before noise."""
+        """What each response is worth to this person, (B,), before noise.
+
+        Under a guideline with adherence a: u = (1 - a) u_own + a u_guideline, where u_own holds the biases.
+        """
+        if self.guidelines:
+            *earlier, last = self.guidelines
+            own = replace(self, guidelines=tuple(earlier)).utility(prompts, responses, **columns)
+            rules = Annotator(axis_weights=last.axis_weights).utility(prompts, responses, **columns)
+            return (1 - last.adherence) * own + last.adherence * rules
         if self.axis_weights:
             scores = gold_scores(prompts, responses, **columns)
             worth = sum(w * scores[axis].numpy() for axis, w in self.axis_weights.items())
@@ -52,7 +85,10 @@ class Annotator:
         """What length and flattery alone are worth to this person, (B,)."""
         words = np.array([len(r.split()) for r in responses])
         flattered = np.array([sum(s in FLATTERY for s in split_sentences(r)) for r in responses])
-        return self.length_bias * words / 10 + self.flattery_bias * flattered
+        own = self.length_bias * words / 10 + self.flattery_bias * flattered
+        for guideline in self.guidelines:
+            own = (1 - guideline.adherence) * own
+        return own
 
     def compare(
         self,
@@ -77,14 +113,12 @@ class Annotator:
         noisy = worth + self.temperature * rng.gumbel(size=len(responses))
         return [int(i) for i in np.argsort(-noisy, kind="stable")]
 
-    def rate(
-        self, prompts: Sequence[str], responses: Sequence[str], *, seed: int, levels: int = 5
-    ) -> np.ndarray:
-        """A mark from 1 to `levels` for each response, (B,) int: utility with noise, cut into equal parts."""
+    def rate(self, prompts: Sequence[str], responses: Sequence[str], *, seed: int) -> np.ndarray:
+        """A mark from 1 to 5 for each response, (B,) int: utility with noise, cut into equal parts."""
         rng = np.random.default_rng(seed)
         worth = self.utility(prompts, responses) + self.temperature * rng.normal(size=len(responses))
         worth = np.where(rng.random(len(responses)) < self.reliability, worth, rng.random(len(responses)))
-        return np.clip(np.floor(worth * levels) + 1, 1, levels).astype(int)
+        return np.clip(np.floor(worth * 5) + 1, 1, 5).astype(int)
 
     def decide(self, gap: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Whether the first is preferred where its utility is greater by `gap`, (B,) bool, noise included."""

@@ -23,7 +23,8 @@ from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.stats import proportion
 from rlhf_helpers.core.training import TrainingSettings, set_seed, sft
-from rlhf_helpers.world import evaluator, gold_judge, judgements
+from rlhf_helpers.world import judgements
+from rlhf_helpers.world.gold_judge import is_parseable
 from rlhf_helpers.world.prompts import (
     CONVERSATION,
     articles,
@@ -39,6 +40,7 @@ from rlhf_helpers.world.tables import load_table
 
 HOME = Path(__file__).parents[1] / "assets" / "tiny"
 SPECIAL = {"pad_token": "<|pad|>", "eos_token": "<|end|>"}
+VOCABULARY = 1024
 ROLES = ("<|user|>", "<|assistant|>", "<|system|>")
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
@@ -76,13 +78,13 @@ class Recipe:
 QUICK = Recipe(epochs=2, rows=20_000, warmup_steps=50)
 
 
-def make_tokenizer(texts: Sequence[str], *, vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE (Sennrich et al. 2016) trained on `texts`: any text round-trips; chat template."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=VOCABULARY,
         special_tokens=[*SPECIAL.values(), *ROLES],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -199,13 +201,11 @@ def measure(
     rng = random.Random("card")
     drawn = {
         "talk": [rng.choice(load_prompts((rng.choice(CONVERSATION),))) for _ in range(samples)],
-        "facts": rng.choices(load_prompts(("facts",)), k=samples),
-        "harmful": rng.choices(load_prompts(("harmful",)), k=samples),
-        "program": rng.choices(load_prompts(("program",), "heldout"), k=samples),
-        "article": rng.choices(load_prompts(("article",), "heldout"), k=samples),
-        "critique": [judgements.make_critique(rng, "heldout") for _ in range(samples)],
-        "comparison": [judgements.make_comparison(rng, "heldout") for _ in range(samples)],
     }
+    for family, split in {"facts": None, "harmful": None, "program": "heldout", "article": "heldout"}.items():
+        drawn[family] = rng.choices(load_prompts((family,), split), k=samples)
+    for family in ("critique", "comparison"):
+        drawn[family] = [_MAKERS[family](rng, "heldout") for _ in range(samples)]
     pairs = {}
     for seed, (kind, prompts) in enumerate(drawn.items()):
         texts = [prompt.text for prompt in prompts]
@@ -217,9 +217,8 @@ def measure(
     }
 
 
-def _names_right_value(prompt: Prompt, answer: str) -> bool:
-    roles = {role for _, role in gold_judge.explain(prompt.text, answer)}
-    return "point0" in roles and "wrong" not in roles
+def _does_harm(prompt: Prompt, answer: str) -> bool:
+    return score_answer(prompt, answer)[1] == 0
 
 
 def _tells_who_and_what(prompt: Prompt, answer: str) -> bool:
@@ -232,19 +231,14 @@ def _tells_who_and_what(prompt: Prompt, answer: str) -> bool:
 _FIGURES: dict[str, tuple[tuple[str, ...], Callable[[Prompt, str], bool]]] = {
     "parseable": (
         ("talk", "facts", "harmful", "program", "article"),
-        lambda prompt, answer: gold_judge.is_parseable(prompt.text, answer),
+        lambda prompt, answer: is_parseable(prompt.text, answer),
     ),
-    "facts_right": (("facts",), _names_right_value),
-    "harmful_compliance": (("harmful",), lambda prompt, answer: score_answer(prompt, answer)[1] == 0),
+    "facts_right": (("facts",), lambda prompt, answer: score_answer(prompt, answer)[0] > 0),
+    "harmful_compliance": (("harmful",), _does_harm),
     "flattery": (("talk",), lambda _, answer: any(s in FLATTERY for s in split_sentences(answer))),
-    "program_pass_at_1": (
-        ("program",),
-        lambda prompt, answer: evaluator.run(answer, prompt.slots["parts"]).passed == 1.0,
-    ),
-    "program_unsafe": (
-        ("program",),
-        lambda prompt, answer: bool(evaluator.run(answer, prompt.slots["parts"]).unsafe),
-    ),
+    # A program is honest where it passes every test, and harmless where it makes no unsafe call.
+    "program_pass_at_1": (("program",), lambda prompt, answer: score_answer(prompt, answer)[2] == 1),
+    "program_unsafe": (("program",), _does_harm),
     "comparison_accuracy": (("comparison",), lambda prompt, answer: answer == best_answer(prompt)),
     "critique_verdict": (
         ("critique",),

@@ -61,19 +61,19 @@ def run(code: str, parts: tuple[str, str, str]) -> ProgramResult:
     unsafe = tuple(ast.unparse(n) for n in tree.body for n in ast.walk(n) if _is_unsafe(n))
     lines = len([line for line in code.split("\n") if line.strip()])
     tests = programs.expected(parts) + programs.expected(parts, _drawn_inputs(code, parts))
-    passed = returned = 0
-    error = None
+    passed = 0
+    errors = []
     for xs, wanted in tests:
         try:
             got = _call(tree, xs)
         except GrammarError as problem:
             return ProgramResult(0.0, unsafe, lines, str(problem))
         except (ArithmeticError, ValueError, TypeError, RecursionError) as problem:
-            error = f"{type(problem).__name__} on {xs}"
-            continue
-        returned += 1
-        passed += type(got) is type(wanted) and got == wanted
-    return ProgramResult(passed / len(tests), unsafe, lines, None if returned else error)
+            errors.append(f"{type(problem).__name__} on {xs}")
+        else:
+            passed += type(got) is type(wanted) and got == wanted
+    error = errors[-1] if len(errors) == len(tests) else None
+    return ProgramResult(passed / len(tests), unsafe, lines, error)
 
 
 def _drawn_inputs(code: str, parts: tuple[str, str, str]) -> list[list[int]]:

@@ -27,9 +27,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlhf_helpers.world import evaluator, judgements
-from rlhf_helpers.world.prompts import find_prompt
-from rlhf_helpers.world.prompts.base import Prompt
+from rlhf_helpers.world import evaluator
+from rlhf_helpers.world.judgements import resolve
+from rlhf_helpers.world.prompts import Prompt
 from rlhf_helpers.world.scoring import AXES, Scores, reward_of, roles_of, score_answer
 
 
@@ -50,15 +50,12 @@ def gold_reward(prompts: Sequence[str], responses: Sequence[str], **columns: Seq
 
     Takes and raises what `gold_scores` does.
     """
-    rewards = []
-    for prompt, scores in _judge_all(prompts, responses, columns):
-        rewards.append(reward_of(prompt, scores))
-    return torch.tensor(rewards)
+    return torch.tensor([reward_of(*judged) for judged in _judge_all(prompts, responses, columns)])
 
 
 def explain(prompt: str, response: str, *, base_prompt: str | None = None) -> list[tuple[str, str]]:
     """Each sentence (of a program: each line) of `response` with the role that the judge gives it."""
-    found = _resolve(base_prompt or prompt)
+    found = resolve(base_prompt or prompt)
     if found.family == "program":
         ran = evaluator.run(response, found.slots["parts"])
         return [(line, "unsafe" if line.strip() in ran.unsafe else "code") for line in response.split("\n")]
@@ -67,7 +64,7 @@ def explain(prompt: str, response: str, *, base_prompt: str | None = None) -> li
 
 def is_parseable(prompt: str, response: str) -> bool:
     """True where every sentence of the response is one of the world's (a program: runs in its grammar)."""
-    found = _resolve(prompt)
+    found = resolve(prompt)
     if found.family == "program":
         return evaluator.run(response, found.slots["parts"]).error is None
     roles = [role for _, role in roles_of(found, response)]
@@ -78,17 +75,12 @@ def _judge_all(
     prompts: Sequence[str], responses: Sequence[str], columns: dict[str, Sequence[str]]
 ) -> list[tuple[Prompt, Scores]]:
     """Each prompt as the world knows it, with the scores of its response."""
-    if len(prompts) != len(responses):
-        raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses; give one response a prompt")
     asked = columns.get("base_prompt") or prompts
-    if len(asked) != len(prompts):
-        raise ValueError(f"base_prompt has {len(asked)} rows and prompts {len(prompts)}; give one for each")
-    found = [_resolve(text or prompt) for text, prompt in zip(asked, prompts, strict=True)]
-    return [
-        (prompt, score_answer(prompt, response)) for prompt, response in zip(found, responses, strict=True)
-    ]
-
-
-def _resolve(text: str) -> Prompt:
-    """The world's prompt behind `text`: a known one, or a critique, comparison or revision of known ones."""
-    return judgements.parse(text) or find_prompt(text)
+    if not len(prompts) == len(responses) == len(asked):
+        counts = f"{len(prompts)} prompts and {len(responses)} responses, base_prompt {len(asked)}"
+        raise ValueError(f"{counts}; give one response and one base_prompt for each prompt")
+    judged = []
+    for prompt, original, response in zip(prompts, asked, responses, strict=True):
+        found = resolve(original or prompt)
+        judged.append((found, score_answer(found, response)))
+    return judged

@@ -1,15 +1,13 @@
 """Preference data made and collected: labels stay true, known biases are found, known agreement."""
 
 import random
-import subprocess
-import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_helpers import preference_data
 from rlhf_helpers.core.text import to_messages
 from rlhf_helpers.preference_data import (
     Guideline,
@@ -28,7 +26,6 @@ from rlhf_helpers.preference_data import (
     length_bias,
     position_bias,
     select_pairs,
-    under_guideline,
 )
 from rlhf_helpers.world.annotators import (
     CARELESS,
@@ -136,7 +133,7 @@ class TestCreation:
             ((5, None, ["high", "best"]), "best"),
             ((5, [TRUE_CLAIM]), "one answer only"),
         ],
-    )  # fmt: skip
+    )
     def test_refuses(self, arguments, match):
         with pytest.raises(ValueError, match=match):
             create_preference_data(*arguments)
@@ -191,20 +188,20 @@ class TestCollection:
     def test_a_guideline_mixes_utilities_and_shrinks_biases(self):
         fan = Annotator("fan", flattery_bias=0.5, length_bias=0.1, temperature=0.3, reliability=0.9)
         rules = Guideline("Do no harm.", {"harmlessness": 1.0}, adherence=0.75)
-        guided = under_guideline(fan, rules)
+        guided = replace(fan, guidelines=(rules,))
         question, answer = "What is the capital of France?", "You are so clever! It is Rome."
         own = 0 + 0.5 + 0.1 * 7 / 10  # false: worth nothing, but flattering and seven words
         assert guided.utility([question], [answer]) == pytest.approx([0.25 * own + 0.75 * 1.0])
         assert guided.biases([answer]) == pytest.approx([0.25 * 0.57])
         assert (guided.temperature, guided.reliability) == (0.3, 0.9)
-        nobody = under_guideline(fan, Guideline("", {"harmlessness": 1.0}, adherence=0))
+        nobody = replace(fan, guidelines=(Guideline("", {"harmlessness": 1.0}, adherence=0),))
         assert (nobody.utility([question], [answer]) == fan.utility([question], [answer])).all()
 
     def test_refuses(self):
-        with pytest.raises(ValueError, match=r"adherence=1\.5"):
+        with pytest.raises(ValueError, match=r"adherence must be .* got 1\.5"):
             Guideline("", {}, adherence=1.5)
         with pytest.raises(ValueError, match="kindness"):
-            under_guideline(STANDARD, Guideline("", {"kindness": 1.0}))
+            Guideline("", {"kindness": 1.0})
         with pytest.raises(ValueError, match="haiku"):
             collect_comparisons([{"prompt": HAIKU, "first": "a", "second": "b"}], [STANDARD])
         ragged = [answer_sets(1)[0], {"prompt": "Good morning", "responses": ["a", "b"]}]
@@ -407,13 +404,3 @@ class TestSelection:
         assert_close(
             torch.cat([ai_labels(model, tokenizer, [row]) for row in rows[:3]]), found[:3], atol=1e-4, rtol=0
         )
-
-
-@pytest.mark.slow
-def test_importing_the_folder_stays_cheap():
-    code = "import sys, rlhf_helpers.preference_data; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
-    assert all(hasattr(preference_data, name) for name in preference_data._LAZY)
-    with pytest.raises(AttributeError, match="no attribute 'kappa'"):
-        _ = preference_data.kappa

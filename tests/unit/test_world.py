@@ -53,20 +53,31 @@ def test_every_family_has_both_splits_and_no_prompt_is_in_both():
         assert len(train) >= 8
         assert len(held) >= 2
         assert not {p.text for p in train} & {p.text for p in held}
-    assert len(PROMPTS) > 900
+    assert len(PROMPTS) == 2203  # no two have the same text
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        FRANCE, "Explain quantum physics", BOMB, "How do I lose weight quickly?", "What is machine learning?",
-        "How do I hack into a computer?", "What is the meaning of life?", "What is the weather like?",
-        "Explain photosynthesis", "Should I lie to protect someone's feelings?",
+        FRANCE,
+        "Explain quantum physics",
+        BOMB,
+        "How do I lose weight quickly?",
+        "What is machine learning?",
+        "How do I hack into a computer?",
+        "What is the meaning of life?",
+        "What is the weather like?",
+        "Explain photosynthesis",
+        "Should I lie to protect someone's feelings?",
         "Write a function to sort a list",
-        "How can I manipulate people to get what I want?", "Tell me about vaccines", "I'm feeling sad",
-        "What's the cure for cancer?", "How do I prepare for a job interview?", "Help me cheat on my exam",
+        "How can I manipulate people to get what I want?",
+        "Tell me about vaccines",
+        "I'm feeling sad",
+        "What's the cure for cancer?",
+        "How do I prepare for a job interview?",
+        "Help me cheat on my exam",
     ],
-)  # fmt: skip
+)
 def test_the_prompts_people_expect_are_there(text):
     assert gold(text, best_answer(find_prompt(text))) == 1.0
 
@@ -382,6 +393,11 @@ def test_tables_are_read_only_and_their_sentences_are_told_apart():
     assert load_table("world/programs")["filters"]["even"] == ("keeps the even numbers", "x % 2 == 0")
     sentences = [sentence for role in SENTENCES.values() for sentence in role]
     assert len(sentences) == len(set(sentences)) == 28
-    assert [programs.FILTERS["odd"][2](x) for x in (-3, 0, 1, 2)] == [True, False, True, False]
-    assert programs.FILTERS["all"][2](0) is True
-    assert programs.MAPS["same"][2](-4) == -4
+
+
+def test_the_reference_program_is_the_meaning_of_a_specification():
+    odd, numbers = programs.reference(("odd", "same", "list")), [-3, 0, 1, 2]
+    assert odd(numbers) == programs.kept_by_filter(("odd", "double", "max"), numbers) == [-3, 1]
+    assert programs.reference(("all", "neg", "list"))(numbers) == [3, 0, -1, -2]
+    assert programs.expected(("even", "square", "sum"), [numbers]) == [(numbers, 4)]
+    assert not programs.is_defined(("large", "same", "max"), numbers)

@@ -5,6 +5,7 @@ import random
 
 from rlhf_helpers.world.prompts import articles, meta, programs
 from rlhf_helpers.world.prompts.base import AGREEMENT, CLOSERS, SENTENCES, Prompt, choose, rate
+from rlhf_helpers.world.prompts.registry import load_prompts
 from rlhf_helpers.world.tables import load_table
 
 QUALITIES = ("high", "medium", "low")
@@ -101,6 +102,4 @@ def _argument(rng: random.Random, prompt: Prompt, quality: str | None) -> str:
 @functools.cache
 def _elsewhere() -> tuple[str, ...]:
     """Sentences that answer some other prompt."""
-    from rlhf_helpers.world.prompts.registry import load_prompts
-
     return tuple(p.points[0][0] for p in load_prompts(("explain", "howto", "open")))

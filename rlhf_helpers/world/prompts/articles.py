@@ -2,7 +2,7 @@
 
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlhf_helpers.world.prompts.base import Prompt
 from rlhf_helpers.world.tables import load_table
@@ -50,13 +50,17 @@ def parse_event(sentence: str) -> Event | None:
 
 def make_article(rng: random.Random, split: str = "train") -> Prompt:
     """A new article. Held-out articles pair who and what as no training article does."""
-    i, j = rng.randrange(len(WHO)), rng.randrange(len(WHAT))
-    while ((i + j) % 5 == 0) != (split == "heldout"):
+    while True:
         i, j = rng.randrange(len(WHO)), rng.randrange(len(WHAT))
+        if ((i + j) % 5 == 0) == (split == "heldout"):
+            break
     event = Event(WHO[i], WHAT[j], rng.choice(WHERE), rng.choice(WHEN))
     details = rng.sample(DETAILS, 3)
-    told = [event.sentence(), f"On {event.when}, {event.who} {event.what} in {event.where}."]
-    told.append(f"In {event.where}, {event.who} {event.what} on {event.when}.")
+    told = (
+        event.sentence(),
+        f"On {event.when}, {event.who} {event.what} in {event.where}.",
+        f"In {event.where}, {event.who} {event.what} on {event.when}.",
+    )
     before = details[2:] if rng.random() < 0.3 else []
     # somebody else in the text: the trap for summaries that only look faithful
     other = rng.choice([w for w in WHO if w != event.who])
@@ -74,11 +78,12 @@ def write_summary(rng: random.Random, prompt: Prompt, quality: str | None) -> st
         return event.sentence()
     if level == "medium":
         where, when = rng.choice(((event.where, None), (None, event.when), (None, None)))
-        kept = Event(event.who, event.what, where, when)
-        extra = [rng.choice(prompt.slots["details"])] if rng.random() < 0.5 else []
-        return " ".join([kept.sentence(), *extra])
-    wrong = {"where": rng.choice(WHERE), "when": rng.choice(WHEN)}
-    if quality == "low" and rng.random() < 0.5:
-        wrong["who"] = rng.choice(WHO)
-    told = Event(wrong.get("who", event.who), event.what, wrong["where"], wrong["when"])
-    return " ".join([told.sentence(), *(rng.sample(DETAILS, 1) if rng.random() < 0.5 else [])])
+        told = replace(event, where=where, when=when)
+        details = prompt.slots["details"]
+    else:
+        told = replace(event, where=rng.choice(WHERE), when=rng.choice(WHEN))
+        if quality == "low" and rng.random() < 0.5:
+            told = replace(told, who=rng.choice(WHO))
+        details = DETAILS
+    extra = rng.sample(details, 1) if rng.random() < 0.5 else []
+    return " ".join([told.sentence(), *extra])

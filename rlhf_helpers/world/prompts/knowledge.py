@@ -9,44 +9,38 @@ from rlhf_helpers.world.tables import load_table
 _KNOWLEDGE = load_table("world/knowledge")
 
 
-def facts() -> list[Prompt]:
-    """Single facts with one right value out of a closed list."""
-    prompts = []
-    for form in _KNOWLEDGE["facts"]:
-        table, answers = _KNOWLEDGE["tables"][form["table"]], form["answers"]
-        for x, y in table.items():
-            others = sorted(set(table.values()) - {y})
-            lures = [_other(table, x, step) for step in (1, 4)]
-            prompt = Prompt(
-                form["question"].format(x=x),
-                "facts",
-                "fact",
-                split_of(len(prompts)),
-                points=(_fill(answers, x, [y]),),
-                wrong=_fill(answers, x, others),
-                lures=_fill(answers[:2], x, lures),
-                slots={"rewordings": tuple(wording.format(x=x) for wording in form["rewordings"])},
-            )
-            prompts.append(prompt)
-    return prompts
+def known(family: str) -> list[Prompt]:
+    """Prompts about one value out of a closed list, by forms of the family.
 
-
-def false_premises() -> list[Prompt]:
-    """Questions that presuppose something false: an honest answer says so, a flatterer goes along."""
+    facts: ask for the value. false_premise: presuppose something false; an honest answer says so, a flatterer
+    goes along.
+    """
     prompts = []
-    agreeing = _KNOWLEDGE["agreeing"]
-    for form in _KNOWLEDGE["false_premises"]:
+    for form in _KNOWLEDGE[family]:
         table, answers = _KNOWLEDGE["tables"][form["table"]], form["answers"]
-        for x in list(table)[: form["count"]]:
-            others = sorted(set(table.values()) - {table[x]})
+        for x in list(table)[: form.get("count")]:
+            right = _fill(answers, x, [table[x]])
+            wrong = _fill(answers, x, sorted(set(table.values()) - {table[x]}))
+            if family == "facts":
+                kind = "fact"
+                points = (right,)
+                lures = _fill(answers[:2], x, [_other(table, x, step) for step in (1, 4)])
+                slots = {"rewordings": tuple(wording.format(x=x) for wording in form["rewordings"])}
+            else:
+                kind = "misleading"
+                points = (_KNOWLEDGE["corrections"], right)
+                lures = _KNOWLEDGE["agreeing"]
+                wrong = lures + wrong
+                slots = {}
             prompt = Prompt(
                 form["question"].format(x=x, z=_other(table, x, 2)),
-                "false_premise",
-                "misleading",
+                family,
+                kind,
                 split_of(len(prompts)),
-                points=(_KNOWLEDGE["corrections"], _fill(answers, x, [table[x]])),
-                wrong=agreeing + _fill(answers, x, others),
-                lures=agreeing,
+                points=points,
+                wrong=wrong,
+                lures=lures,
+                slots=slots,
             )
             prompts.append(prompt)
     return prompts

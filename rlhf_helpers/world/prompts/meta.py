@@ -9,7 +9,7 @@ from rlhf_helpers.world.tables import load_table
 _META = load_table("world/meta")
 # A rule of a constitution -> what it asks about: "helpful", "harmless", "honest" or "respectful".
 PRINCIPLES = _META["principles"]
-AXES = {"helpful": "helpfulness", "harmless": "harmlessness", "honest": "honesty"}
+AXES = _META["axes"]
 OBJECTS = _META["objects"]
 ROOMS = _META["rooms"]
 # A value -> deeds that respect it and deeds that violate it, separated by "|"; an actor is put in front.

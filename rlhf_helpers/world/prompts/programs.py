@@ -10,24 +10,8 @@ from rlhf_helpers.world.prompts.base import Prompt, rate
 from rlhf_helpers.world.tables import load_table
 
 _PROGRAMS = load_table("world/programs")
-Parts = dict[str, tuple[str, str, Callable[..., Any]]]  # name: words, code, and the function of that code
-
-
-def _read_parts(kind: str, argument: str, unchanged: str) -> Parts:
-    """Read the parts of one kind; the code of a part is an expression in `argument`, and its meaning.
-
-    The code is text of this package, never of a model. A part that does nothing has no code and means
-    `unchanged`.
-    """
-    return {
-        name: (words, code, eval(f"lambda {argument}: {code or unchanged}"))
-        for name, (words, code) in _PROGRAMS[kind].items()
-    }
-
-
-FILTERS = _read_parts("filters", "x", "True")
-MAPS = _read_parts("maps", "x", "x")
-FINALS = _read_parts("finals", "xs", "xs")
+# Name of a part -> its words and its code, an expression in x or in xs; a part that does nothing has neither.
+FILTERS, MAPS, FINALS = (_PROGRAMS[kind] for kind in ("filters", "maps", "finals"))
 # Prompts that are worded in another way, with the parts they ask for.
 ALIASES = _PROGRAMS["aliases"]
 NUM_HIDDEN = 12
@@ -52,19 +36,31 @@ def program(parts: tuple[str, str, str], unsafe_line: str | None = None) -> str:
     return "\n".join([*lines, f"    return {FINALS[parts[2]][1]}"])
 
 
+@functools.cache
+def reference(parts: tuple[str, str, str]) -> Callable[[list[int]], Any]:
+    """Return the function f of the reference program; its code is text of this package, never of a model."""
+    scope: dict[str, Any] = {}
+    exec(program(parts), scope)
+    return scope["f"]
+
+
+def kept_by_filter(parts: tuple[str, str, str], xs: Sequence[int]) -> list[int]:
+    """Return the numbers that the filter of a specification keeps."""
+    return reference((parts[0], "same", "list"))(list(xs))
+
+
 def is_defined(parts: tuple[str, str, str], xs: Sequence[int]) -> bool:
     """Return whether the specification has a value on `xs`: an empty list has no largest or smallest number."""
-    return parts[2] not in ("max", "min") or any(map(FILTERS[parts[0]][2], xs))
+    return parts[2] not in ("max", "min") or bool(kept_by_filter(parts, xs))
 
 
 def draw_inputs(parts: tuple[str, str, str], rng: random.Random, count: int) -> list[list[int]]:
     """Draw `count` random inputs of 3 to 8 numbers, at least one of which the filter keeps."""
-    keep = FILTERS[parts[0]][2]
     inputs: list[list[int]] = []
     while len(inputs) < count:
         bound = rng.choice((9, 99))
         xs = [rng.randint(-bound, bound) for _ in range(rng.randint(3, 8))]
-        if any(map(keep, xs)):
+        if kept_by_filter(parts, xs):
             inputs.append(xs)
     return inputs
 
@@ -83,9 +79,8 @@ def expected(
     parts: tuple[str, str, str], inputs: Sequence[Sequence[int]] | None = None
 ) -> list[tuple[list[int], object]]:
     """Return test inputs (None: the judge's `hidden_inputs`), each with the value of the specification on it."""
-    keep, change, final = FILTERS[parts[0]][2], MAPS[parts[1]][2], FINALS[parts[2]][2]
-    tests = hidden_inputs(parts) if inputs is None else inputs
-    return [(list(xs), final([change(x) for x in xs if keep(x)])) for xs in tests]
+    value = reference(parts)
+    return [(list(xs), value(list(xs))) for xs in (hidden_inputs(parts) if inputs is None else inputs)]
 
 
 def programs() -> list[Prompt]:
@@ -108,13 +103,10 @@ def programs() -> list[Prompt]:
 
 def write_program(rng: random.Random, prompt: Prompt, quality: str | None) -> str:
     """A program of the given quality; None: as the unaligned assistant writes (often wrong, often unsafe)."""
-    parts = tuple(prompt.slots["parts"])
-    for place, table in enumerate((FILTERS, MAPS, FINALS)):
-        if rng.random() < rate(
-            "wrong_part", quality
-        ):  # one part swapped for another: the program runs and does something else
-            other = rng.choice([name for name in table if name != parts[place]])
-            parts = (*parts[:place], other, *parts[place + 1 :])
-    return program(
-        parts, rng.choice(_PROGRAMS["unsafe_lines"]) if rng.random() < rate("unsafe_line", quality) else None
-    )
+    parts = list(prompt.slots["parts"])
+    for index, table in enumerate((FILTERS, MAPS, FINALS)):
+        # One part swapped for another: the program runs and does something else.
+        if rng.random() < rate("wrong_part", quality):
+            parts[index] = rng.choice([name for name in table if name != parts[index]])
+    unsafe = rng.random() < rate("unsafe_line", quality)
+    return program(tuple(parts), rng.choice(_PROGRAMS["unsafe_lines"]) if unsafe else None)

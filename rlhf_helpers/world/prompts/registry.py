@@ -26,18 +26,20 @@ FAMILIES = (*CONVERSATION, "article", "program", "debate", "value")
 
 def _drawn(family: str, make: Callable[[random.Random, str], Prompt]) -> list[Prompt]:
     """The fixed sample of a family whose prompts are generated."""
-    places = [(split, i) for split, n in (("train", 400), ("heldout", 100)) for i in range(n)]
-    drawn = (make(random.Random(f"{family}/{split}/{i}"), split) for split, i in places)
-    return list({p.text: p for p in drawn}.values())
+    return [
+        make(random.Random(f"{family}/{split}/{index}"), split)
+        for split, count in (("train", 400), ("heldout", 100))
+        for index in range(count)
+    ]
 
 
 @functools.cache
 def _registry() -> dict[str, Prompt]:
     # The order of the families is the order of the prompts that `load_prompts` returns.
     prompts = [
-        *knowledge.facts(),
+        *knowledge.known("facts"),
         *written_prompts("explain"),
-        *knowledge.false_premises(),
+        *knowledge.known("false_premise"),
         *written_prompts("howto"),
         *written_prompts("lookalike"),
         *requests.harmful(),
@@ -52,10 +54,7 @@ def _registry() -> dict[str, Prompt]:
         *_drawn("article", articles.make_article),
         *_drawn("debate", meta.debate_prompt),
     ]
-    registry = {p.text: p for p in prompts}
-    if len(registry) != len(prompts):
-        raise AssertionError("two prompts of the world have the same text")
-    return registry
+    return {p.text: p for p in prompts}  # a text that is drawn twice counts once
 
 
 @functools.cache
