@@ -9,39 +9,45 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# module -> its studies, called with out=None (and data, if they are about real data) and their settings; they
-# write a CSV and a manifest into the folder `out`
-_STUDIES_OF = {
-    "lesson1": (
-        "pairs_and_noise", "model_kinds", "label_formats", "label_budget",
-        "reward_ensembles",
-    ),
-    "real_preferences": ("real_preferences",),
-    "lesson2.methods": ("method_tuning", "methods"),
-    "lesson2.overoptimisation": ("best_of_n_overoptimisation", "rl_overoptimisation"),
-    "lesson2.sweeps": (
-        "clip_and_kl", "exploration", "reward_design", "frontier", "ability_tax", "model_sizes",
-    ),
-    "lesson3.constitution": ("revisions", "constitutional_training"),
-    "lesson3.attacks": ("red_team_campaign", "red_team_policy"),
-    "lesson3.gradient_attacks": ("gradient_attacks",),
-    "lesson3.tradeoffs": ("constraints", "safety_tax"),
-    "lesson3.oversight": ("debate", "recursive_judges", "probes"),
-    "lesson3.table": ("safety_table",),
-    "lesson4.chat": ("chatbot", "personalities"),
-    "lesson4.summaries": ("summaries",),
-    "lesson4.code": ("code_rewards",),
-    "real_model": ("real_model",),
-}  # fmt: skip
+# study -> its module in lab.studies
 STUDIES = {
-    name: f"rlhf_helpers.lab.studies.{module}:{name}"
-    for module, names in _STUDIES_OF.items()
-    for name in names
+    "pairs_and_noise": "lesson1",
+    "model_kinds": "lesson1",
+    "label_formats": "lesson1",
+    "label_budget": "lesson1",
+    "reward_ensembles": "lesson1",
+    "real_preferences": "real_preferences",
+    "method_tuning": "lesson2.methods",
+    "methods": "lesson2.methods",
+    "best_of_n_overoptimisation": "lesson2.overoptimisation",
+    "rl_overoptimisation": "lesson2.overoptimisation",
+    "clip_and_kl": "lesson2.sweeps",
+    "exploration": "lesson2.sweeps",
+    "reward_design": "lesson2.sweeps",
+    "frontier": "lesson2.sweeps",
+    "ability_tax": "lesson2.sweeps",
+    "model_sizes": "lesson2.sweeps",
+    "revisions": "lesson3.constitution",
+    "constitutional_training": "lesson3.constitution",
+    "red_team_campaign": "lesson3.attacks",
+    "red_team_policy": "lesson3.attacks",
+    "gradient_attacks": "lesson3.gradient_attacks",
+    "constraints": "lesson3.tradeoffs",
+    "safety_tax": "lesson3.tradeoffs",
+    "debate": "lesson3.oversight",
+    "recursive_judges": "lesson3.oversight",
+    "probes": "lesson3.oversight",
+    "safety_table": "lesson3.table",
+    "chatbot": "lesson4.chat",
+    "personalities": "lesson4.chat",
+    "summaries": "lesson4.summaries",
+    "code_rewards": "lesson4.code",
+    "real_model": "real_model",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit status. Errors that name their mend come without a traceback."""
+    """Run one command; return its exit status. Errors that name their fix come without a traceback."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["train"]:  # its flags come from the settings classes, which need torch
         from rlhf_helpers import train
@@ -63,20 +69,24 @@ def _assistant(arguments: argparse.Namespace) -> int:
 
 
 def _study(arguments: argparse.Namespace) -> int:
-    if arguments.name not in STUDIES:
-        raise ValueError(f"no study is named {arguments.name!r}; there are {', '.join(sorted(STUDIES))}")
-    module, function = STUDIES[arguments.name].split(":")
-    study = getattr(importlib.import_module(module), function)
-    wants_data = "data" in inspect.signature(study).parameters
+    name, settings = arguments.name, dict(arguments.settings)
+    if name not in STUDIES:
+        raise ValueError(f"no study is named {name!r}; there are {', '.join(sorted(STUDIES))}")
+    study = getattr(importlib.import_module(f"rlhf_helpers.lab.studies.{STUDIES[name]}"), name)
+    # The first parameter is the data, or else the seed.
+    signature = inspect.signature(study)
+    wants_data = "data" in signature.parameters
     if wants_data != (arguments.data is not None):
-        raise ValueError(f"the study {arguments.name!r} {'needs' if wants_data else 'takes no'} --data")
-    options = {"out": arguments.out, "data": arguments.data, "seeds": arguments.seeds}
-    options = {name: value for name, value in options.items() if value is not None}
-    options |= dict(arguments.settings)
-    known = list(inspect.signature(study).parameters)
-    if unknown := sorted(options.keys() - set(known)):
-        raise ValueError(f"the study {arguments.name!r} has no {unknown}; its options are {known}")
-    table = study(**options)
+        raise ValueError(f"the study {name!r} {'needs' if wants_data else 'takes no'} --data")
+    try:
+        signature.bind(arguments.data, **settings)
+    except TypeError as error:
+        raise ValueError(f"the study {name!r}: {error}; its settings are {signature}") from error
+    if wants_data:
+        settings["data"] = arguments.data
+    if arguments.seeds:
+        settings["seeds"] = arguments.seeds
+    table = study(out=arguments.out, **settings)
     if arguments.out is None:
         print(table.to_string(index=False))
     return 0

@@ -11,12 +11,15 @@ from typing import Any
 import anywidget
 import traitlets
 
+TEXTS = ("prompt", "a", "b")
 CHOICES = ("a", "b", "tie")
 _BOX = "flex:1;border:1px solid #767676;border-radius:4px;padding:6px;white-space:pre-wrap"
 
 
 class PairRater(anywidget.AnyWidget):
     """Shows pairs side by side and collects clicks; `.rows` always holds one choice per pair.
+
+    A row has prompt, a, b, choice ("a", "b" or "tie") and by ("person" or "stored").
 
     Stored choices stand in until a person clicks, so a lesson runs from top to bottom untouched. Each click
     is appended to `path` as one JSON line and flushed to the disk, so a killed kernel loses no click.
@@ -32,35 +35,32 @@ class PairRater(anywidget.AnyWidget):
         self, pairs: Sequence[Mapping[str, str]], *, stored: Sequence[str], path: Path | None
     ) -> None:
         """Check pairs and stored choices, read earlier clicks from `path`, and show the first open pair."""
-        self.pairs = [dict(pair) for pair in pairs]
-        for n, pair in enumerate(self.pairs):
-            if missing := {"prompt", "a", "b"} - set(pair):
+        for n, pair in enumerate(pairs):
+            if missing := set(TEXTS) - set(pair):
                 raise ValueError(f"pairs[{n}] lacks {sorted(missing)}: every pair has prompt, a and b")
-        if len(stored) != len(self.pairs) or not self.pairs or not set(stored) <= set(CHOICES):
-            raise ValueError(f"stored needs one of {CHOICES} for each of {len(self.pairs)} pairs: {stored!r}")
+        if len(stored) != len(pairs) or not pairs or not set(stored) <= set(CHOICES):
+            raise ValueError(f"stored needs one of {CHOICES} for each of {len(pairs)} pairs: {stored!r}")
         self.path = path
-        self.index = 0
-        self.choices = [(choice, "stored") for choice in stored]
+        self.rows = [
+            {**pair, "choice": choice, "by": "stored"} for pair, choice in zip(pairs, stored, strict=True)
+        ]
         if path is not None and path.exists():
             self._take_earlier_clicks(path)
+        by = [row["by"] for row in self.rows]
+        self.index = by.index("stored") if "stored" in by else len(by)
         super().__init__(shown=self._shown())
         self.on_msg(self._receive)
-
-    @property
-    def rows(self) -> list[dict[str, str]]:
-        """One row per pair: prompt, a, b, choice ("a", "b" or "tie") and by ("person" or "stored")."""
-        both = zip(self.pairs, self.choices, strict=True)
-        return [{**pair, "choice": choice, "by": by} for pair, (choice, by) in both]
 
     def click(self, choice: str) -> None:
         """Record a person's choice for the pair shown, save it, and show the next pair, if one is left."""
         if choice not in CHOICES:
             raise ValueError(f"choice must be one of {CHOICES}, got {choice!r}")
-        if self.index >= len(self.pairs):
+        if self.index >= len(self.rows):
             return
+        row = {**self.rows[self.index], "choice": choice, "by": "person"}
         if self.path is not None:
-            _append_row(self.path, {**self.pairs[self.index], "choice": choice})
-        self.choices[self.index] = (choice, "person")
+            _append_row(self.path, {name: row[name] for name in row if name != "by"})
+        self.rows[self.index] = row
         self.index += 1
         self.shown = self._shown()
 
@@ -70,24 +70,22 @@ class PairRater(anywidget.AnyWidget):
             self.click(content.get("choice", ""))
 
     def _take_earlier_clicks(self, path: Path) -> None:
-        """Count earlier clicks for the same pair; the first pair without a click is shown next."""
-        for row in _read_rows(path):
-            for n, known in enumerate(self.pairs):
-                if all(row[key] == known[key] for key in ("prompt", "a", "b")):
-                    self.choices[n] = (row["choice"], "person")
-        open_pairs = [n for n, (_, by) in enumerate(self.choices) if by == "stored"]
-        self.index = open_pairs[0] if open_pairs else len(self.pairs)
+        """Count earlier clicks for the same pair."""
+        for click in _read_rows(path):
+            for row in self.rows:
+                if all(row[key] == click[key] for key in TEXTS):
+                    row |= {"choice": click["choice"], "by": "person"}
 
     def _shown(self) -> dict[str, Any]:
         """Return what the page draws: the open pair, or empty texts when all pairs are rated."""
-        done = self.index >= len(self.pairs)
-        texts = {key: "" if done else str(self.pairs[self.index][key]) for key in ("prompt", "a", "b")}
-        return {"index": self.index, "total": len(self.pairs), **texts}
+        total = len(self.rows)
+        row = self.rows[self.index] if self.index < total else dict.fromkeys(TEXTS, "")
+        return {"index": self.index, "total": total, **{key: str(row[key]) for key in TEXTS}}
 
     def __repr__(self) -> str:
         """Say how many pairs are rated, with no address: a lesson stores the same text in every run."""
-        rated = sum(by == "person" for _, by in self.choices)
-        return f"PairRater: {rated} of {len(self.pairs)} pairs rated by a person"
+        rated = sum(row["by"] == "person" for row in self.rows)
+        return f"PairRater: {rated} of {len(self.rows)} pairs rated by a person"
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Add what a page without a kernel shows: the first pair, and who chose."""
@@ -97,14 +95,13 @@ class PairRater(anywidget.AnyWidget):
         return bundle
 
     def _static_html(self) -> str:
-        pair = {key: html.escape(str(text)) for key, text in self.pairs[0].items()}
-        choice, by = self.choices[0]
+        pair = {key: html.escape(str(text)) for key, text in self.rows[0].items()}
         return (
-            f"<p>Pair 1 of {len(self.pairs)}. <b>{pair['prompt']}</b></p>"
+            f"<p>Pair 1 of {len(self.rows)}. <b>{pair['prompt']}</b></p>"
             "<div style='display:flex;gap:8px'>"
             f"<div style='{_BOX}'><b>A</b>\n{pair['a']}</div>"
             f"<div style='{_BOX}'><b>B</b>\n{pair['b']}</div></div>"
-            f"<p>Choice: {choice} ({by}).</p>"
+            f"<p>Choice: {pair['choice']} ({pair['by']}).</p>"
         )
 
 
@@ -126,7 +123,7 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
             continue
         try:
             row = json.loads(line)
-            rated = {key: row[key] for key in ("prompt", "a", "b", "choice")}
+            rated = {key: row[key] for key in (*TEXTS, "choice")}
             if rated["choice"] not in CHOICES:
                 raise ValueError(f"choice must be one of {CHOICES}: {rated['choice']!r}")
         except (ValueError, KeyError, TypeError) as error:

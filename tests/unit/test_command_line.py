@@ -270,7 +270,7 @@ def test_the_overview_has_an_example_for_each_task_and_the_help_needs_no_torch(c
         ("ppo", ["--log", "wandb"], "its package installed (pip install wandb); got 'wandb'"),
         ("grpo", ["--samples-per-prompt", "1"], "GRPOSettings.samples_per_prompt"),
     ],
-)  # fmt: skip
+)
 def test_wrong_usage_is_status_2_and_one_error(task, flags, message, folder, tiny_llama_dir, capsys):
     words = command("sft", tiny_llama_dir) if task == "nothing" else command(task, tiny_llama_dir, *flags)
     words[1] = task
@@ -310,7 +310,7 @@ def test_a_policy_task_needs_a_reward(folder, tiny_llama_dir, capsys):
         ("rloo", ["--reward", "my_rewards:near", "--data", "pairs.jsonl"], "missing 1 required positional"),
         ("ppo", ["--reward", "{model}"], "needs a reward head"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_work_is_status_1_and_one_error(task, flags, message, folder, tiny_llama_dir, capsys):
     Path("one.jsonl").write_text(json.dumps({"prompt": "What?"}) + "\n")
     flags = [flag.format(model=tiny_llama_dir) for flag in flags]

@@ -197,8 +197,11 @@ def test_run_notebooks_is_clean_and_the_same_twice(lesson):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == [1, 2, 3, 4]
     assert [[o.get("text", o.get("data")) for o in cell.outputs] for cell in code] == [
-        ["lessons/file\n"], ["done\n"], [], ["True\n", {"text/plain": "2"}],
-    ]  # fmt: skip
+        ["lessons/file\n"],
+        ["done\n"],
+        [],
+        ["True\n", {"text/plain": "2"}],
+    ]
     assert not any("execution" in cell.metadata for cell in notebook.cells)
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     assert notebook.metadata.kernelspec.name == "python3"

@@ -20,8 +20,11 @@ from rlhf_helpers.__main__ import STUDIES, main
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]
-PINS = [Requirement(line) for line in (ROOT / "requirements.txt").read_text(encoding="utf8").split("\n")
-        if line and not line.startswith(("#", "-"))]  # fmt: skip
+PINS = [
+    Requirement(line)
+    for line in (ROOT / "requirements.txt").read_text(encoding="utf8").split("\n")
+    if line and not line.startswith(("#", "-"))
+]
 # the name to import -> the name to install, where they differ
 INSTALLED_AS = {"sklearn": "scikit-learn", "IPython": "ipython", "yaml": "pyyaml", "PIL": "pillow"}
 
@@ -212,8 +215,8 @@ def test_the_package_of_the_real_model_has_one_version_everywhere():
 
 @pytest.mark.parametrize("study", sorted(STUDIES))
 def test_every_study_resolves(study):
-    module, function = STUDIES[study].split(":")
-    assert callable(getattr(importlib.import_module(module), function))
+    module = importlib.import_module(f"rlhf_helpers.lab.studies.{STUDIES[study]}")
+    assert callable(getattr(module, study))
 
 
 def test_unknown_study_lists_the_known_ones(capsys):

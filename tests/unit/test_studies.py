@@ -1,5 +1,6 @@
 """Studies: what they store can be read, repeated and trusted; each runs end to end in small."""
 
+import functools
 import json
 
 import numpy as np
@@ -7,8 +8,8 @@ import pandas as pd
 import pytest
 
 from rlhf_helpers.__main__ import STUDIES, main
-from rlhf_helpers.lab.studies import lesson1, load_study, prediction_interval, record, runner
-from rlhf_helpers.lab.studies import real_preferences as real
+from rlhf_helpers.lab.studies import lesson1, load_study, prediction_interval, record
+from rlhf_helpers.lab.studies.real_preferences import real_preferences
 from rlhf_helpers.reward_model import RewardSettings
 from rlhf_helpers.world.annotators import make_pairs
 
@@ -31,27 +32,32 @@ MAY_BE_EMPTY = {
     "constitutional_training": {"labels_right"},
     "red_team_policy": {"kl_coef"},
     "gradient_attacks": {
-        "gradients", "filtered", "loss_heldout", "trained", "heldout", "matched", "suffix",
+        "gradients",
+        "filtered",
+        "loss_heldout",
+        "trained",
+        "heldout",
+        "matched",
+        "suffix",
     },
     "debate": {"honest_verified", "dishonest_verified"},
     "recursive_judges": {"helper_agreement"},
     "code_rewards": {"response_length"},
     "summaries": {"words_weight"},
-}  # fmt: skip
+}
 
 
 class TestRecord:
-    def test_written_and_read_again(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(record, "STORED", tmp_path)
+    def test_written_and_read_again(self, tmp_path):
         table = pd.DataFrame({"seed": [0, 1], "agreement": [0.5, 0.25]})
         record.write_study(tmp_path, "mine", table, seeds=[0, 1], settings=RewardSettings())
-        found = load_study("mine")
+        found = load_study("mine", tmp_path)
         assert found.equals(table)
         assert found.attrs["seeds"] == [0, 1]
         assert found.attrs["settings"]["epochs"] == RewardSettings().epochs
         assert "torch" in found.attrs["versions"]
         with pytest.raises(FileNotFoundError, match="there are mine"):
-            load_study("other")
+            load_study("other", tmp_path)
 
     def test_nothing_is_written_without_a_folder(self, tmp_path):
         table = pd.DataFrame({"a": [1]})
@@ -66,8 +72,8 @@ class TestRecord:
             prediction_interval([1.0])
 
 
-@runner.study(seeds=(1, 2), learning_rate=0.5)
-def doubled(seed, factors=(2,), offset=0):
+@functools.partial(record.study, seeds=(1, 2))
+def doubled(seed, factors=(2,), offset=0, **unused):
     """Multiply the seed."""
     for factor in factors:
         yield {"factor": factor, "product": seed * factor + offset}
@@ -83,26 +89,28 @@ class TestRunner:
         assert doubled(seeds=(5,), offset=1).to_dict("records") == [{"seed": 5, "factor": 2, "product": 11}]
         assert (doubled.__name__, doubled.__doc__) == ("doubled", "Multiply the seed.")
 
-    def test_the_manifest_holds_seeds_settings_and_facts(self, tmp_path, capsys):
+    def test_the_manifest_holds_seeds_and_settings(self, tmp_path, capsys):
         doubled(tmp_path, offset=1)
         manifest = json.loads((tmp_path / "doubled.json").read_text())
         assert manifest["study"] == "doubled"
         assert manifest["seeds"] == [1, 2]
-        assert (manifest["factors"], manifest["offset"], manifest["learning_rate"]) == ([2], 1, 0.5)
+        assert (manifest["factors"], manifest["offset"], manifest["unused"]) == ([2], 1, {})
         assert (tmp_path / "doubled.csv").read_text() == "seed,factor,product\n1,2,3\n2,2,5\n"
         assert capsys.readouterr().out.splitlines()[0] == "{'seed': 1, 'factor': 2, 'product': 3}"
 
-    def test_seeds_and_settings_from_the_command_line(self, monkeypatch, capsys):
-        monkeypatch.setattr(lesson1, "doubled", doubled, raising=False)
-        monkeypatch.setitem(STUDIES, "doubled", "rlhf_helpers.lab.studies.lesson1:doubled")
-        command = ["study", "doubled", "--seeds", "3", "4", "--set", "factors=(2,)", "--set", "offset=1"]
+    def test_seeds_and_settings_from_the_command_line(self, capsys):
+        command = ["study", "debate", "--seeds", "3", "4", "--set", "passages=2"]
+        command += ["--set", "forms=('no debate',)"]
         assert main(command) == 0
-        printed = [line.split() for line in capsys.readouterr().out.splitlines()]
-        assert printed == [["seed", "factor", "product"], ["3", "2", "7"], ["4", "2", "9"]]
+        head, *printed = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+        assert (head[0], head[-1]) == ("seed", "n")
+        assert [(row[0], row[-1]) for row in printed] == [("3", "2"), ("4", "2")]
         assert main([*command, "--set", "size=1"]) == 1
-        assert "has no ['size']; its options are ['out', 'seeds', 'factors', 'offset']" in (
+        assert "an unexpected keyword argument 'size'; its settings are (seed: int, passages: int = 200" in (
             capsys.readouterr().err
         )
+        assert main([*command, "--data", "pairs.jsonl"]) == 1
+        assert "the study 'debate' takes no --data" in capsys.readouterr().err
 
 
 class TestStored:
@@ -139,13 +147,6 @@ class TestStored:
 class TestSmall:
     """Each study with little data: its columns, and what must hold at any size."""
 
-    @pytest.fixture(autouse=True)
-    def _few_judged(self, monkeypatch):
-        full = lesson1.make_pairs
-        monkeypatch.setattr(
-            lesson1, "make_pairs", lambda n, *args, **kwargs: full(min(n, 60), *args, **kwargs)
-        )
-
     def test_noise_is_as_stated(self):
         rows = make_pairs(2000, annotator=lesson1.noisy(0.25), seed=0)
         differ = [row for row in rows if row["chosen_gold"] != row["rejected_gold"]]
@@ -153,10 +154,10 @@ class TestSmall:
         assert flipped == pytest.approx(0.25, abs=0.03)
 
     def test_kinds_and_formats(self):
-        kinds = lesson1.model_kinds(seeds=(0,), pairs=24)
+        kinds = lesson1.model_kinds(seeds=(0,), pairs=24, heldout=60)
         assert set(kinds.kind) == {"basic", "separate", "multi_objective"}
         assert set(kinds.judged_by) == {"gold", "helpfulness", "harmlessness", "honesty"}
-        formats = lesson1.label_formats(seeds=(0,), prompts=6)
+        formats = lesson1.label_formats(seeds=(0,), prompts=6, heldout=60)
         assert formats.format.tolist() == ["pairwise", "ranking", "rating"]
 
     def test_rankings_and_pairs_of_the_same_answers(self):
@@ -167,7 +168,7 @@ class TestSmall:
         assert [{row["chosen"], row["rejected"]} for row in pairs] == [{first, second}] * 2
 
     def test_a_budget_is_spent(self):
-        table = lesson1.label_budget(seeds=(0,), budget=6).set_index("method").pairs
+        table = lesson1.label_budget(seeds=(0,), budget=6, heldout=60).set_index("method").pairs
         # of 60 pairs: 6 labels by people; 3 and 3; 3 by people and 30 by the model; all 60 by the model
         assert table.to_dict() == {"random": 6, "active": 6, "assisted": 33, "AI alone": 60}
 
@@ -178,18 +179,15 @@ class TestSmall:
         assert at_one.nunique() == 1  # best of one answer: whoever judges
 
 
-def test_real_preferences_on_made_up_pairs(tiny_llama_dir, tmp_path, capsys, monkeypatch):
+def test_real_preferences_on_made_up_pairs(tiny_llama_dir, tmp_path, capsys):
     settings = RewardSettings(learning_rate=3e-3, epochs=4, batch_size=8, progress=False)
-    monkeypatch.setattr(real, "SETTINGS", settings)
-    monkeypatch.setattr(real, "SHAPE", {"max_length": 32, "pooling": "mean"})
-    options = {"folds": 2, "base_model_name": tiny_llama_dir}
-    table = real.real_preferences(polite_pairs(40), tmp_path, **options)
+    options = {"folds": 2, "base_model_name": tiny_llama_dir, "settings": settings, "max_length": 32}
+    table = real_preferences(polite_pairs(40), tmp_path, **options)
     told = capsys.readouterr().out
     mean = table.groupby("method")["accuracy"].mean()
     assert mean["shorter answer"] == 0.0  # "no way" is shorter than "thank you"
     assert mean["TF-IDF Bradley-Terry"] == 1.0
     assert mean["pretrained"] >= 0.9
-    assert "pretrained - shorter answer" in told
     assert "thank you" not in told  # aggregates only
     assert (tmp_path / "real_preferences.csv").read_text().startswith("method,fold,accuracy,n")
-    assert real.real_preferences(polite_pairs(40), **options).equals(table)
+    assert real_preferences(polite_pairs(40), **options).equals(table)

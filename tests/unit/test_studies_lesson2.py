@@ -54,16 +54,14 @@ class TestStored:
         assert mean.proxy.iloc[-1] > mean.proxy[peak]
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """16 labelled pairs, 12 prompts of each split, one step of 16 samples."""
-    pairs, prompts = methods.make_pairs, methods.load_prompts
-    monkeypatch.setattr(methods, "make_pairs", lambda n, **kwargs: pairs(min(n, 16), **kwargs))
-    monkeypatch.setattr(methods, "load_prompts", lambda *args: prompts(*args)[::30][:12])
-    monkeypatch.setattr(methods, "BUDGET", {"steps": 1, "prompts_per_step": 4, "samples_per_prompt": 4})
-    few = {"steps": 1, "prompts_per_step": 4, "samples_per_prompt": 4, "kl_coef": 0.0}
-    monkeypatch.setattr(sweeps, "SMALL_STEPS", few)
-    return methods.make_task(0)
+ONE_STEP = {"steps": 1, "prompts_per_step": 4, "samples_per_prompt": 4}
+# 16 labelled pairs, every thirtieth prompt, one step of 16 samples
+SMALL = {"pairs": 16, "every": 30, "budget": ONE_STEP}
+
+
+@pytest.fixture(scope="module")
+def small():
+    return methods.make_task(0, **SMALL)
 
 
 class TestMethods:
@@ -98,31 +96,24 @@ class TestMethods:
         single, _ = methods.offline_rows(task, "kto")
         assert {row["label"] for row in single} == {True, False}
 
-    def test_study_and_best_of_four(self, small, monkeypatch):
-        monkeypatch.setattr(methods, "chosen_values", lambda: {"RLOO": 1e-3})
-        table = methods.methods(seeds=(0,), names=("base", "best of 4", "RLOO"))
+    def test_study_and_best_of_four(self):
+        table = methods.methods(seeds=(0,), names=("base", "best of 4", "RLOO"), **SMALL)
         by_method = table.set_index("method")
         assert by_method.proxy["best of 4"] > by_method.proxy["base"]
-        assert by_method.value["RLOO"] == 1e-3
+        assert by_method.value["RLOO"] == methods.chosen_values()["RLOO"]
         assert not table.isna().any().any()
 
-    def test_the_choice_is_the_highest_mean(self, monkeypatch):
+    def test_the_choice_is_the_highest_mean(self):
         rows = [("a", 1.0, 0.2), ("a", 2.0, 0.9), ("a", 1.0, 0.3), ("a", 2.0, -0.5), ("b", 3.0, 0.0)]
         table = pd.DataFrame(rows, columns=["method", "value", "objective"])
-        monkeypatch.setattr(methods, "load_study", lambda name: table)
-        assert methods.chosen_values() == {"a": 1.0, "b": 3.0}
+        assert methods.chosen_values(table) == {"a": 1.0, "b": 3.0}
 
 
 class TestOveroptimisation:
-    @pytest.fixture(autouse=True)
-    def _few(self, small, monkeypatch):
-        pairs = overoptimisation.make_pairs
-        monkeypatch.setattr(overoptimisation, "make_pairs", lambda n, **kwargs: pairs(min(n, 16), **kwargs))
-
-    def test_searches_and_their_looks(self, monkeypatch):
-        few = {"prompts_per_step": 2, "samples_per_prompt": 4, "eval_every": 1, "progress": False}
-        monkeypatch.setattr(overoptimisation, "SEARCH", few)
-        table = overoptimisation.rl_overoptimisation(seeds=(0,), cures=("none", "iterative"), steps=3)
+    def test_searches_and_their_looks(self):
+        search = {"prompts_per_step": 2, "samples_per_prompt": 4, "eval_every": 1}
+        options = {"steps": 3, "few": 16, "many": 16, "every": 30, "budget": search}
+        table = overoptimisation.rl_overoptimisation(seeds=(0,), cures=("none", "iterative"), **options)
         assert table.groupby("cure").step.apply(list).to_dict() == {
             "none": [0, 1, 2, 3],
             "iterative": [0, 1, 2, 3],
@@ -131,25 +122,16 @@ class TestOveroptimisation:
         assert not table.isna().any().any()
 
     def test_best_of_n_shares_its_samples(self):
-        table = overoptimisation.best_of_n_overoptimisation(seeds=(0,), prompts=2, samples=256)
+        options = {"prompts": 2, "samples": 256, "few": 16, "many": 16}
+        table = overoptimisation.best_of_n_overoptimisation(seeds=(0,), **options)
         assert table[table.n == 1].gold.nunique() == 1
         assert (table.kl <= table.kl_bound + 1e-9).all()
         assert table.groupby("cure").proxy.apply(lambda x: x.is_monotonic_increasing).all()
 
-    def test_labels_of_a_round_follow_gold_where_nobody_errs(self, small, monkeypatch):
-        monkeypatch.setattr(overoptimisation, "FLIPS", 0.0)
-        seen = []
-
-        def keep(rows, **kwargs):
-            seen.extend(rows)
-            return lambda prompts, responses: torch.arange(float(len(prompts)))
-
-        monkeypatch.setattr(overoptimisation, "trained", keep)
+    def test_labels_of_a_round_follow_gold_where_nobody_errs(self, small):
         rollout = methods.sampled(small.base, small.tokenizer, small.prompts[:4], seed=0, each=4)
         assert isinstance(rollout, Rollout)
-        searched = []
-        reward = overoptimisation.refit_on([rollout], task=small, searched=searched)
-        assert searched == [reward]
+        seen = overoptimisation.round_labels([rollout], seed=0, flips=0.0)
         sides = [[row[side] for row in seen] for side in ("chosen", "rejected")]
         chosen, rejected = (gold_reward([row["prompt"] for row in seen], side) for side in sides)
         assert (chosen >= rejected).all()
@@ -157,10 +139,6 @@ class TestOveroptimisation:
 
 
 class TestSweeps:
-    @pytest.fixture(autouse=True)
-    def _small(self, small):
-        """All sweeps run on the small task."""
-
     def test_rules_that_pay(self):
         prompts = ["What is the capital of France?"] * 3
         said = ["It is Paris.", "Thank you! " + "It is nice. " * 8, ""]
@@ -169,30 +147,27 @@ class TestSweeps:
         assert set(sweeps.all_right(prompts, said).tolist()) <= {0.0, 1.0}
 
     def test_exploration_and_designs(self):
-        explored = sweeps.exploration(seeds=(0,), temperatures=(1.0,), bonuses=(0.2,))
+        few = {"every": 30, "budget": ONE_STEP}
+        explored = sweeps.exploration(seeds=(0,), temperatures=(1.0,), bonuses=(0.2,), **few)
         assert explored.entropy_coef.tolist() == [0.0, 0.2]
         assert explored.distinct.between(0.25, 1).all()
-        designs = sweeps.reward_design(seeds=(0,), names=("gameable",))
+        designs = sweeps.reward_design(seeds=(0,), names=("gameable",), **few)
         assert designs.design.tolist() == ["none", "gameable"]
 
-    def test_grid_and_frontier(self, monkeypatch):
-        monkeypatch.setattr(sweeps, "REUSE", {"steps": 1, "epochs": 4, "minibatches": 2})
-        grid = sweeps.clip_and_kl(seeds=(0,), clips=(0.2,), kl_coefs=(0.1,))
+    def test_grid_and_frontier(self):
+        grid = sweeps.clip_and_kl(seeds=(0,), clips=(0.2,), kl_coefs=(0.1,), **SMALL)
         assert grid.clipfrac.between(0, 1).all()
-        line = sweeps.frontier(seeds=(0,), betas=(0.1,), kl_coefs=(0.1,))
+        line = sweeps.frontier(seeds=(0,), betas=(0.1,), kl_coefs=(0.1,), every=30, budget=ONE_STEP)
         assert line.method.tolist() == ["dpo", "ppo"]
 
-    def test_tax_is_logged_while_training(self, monkeypatch):
-        pairs, corpus = sweeps.make_pairs, sweeps.assistant.corpus
-        monkeypatch.setattr(sweeps, "make_pairs", lambda n, **kwargs: pairs(min(n, 20), **kwargs))
-        monkeypatch.setattr(sweeps.assistant, "corpus", lambda n, **kwargs: corpus(min(n, 16), **kwargs))
-        table = sweeps.ability_tax(seeds=(0,), weights=(1.0,), steps=4)
-        assert table.step.tolist() == [0, 1, 2, 3, 4]
+    def test_tax_is_logged_while_training(self):
+        table = sweeps.ability_tax(seeds=(0,), weights=(1.0,), steps=1, eval_every=1, **SMALL)
+        assert table.step.tolist() == [0, 1]
         assert np.isfinite(table.surprise).all()
 
     def test_sizes(self):
         recipe = Recipe(epochs=1, rows=64, batch_size=32, warmup_steps=0)
-        table = sweeps.model_sizes(seeds=(0,), names=("small", sweeps.SHIPPED), recipe=recipe)
+        table = sweeps.model_sizes(seeds=(0,), names=("small", sweeps.SHIPPED), recipe=recipe, **SMALL)
         parameters = table.groupby("size").parameters.first()
         assert parameters["small"] < 0.3 * parameters[sweeps.SHIPPED]
         assert table.trained.tolist() == [0, 1, 0, 1]

@@ -109,32 +109,23 @@ def columns_of(name):
     return list(load_study(name).columns)
 
 
-SMALL = {
-    "revisions": lambda: constitution.revisions(seeds=(0,), ways=("one rule",), rounds=1, answers=4),
-    "red_team_policy": lambda: attacks.red_team_policy(seeds=(0,), kl_coefs=(), n=4),
-    "gradient_attacks": lambda: gradient_attacks.gradient_attacks(seeds=(0,), behaviours=1, samples=1),
-    "debate": lambda: oversight.debate(seeds=(0,), passages=4, forms=("no debate", "debate")),
-    "safety_table": lambda: table.safety_table(seeds=(0,), names=("base",)),
-}
+SEARCH = {"suffix_length": 3, "steps": 1, "candidates": 4, "top_k": 4}
+SMALL = [
+    (constitution.revisions, {"ways": ("one rule",), "rounds": 1, "answers": 4}),
+    (attacks.red_team_policy, {"kl_coefs": (), "n": 4, "train_attacks": 4}),
+    (
+        gradient_attacks.gradient_attacks,
+        {"behaviours": 1, "samples": 1, "epochs": 1, "search": SEARCH},
+    ),
+    (oversight.debate, {"passages": 4, "forms": ("no debate", "debate")}),
+    (table.safety_table, {"names": ("base",), "each": 4}),
+]
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """No hardening before the attacks, and few answers."""
-    from rlhf_helpers.core.models import load_model
-
-    base = load_model("tiny", device="cpu")
-    monkeypatch.setattr(gradient_attacks, "hardened_assistant", lambda seed: base)
-    monkeypatch.setattr(attacks, "guarded_target", lambda seed: (base[0], base[0]))
-    few = {"suffix_length": 3, "steps": 1, "candidates": 4, "top_k": 4}
-    monkeypatch.setattr(gradient_attacks, "SEARCH", few)
-    monkeypatch.setattr(table, "ANSWERS", 4)
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_a_small_run_has_the_columns_of_the_stored_one(name, quick):
-    found = SMALL[name]()
-    assert list(found.columns) == columns_of(name)
+@pytest.mark.parametrize("study, settings", SMALL, ids=[study.__name__ for study, _ in SMALL])
+def test_a_small_run_has_the_columns_of_the_stored_one(study, settings):
+    found = study(seeds=(0,), **settings)
+    assert list(found.columns) == columns_of(study.__name__)
     assert len(found)
 
 

@@ -1,10 +1,7 @@
 """Studies of lesson 4: what is stored holds what the lesson says, and each runs end to end in small."""
 
-from functools import partial
-
 import pytest
 
-from rlhf_helpers.chatbot_rlhf import PERSONALITIES, evaluate_chatbot
 from rlhf_helpers.core.stats import mean_interval
 from rlhf_helpers.lab.studies import load_study
 from rlhf_helpers.lab.studies.lesson4 import chat, code, summaries
@@ -57,18 +54,15 @@ def test_tests_double_what_passes_and_hidden_ones_expose_the_gaming():
 class TestSmall:
     """Each study with little data, end to end: its rows, and what must hold at any size."""
 
-    def test_chatbot(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(chat, "evaluate_chatbot", partial(evaluate_chatbot, prompts=PROMPTS, samples=1))
-        rows = chat.chatbot(tmp_path, seeds=(0,), pairs=32, rows=16)
+    def test_chatbot(self, tmp_path):
+        rows = chat.chatbot(tmp_path, seeds=(0,), pairs=32, rows=16, prompts=PROMPTS, samples=1)
         assert rows.arm.unique().tolist() == ["base", "sft", "guarded base", "aligned", "guarded"]
         base = rows[rows.arm == "base"].set_index("measure").value
         assert base["win_rate"] == 0.5  # the unguarded base against itself, same seed
         assert (tmp_path / "chatbot.csv").is_file()
 
-    def test_personalities(self, monkeypatch):
-        monkeypatch.setattr(chat, "PERSONALITIES", {"concise": PERSONALITIES["concise"]})
-        monkeypatch.setattr(chat, "character", partial(chat.character, samples=1))
-        rows = chat.personalities(seeds=(0,), pairs=32, rows=16)
+    def test_personalities(self):
+        rows = chat.personalities(seeds=(0,), names=("base", "concise"), pairs=32, rows=16, samples=1)
         assert rows.personality.tolist() == ["base", "concise"]
         assert rows[["helpfulness", "harmlessness", "over_refusal"]].stack().between(0, 1).all()
 

@@ -18,11 +18,10 @@ import torch
 from rlhf_helpers.alignment_eval.objectives import gold_axes
 from rlhf_helpers.core.generation import Rollout, generate
 from rlhf_helpers.core.models import RewardFn, load_model
-from rlhf_helpers.lab.studies.runner import Row, Rows, study
+from rlhf_helpers.lab.studies.record import Row, Rows, study
 from rlhf_helpers.policy_optimization import best_of_n_curve
 from rlhf_helpers.preference_data import ai_labels, collect_rankings, collect_ratings, select_pairs
 from rlhf_helpers.reward_model import (
-    Estimate,
     RewardEnsemble,
     RewardModel,
     RewardModelTrainer,
@@ -41,34 +40,16 @@ FLIPS = 0.25  # share of wrong labels where a reward model is to be poor
 COUNTS = [2**k for k in range(9)]  # n of best-of-n
 
 
-def agreement(
-    model: Any,
-    judge: RewardFn = gold_reward,
-    *,
-    split: str = "heldout",
-    pairs: int = 1000,
-    seed: int = HELD_OUT_SEED,
-) -> Estimate:
-    """Estimate the share of new pairs that `model` orders as `judge` does; ties of the judge are left out.
+def agreement(model: RewardModel, judge: RewardFn = gold_reward, *, heldout: int = 1000) -> float:
+    """Measure the share of `heldout` new pairs that `model` orders as `judge` does.
 
-    Args:
-        model: A reward model or any RewardFn.
-        judge: The gold reward, or one of its axes.
-        split: Prompts of the pairs.
-        pairs: Number of pairs drawn.
-        seed: Seed of the pairs.
+    The pairs are about held-out prompts; ties of the judge are left out.
     """
-    rows = make_pairs(pairs, split=split, seed=seed)
-    return gold_agreement(*score_pairs(model, rows), *score_pairs(judge, rows))
+    rows = make_pairs(heldout, split="heldout", seed=HELD_OUT_SEED)
+    return gold_agreement(*score_pairs(model, rows), *score_pairs(judge, rows)).value
 
 
-def trained(
-    rows: Sequence[Row],
-    *,
-    seed: int,
-    objective: str = "pairwise",
-    **options: Any,
-) -> RewardModel:
+def trained(rows: Sequence[Row], *, seed: int, objective: str = "pairwise", **options: Any) -> RewardModel:
     """Train a reward model over the tiny assistant on `rows`; options of `create_reward_model`."""
     model = create_reward_model(seed=seed, **options)
     RewardModelTrainer(model, seed=seed, progress=False).train(rows, objective=objective)
@@ -98,7 +79,7 @@ def prompt_texts(families: Sequence[str], split: str = "heldout") -> list[str]:
     return [prompt.text for prompt in load_prompts(families, split)]
 
 
-@study(settings=RewardSettings())
+@study
 def pairs_and_noise(
     seed: int,
     sizes: Sequence[int] = (60, 125, 250, 500, 1000, 2000),
@@ -113,11 +94,11 @@ def pairs_and_noise(
         rows = make_pairs(max(2000, *sizes), annotator=noisy(share), seed=seed)
         for size in sizes:
             model = trained(rows[:size], seed=seed)
-            yield {"flips": share, "pairs": size, "agreement": agreement(model).value}
+            yield {"flips": share, "pairs": size, "agreement": agreement(model)}
 
 
-@study(settings=RewardSettings())
-def model_kinds(seed: int, pairs: int = 1000) -> Rows:
+@study
+def model_kinds(seed: int, pairs: int = 1000, heldout: int = 1000) -> Rows:
     """Compare the joint encoder, the separate encoder and several objectives on the same pairs.
 
     The multi-objective model learns each objective from one of three value groups and weights them 1/3 each;
@@ -126,19 +107,25 @@ def model_kinds(seed: int, pairs: int = 1000) -> Rows:
     """
     rows = make_pairs(pairs, seed=seed)
     people = dict(zip(AXES, VALUE_GROUPS.values(), strict=True))
-    for kind in ("basic", "separate", "multi_objective"):
-        labelled, options = rows, {}
-        if kind == "multi_objective":
-            labelled, options = label_objectives(rows, people, seed=seed), {"objectives": AXES}
-        model = trained(labelled, seed=seed, kind=kind, **options)
+    labelled = label_objectives(rows, people, seed=seed)
+    models = {
+        "basic": trained(rows, seed=seed),
+        "separate": trained(rows, seed=seed, kind="separate"),
+        "multi_objective": trained(labelled, seed=seed, kind="multi_objective", objectives=AXES),
+    }
+    for kind, model in models.items():
         for judged_by, judge in {"gold": gold_reward, **gold_axes()}.items():
             if kind == "multi_objective" and judged_by in AXES:
                 model.weights = [float(axis == judged_by) for axis in AXES]
-            yield {"kind": kind, "judged_by": judged_by, "agreement": agreement(model, judge).value}
+            yield {
+                "kind": kind,
+                "judged_by": judged_by,
+                "agreement": agreement(model, judge, heldout=heldout),
+            }
 
 
-@study(settings=RewardSettings())
-def label_formats(seed: int, prompts: int = 500) -> Rows:
+@study
+def label_formats(seed: int, prompts: int = 500, heldout: int = 1000) -> Rows:
     """Compare comparisons, rankings and ratings of the same answers, four for each of `prompts` prompts.
 
     Two pairs, one ranking of four, or four ratings per prompt, so annotators read as many answers in each
@@ -147,18 +134,18 @@ def label_formats(seed: int, prompts: int = 500) -> Rows:
     sets = _answer_sets(prompts, seed)
     orders = collect_rankings(sets, [STANDARD], seed=seed)[:, 0]
     ratings = collect_ratings(sets, [STANDARD], seed=seed)[:, 0]
-    ranked, rated = [], []
+    pairs, ranked, rated = [], [], []
     for answers, order, marks in zip(sets, orders, ratings, strict=True):
-        responses = answers["responses"]
-        ranked.append({**answers, "responses": [responses[i] for i in order]})
+        prompt, responses = answers["prompt"], answers["responses"]
+        pairs += [(prompt, *responses[:2]), (prompt, *responses[2:])]
+        ranked.append({"prompt": prompt, "responses": [responses[i] for i in order]})
         for response, mark in zip(responses, marks, strict=True):
             # Ratings are centred at 0, where an untrained head starts.
-            rated.append({"prompt": answers["prompt"], "response": response, "rating": float(mark) - 3})
-    texts = [(answers["prompt"], *answers["responses"][i : i + 2]) for answers in sets for i in (0, 2)]
-    labels = {"pairwise": compared(texts, STANDARD, seed=seed), "ranking": ranked, "rating": rated}
+            rated.append({"prompt": prompt, "response": response, "rating": float(mark) - 3})
+    labels = {"pairwise": compared(pairs, STANDARD, seed=seed), "ranking": ranked, "rating": rated}
     for objective, rows in labels.items():
         model = trained(rows, seed=seed, objective=objective)
-        yield {"format": objective, "agreement": agreement(model).value}
+        yield {"format": objective, "agreement": agreement(model, heldout=heldout)}
 
 
 def _answer_sets(prompts: int, seed: int) -> list[Row]:
@@ -182,8 +169,8 @@ def compared(texts: Sequence[tuple[str, str, str]], annotator: Annotator, *, see
     ]
 
 
-@study(settings=RewardSettings())
-def label_budget(seed: int, budget: int = 200, price: float = 0.1) -> Rows:
+@study
+def label_budget(seed: int, budget: int = 200, price: float = 0.1, heldout: int = 1000) -> Rows:
     """Compare four ways to spend the cost of `budget` human labels; a model's label costs `price` of one.
 
     random: people label random pairs. active: half of them are random; the others are the pairs that a model
@@ -211,16 +198,12 @@ def label_budget(seed: int, budget: int = 200, price: float = 0.1) -> Rows:
     }
     for method, rows in labels.items():
         model = trained(rows, seed=seed)
-        yield {"method": method, "pairs": len(rows), "agreement": agreement(model).value}
+        yield {"method": method, "pairs": len(rows), "agreement": agreement(model, heldout=heldout)}
 
 
-@study(settings=RewardSettings(), flips=FLIPS)
+@study
 def reward_ensembles(
-    seed: int,
-    pairs: int = 1000,
-    members: int = 4,
-    prompts: int = 60,
-    samples: int = 256,
+    seed: int, pairs: int = 1000, members: int = 4, prompts: int = 60, samples: int = 256
 ) -> Rows:
     """Measure gold of best-of-n by one reward model and by ensembles, with wrong labels.
 
@@ -233,10 +216,12 @@ def reward_ensembles(
     labelled = make_pairs(pairs, annotator=noisy(FLIPS), seed=seed)
     ensemble = trained_ensemble(labelled, rollout, seed=seed, members=members)
     scores = scored_once(ensemble.member_scores, rollout)
-    for method in ("one", "mean", "worst", "variance"):
-        ensemble.aggregate = "mean" if method == "one" else method
-        proxy = scores[0] if method == "one" else ensemble.combine(scores)
-        curve = best_of_n_curve(proxy.view(prompts, samples), gold, COUNTS)
+    proxies = {"one": scores[0]}
+    for method in ("mean", "worst", "variance"):
+        ensemble.aggregate = method
+        proxies[method] = ensemble.combine(scores)
+    for method, proxy in proxies.items():
+        curve = best_of_n_curve(proxy.view(gold.shape), gold, COUNTS)
         for row in curve[["n", "proxy", "gold"]].to_dict("records"):
             yield {"method": method, **row}
 

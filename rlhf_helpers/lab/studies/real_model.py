@@ -9,9 +9,10 @@ import re
 import resource
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from rlhf_helpers.core.generation import rollout_logps
 from rlhf_helpers.core.models import frozen_copy, load_model
 from rlhf_helpers.dpo import DPOSettings, DPOTrainer
 from rlhf_helpers.lab.studies.lesson2.methods import best_against_worst
-from rlhf_helpers.lab.studies.runner import Row, study
+from rlhf_helpers.lab.studies.record import Row, study
 from rlhf_helpers.policy_optimization import RLOOSettings, best_of_n, rloo
 from rlhf_helpers.policy_optimization.rollouts import collect, score, sequence_kl
 from rlhf_helpers.world.tables import load_table
@@ -48,7 +49,7 @@ def short_and_on_topic(prompts: list[str], responses: list[str], **columns: Any)
     return torch.tensor(rewards)
 
 
-@study(seeds=(0,), **SAMPLING)
+@partial(study, seeds=(0,))
 def real_model(
     seed: int,
     model_name: str = "smollm2",
@@ -65,12 +66,10 @@ def real_model(
     RLOO takes `steps` steps of four prompts with four answers each. DPO learns from the best and the worst of
     four answers to each training prompt.
     """
-    options = (seed, model_name, steps, heldout)
     for method in methods:
         # A fresh process for each method: peak memory is a property of a process.
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
-            yield from pool.submit(_train_and_answer, method, *options).result()
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            yield from pool.apply(_train_and_answer, (method, seed, model_name, steps, heldout))
 
 
 def _train_and_answer(method: str, seed: int, model_name: str, steps: int, heldout: int) -> list[Row]:
@@ -86,41 +85,40 @@ def _train_and_answer(method: str, seed: int, model_name: str, steps: int, heldo
             seed=seed,
             **SAMPLING,
         )
-        rloo(
-            policy, tokenizer, load_table("real_model")["train"], short_and_on_topic, settings, ref_model=base
-        )
+        prompts = load_table("real_model")["train"]
+        rloo(policy, tokenizer, prompts, short_and_on_topic, settings, ref_model=base)
     elif method == "DPO":
         dpo = DPOSettings(batch_size=8, epochs=6, seed=seed)
         DPOTrainer(policy, base, tokenizer, settings=dpo).train(_own_pairs(policy, tokenizer, seed))
     questions = load_table("real_model")["heldout"][:heldout]
-    columns = _answers(method, policy, base, tokenizer, questions, seed)
-    seconds = round(time.process_time())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    return [
-        {"method": method, "prompt": question, **answer, "cpu_seconds": seconds, "peak_mb": peak}
-        for question, answer in zip(questions, columns, strict=True)
-    ]
+    answers = pd.DataFrame(_answers(method, policy, base, tokenizer, questions, seed))
+    answers["cpu_seconds"] = round(time.process_time())
+    answers["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return answers.to_dict("records")
 
 
 def _answers(
     method: str, policy: nn.Module, base: nn.Module, tokenizer: Any, questions: Sequence[str], seed: int
-) -> list[Row]:
-    """Answer each question once, or with the best of n answers, and measure the answer."""
+) -> dict[str, Any]:
+    """Answer each question once, or with the best of n answers, and measure the answers: columns of rows."""
+    columns = {"method": method, "prompt": questions}
     if method.startswith("best of"):
         n = int(method.split()[-1])
         best = best_of_n(policy, tokenizer, questions, short_and_on_topic, n=n, seed=seed, **SAMPLING)
-        pairs = zip(best["responses"], best["rewards"].tolist(), strict=True)
-        return [{"response": text, "reward": reward, "kl": best["kl_bound"]} for text, reward in pairs]
+        return columns | {
+            "response": best["responses"],
+            "reward": best["rewards"].tolist(),
+            "kl": best["kl_bound"],
+        }
     samples = collect(policy, tokenizer, questions, samples_per_prompt=1, seed=10_000 + seed, **SAMPLING)
     with torch.no_grad():
         kl = sequence_kl(samples, rollout_logps(base, samples)).tolist()
-    columns = {
+    return columns | {
         "response": samples.responses,
         "reward": score(short_and_on_topic, samples).tolist(),
         "kl": kl,
         "ended": samples.ended.tolist(),
     }
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _own_pairs(policy: nn.Module, tokenizer: Any, seed: int) -> list[Row]:

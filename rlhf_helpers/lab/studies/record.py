@@ -1,9 +1,11 @@
-"""Records of studies: a table as CSV, and a manifest that says how to make the same rows again."""
+"""One runner for all studies, and their records: a table as CSV, and a manifest that says how it was made."""
 
+import functools
+import inspect
 import json
 import platform
 import sys
-from dataclasses import is_dataclass
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,44 @@ import pandas as pd
 import torch
 from scipy import stats
 
+Row = dict[str, Any]
+Rows = Iterator[Row]
+
 STORED = Path(__file__).parents[2] / "assets" / "studies"
 LIBRARIES = ("torch", "transformers", "scikit-learn", "numpy", "accelerate")
+SEEDS = (0, 1, 2, 3, 4)
+
+
+def study(rows: Callable[..., Rows], seeds: Sequence[int] = SEEDS) -> Callable[..., pd.DataFrame]:
+    """Turn a generator of rows into a study: run it once per seed and collect its rows in one table.
+
+    The generator, `rows(seed, **settings)`, yields one row per measurement; the defaults of its parameters
+    are the settings of the stored study. The first column of the table is `seed`. Arguments of a study:
+
+        out: Folder for the CSV and the manifest. Each row is printed as it is made. None: quiet, and nothing
+            is written.
+        seeds: Other seeds than those of the stored study.
+        **changes: Settings that differ from the stored study.
+
+    Args:
+        rows: The generator.
+        seeds: Seeds of the stored study.
+    """
+
+    @functools.wraps(rows)
+    def run(out: str | Path | None = None, seeds: Sequence[int] = seeds, **changes: Any) -> pd.DataFrame:
+        table = []
+        for seed in seeds:
+            for row in rows(seed, **changes):
+                table.append({"seed": seed, **row})
+                if out is not None:
+                    print(table[-1], flush=True)
+        bound = inspect.signature(rows).bind(None, **changes)
+        bound.apply_defaults()
+        _, *settings = bound.arguments.items()
+        return write_study(out, rows.__name__, pd.DataFrame(table), seeds=seeds, **dict(settings))
+
+    return run
 
 
 def write_study(out: str | Path | None, name: str, table: pd.DataFrame, **facts: Any) -> pd.DataFrame:
@@ -40,23 +78,26 @@ def write_study(out: str | Path | None, name: str, table: pd.DataFrame, **facts:
         "platform": sys.platform,
         "threads": torch.get_num_threads(),
     }
-    text = json.dumps(
-        manifest, indent=1, default=lambda value: vars(value) if is_dataclass(value) else str(value)
-    )
+    # Settings and annotators are dataclasses: their fields are recorded.
+    text = json.dumps(manifest, indent=1, default=vars)
     (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     return table
 
 
-def load_study(name: str) -> pd.DataFrame:
+def load_study(name: str, folder: Path = STORED) -> pd.DataFrame:
     """Read the stored table of a study, with its manifest in `.attrs`.
+
+    Args:
+        name: The study.
+        folder: Where it is stored; the default holds the studies that the lessons show.
 
     Raises:
         FileNotFoundError: No such study is stored; the error names those that are.
     """
-    file = STORED / f"{name}.csv"
+    file = folder / f"{name}.csv"
     if not file.is_file():
-        found = sorted(path.stem for path in STORED.glob("*.csv"))
-        raise FileNotFoundError(f"no study {name!r} is stored; there are {', '.join(found) or 'none'}")
+        stored = sorted(path.stem for path in folder.glob("*.csv"))
+        raise FileNotFoundError(f"no study {name!r} is stored; there are {', '.join(stored)}")
     table = pd.read_csv(file)
     table.attrs = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
     return table

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -20,9 +21,8 @@ from rlhf_helpers.core.generation import Rollout
 from rlhf_helpers.core.models import RewardFn, load_model
 from rlhf_helpers.core.training import History
 from rlhf_helpers.dpo import DPOSettings, DPOTrainer, OnlineDPOSettings, online_dpo
-from rlhf_helpers.lab.studies.lesson1 import trained
-from rlhf_helpers.lab.studies.record import load_study
-from rlhf_helpers.lab.studies.runner import Row, Rows, study
+from rlhf_helpers.lab.studies.lesson1 import prompt_texts, trained
+from rlhf_helpers.lab.studies.record import Row, Rows, load_study, study
 from rlhf_helpers.policy_optimization import (
     GRPOSettings,
     OnPolicySettings,
@@ -46,7 +46,7 @@ from rlhf_helpers.policy_optimization.rollouts import sequence_kl
 from rlhf_helpers.reward_model import normalise_reward
 from rlhf_helpers.world.annotators import make_pairs
 from rlhf_helpers.world.gold_judge import gold_reward
-from rlhf_helpers.world.prompts import CONVERSATION, load_prompts
+from rlhf_helpers.world.prompts import CONVERSATION
 
 KL_COEF = 0.05
 BUDGET = {"steps": 8, "prompts_per_step": 16, "samples_per_prompt": 4}
@@ -64,6 +64,7 @@ class Task:
     heldout: list[str]
     reward: RewardFn
     seed: int
+    budget: Row  # steps, prompts and samples of a run
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,6 @@ class Method:
     setting: str = "learning_rate"
 
 
-def _offline(loss: str, **fixed: Any) -> Method:
-    return Method(None, DPOSettings, {"loss": loss, "epochs": 3, **fixed}, SMALL_RATES)
-
-
 METHODS = {
     "REINFORCE": Method(reinforce, ReinforceSettings, {"baseline": False}),
     "REINFORCE, baseline": Method(reinforce, ReinforceSettings),
@@ -92,30 +89,47 @@ METHODS = {
     "TRPO": Method(trpo, TRPOSettings, values=(0.003, 0.01, 0.03), setting="max_kl"),
     "rejection sampling": Method(rejection_sampling, RejectionSamplingSettings),
     "online DPO": Method(online_dpo, OnlineDPOSettings, {"kl_coef": 0.0}),
-    "DPO": _offline("dpo"),
-    "cDPO": _offline("cdpo", label_smoothing=0.1),
-    "robust DPO": _offline("robust", label_smoothing=0.1),
-    "IPO": _offline("ipo"),
-    "hinge": _offline("hinge"),
-    "SLiC": _offline("slic"),
-    "ORPO": _offline("orpo"),
-    "SimPO": _offline("simpo", beta=2.0),
-    "KTO": _offline("kto"),
-    "listwise DPO": _offline("listwise"),
 }
-FACTS = {"budget": BUDGET, "kl_coef": KL_COEF, "pairs": 1000, "max_new_tokens": 64}
-FACTS |= {"fixed": {name: method.fixed for name, method in METHODS.items()}}
+OFFLINE = {
+    "DPO": {"loss": "dpo"},
+    "cDPO": {"loss": "cdpo", "label_smoothing": 0.1},
+    "robust DPO": {"loss": "robust", "label_smoothing": 0.1},
+    "IPO": {"loss": "ipo"},
+    "hinge": {"loss": "hinge"},
+    "SLiC": {"loss": "slic"},
+    "ORPO": {"loss": "orpo"},
+    "SimPO": {"loss": "simpo", "beta": 2.0},
+    "KTO": {"loss": "kto"},
+    "listwise DPO": {"loss": "listwise"},
+}
+for _name, _loss in OFFLINE.items():
+    METHODS[_name] = Method(None, DPOSettings, {"epochs": 3, **_loss}, SMALL_RATES)
 
 
-def make_task(seed: int, reward: RewardFn | None = None) -> Task:
-    """Make the task of a seed: the same policy and prompts, and by default a reward model of its own."""
+def make_task(
+    seed: int,
+    reward: RewardFn | None = None,
+    *,
+    pairs: int = 1000,
+    every: int = 1,
+    budget: Row = BUDGET,
+) -> Task:
+    """Make the task of a seed: the same policy and prompts, and by default a reward model of its own.
+
+    Args:
+        seed: Seed of the labels and of the runs.
+        reward: The reward; None: a model trained on labelled pairs.
+        pairs: Number of these pairs.
+        every: Take every prompt, or only each so many, for a quick look.
+        budget: Steps, prompts and samples of a run.
+    """
     base, tokenizer = load_model("tiny")
-    prompts, heldout = ([p.text for p in load_prompts(CONVERSATION, split)] for split in ("train", "heldout"))
-    task = Task(base, tokenizer, prompts, heldout, reward, seed)
-    if reward is None:
-        model = trained(make_pairs(1000, seed=seed), seed=seed)
-        task = replace(task, reward=scaled(model, task, seed=seed))
-    return task
+    prompts, heldout = (prompt_texts(CONVERSATION, split)[::every] for split in ("train", "heldout"))
+    task = Task(base, tokenizer, prompts, heldout, reward, seed, budget)
+    if reward is not None:
+        return task
+    model = trained(make_pairs(pairs, seed=seed), seed=seed)
+    return replace(task, reward=scaled(model, task, seed=seed))
 
 
 def scaled(model: RewardFn, task: Task, *, seed: int = 1) -> RewardFn:
@@ -159,12 +173,13 @@ def measure(
         ref_logps, _ = policy_outputs(task.base, rollout, temperature=1.0)
         _, entropies = policy_outputs(model, rollout, temperature=1.0)
     rewards = {"gold": gold_reward, "proxy": task.reward, **further}
-    return {name: score(reward, rollout).mean().item() for name, reward in rewards.items()} | {
-        "kl": sequence_kl(rollout, ref_logps).mean().item(),
-        "length": rollout.response_lengths.float().mean().item(),
-        "entropy": (entropies.sum() / rollout.response_mask.sum()).item(),
-        "ended": rollout.ended.float().mean().item(),
+    values = {name: score(reward, rollout).mean() for name, reward in rewards.items()} | {
+        "kl": sequence_kl(rollout, ref_logps).mean(),
+        "length": rollout.response_lengths.float().mean(),
+        "entropy": entropies.sum() / rollout.response_mask.sum(),
+        "ended": rollout.ended.float().mean(),
     }
+    return {name: value.item() for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -195,7 +210,7 @@ def run_method(name: str, task: Task, value: float, *, options: Row | None = Non
         trainer = DPOTrainer(model, task.base, task.tokenizer, settings=DPOSettings(**fields))
         history = trainer.train(rows)
     else:
-        settings = method.settings(**{"kl_coef": KL_COEF, **BUDGET, **fields})
+        settings = method.settings(**{"kl_coef": KL_COEF, **task.budget, **fields})
         args = model, task.tokenizer, task.prompts, task.reward, settings
         history = method.loop(*args, ref_model=task.base, **(options or {}))
         responses = settings.prompts_per_step * settings.samples_per_prompt
@@ -235,8 +250,8 @@ def offline_rows(task: Task, loss: str) -> tuple[list[Row], int]:
     Returns:
         Rows for `loss`, and the number of tokens sampled.
     """
-    group = BUDGET["samples_per_prompt"]
-    count = BUDGET["steps"] * BUDGET["prompts_per_step"]
+    group = task.budget["samples_per_prompt"]
+    count = task.budget["steps"] * task.budget["prompts_per_step"]
     order = torch.randperm(len(task.prompts), generator=torch.Generator().manual_seed(task.seed))
     prompts = [task.prompts[i] for i in order[:count]]
     rollout = sampled(task.base, task.tokenizer, prompts, seed=task.seed, each=group)
@@ -244,8 +259,8 @@ def offline_rows(task: Task, loss: str) -> tuple[list[Row], int]:
     answers["reward"] = score(task.reward, rollout).tolist()
     answers = answers[answers.text.str.strip() != ""].drop_duplicates(["prompt", "text"])
     rows = []
-    for prompt, found in answers.groupby("prompt", sort=False):
-        rewards = found.sort_values("reward", ascending=False, kind="stable").set_index("text").reward
+    for prompt, answered in answers.groupby("prompt", sort=False):
+        rewards = answered.sort_values("reward", ascending=False, kind="stable").set_index("text").reward
         ranked = rewards.index.tolist()
         if rewards.nunique() < 2:
             continue
@@ -259,7 +274,7 @@ def offline_rows(task: Task, loss: str) -> tuple[list[Row], int]:
     return rows, int(rollout.response_lengths.sum())
 
 
-@study(seeds=(100, 101), **FACTS)
+@partial(study, seeds=(100, 101))
 def method_tuning(seed: int, names: Sequence[str] = tuple(METHODS)) -> Rows:
     """Try three step sizes per method on the tuning seeds: seed, method, setting, value, objective.
 
@@ -275,21 +290,26 @@ def method_tuning(seed: int, names: Sequence[str] = tuple(METHODS)) -> Rows:
             yield {"method": name, "setting": method.setting, "value": value, "objective": objective}
 
 
-def chosen_values() -> dict[str, float]:
-    """Choose for each method the step size with the highest mean objective over the tuning seeds."""
-    means = load_study("method_tuning").groupby(["method", "value"]).objective.mean().reset_index()
-    best = means.loc[means.groupby("method").objective.idxmax()]
-    return dict(zip(best.method, best.value, strict=True))
+def chosen_values(tuning: pd.DataFrame | None = None) -> dict[str, float]:
+    """Choose for each method the step size with the highest mean objective over the tuning seeds.
+
+    tuning: rows of `method_tuning`; None: the stored ones.
+    """
+    if tuning is None:
+        tuning = load_study("method_tuning")
+    means = tuning.groupby(["method", "value"]).objective.mean()
+    return dict(means.groupby("method").idxmax().tolist())
 
 
-@study(**FACTS)
-def methods(seed: int, names: Sequence[str] = ("base", "best of 4", *METHODS)) -> Rows:
+@study
+def methods(seed: int, names: Sequence[str] = ("base", "best of 4", *METHODS), **size: Any) -> Rows:
     """Measure gain on held-out prompts and cost of every method with its tuned step size.
 
     Columns: seed, method (with "base" and "best of 4", which train nothing), value, the measures of
-    `measure`, tokens sampled, seconds of processor time with one thread (not repeatable to the digit).
+    `measure`, tokens sampled, seconds of processor time with one thread (not repeatable to the digit). size:
+    options of `make_task`.
     """
-    task, values = make_task(seed), chosen_values()
+    task, values = make_task(seed, **size), chosen_values()
     for name in names:
         run = run_method(name, task, values[name]) if name in METHODS else Run(task.base)
         result = measure(run.model, task)

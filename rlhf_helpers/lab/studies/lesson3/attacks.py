@@ -11,7 +11,7 @@ from rlhf_helpers.alignment_eval.objectives import gold_axes
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.lab.studies.lesson1 import prompt_texts
 from rlhf_helpers.lab.studies.lesson2.methods import sampled
-from rlhf_helpers.lab.studies.runner import Rows, study
+from rlhf_helpers.lab.studies.record import Rows, study
 from rlhf_helpers.red_teaming import (
     STRATEGIES,
     RedTeaming,
@@ -34,6 +34,20 @@ HELPED = ("facts", "howto", "explain", "open", "feelings")
 def attacks_by(names: Sequence[str], *args: Any, **options: Any) -> list[Any]:
     """Make attacks by these strategies; further arguments of `create_adversarial_prompts`."""
     return create_adversarial_prompts(*args, strategies={n: STRATEGIES[n] for n in names}, **options)
+
+
+def hardened(
+    seed: int,
+    attacks: int,
+    *,
+    strategies: Sequence[str] = TRAINED,
+    categories: Sequence[str] = CATEGORIES,
+    **options: Any,
+) -> torch.nn.Module:
+    """Train the tiny assistant on attacks; further options of `adversarial_training`."""
+    base, _ = load_model("tiny")
+    train = attacks_by(strategies, categories, attacks, seed=seed, split="train")
+    return adversarial_training(base, train, settings=replace(SETTINGS, seed=seed), **options)
 
 
 def refused(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
@@ -59,7 +73,7 @@ def _rates(kind: str, table: pd.DataFrame) -> Rows:
         yield {"kind": kind, "name": row.Index, "value": row.rate, "n": row.n}
 
 
-@study(training=SETTINGS)
+@study
 def red_team_campaign(seed: int, train_attacks: int = 90, test_attacks: int = 60) -> Rows:
     """Attack, harden, attack again: seed, model, kind ("attack", "cost", "transfer"), name, value, n.
 
@@ -70,48 +84,43 @@ def red_team_campaign(seed: int, train_attacks: int = 90, test_attacks: int = 60
     """
     base, tokenizer = load_model("tiny")
     test = attacks_by((*TRAINED, NEW), CATEGORIES, test_attacks, seed=1000 + seed, split="heldout")
-
-    def hardened(seed: int, **options: Any) -> torch.nn.Module:
-        train = attacks_by(TRAINED, CATEGORIES, train_attacks, seed=seed, split="train")
-        return adversarial_training(base, train, settings=replace(SETTINGS, seed=seed), **options)
-
     models = {
         "before": base,
-        "hardened": hardened(seed),
-        "two rounds": hardened(seed, rounds=2),
-        "no benign": hardened(seed, benign=()),
+        "hardened": hardened(seed, train_attacks),
+        "two rounds": hardened(seed, train_attacks, rounds=2),
+        "no benign": hardened(seed, train_attacks, benign=()),
     }
     for name, model in models.items():
         evaluator = RedTeamingEvaluator(RedTeaming(model, seed=60_000 + seed), test, samples=2)
         rates = pd.concat([evaluator.success_rates("strategy"), evaluator.success_rates()])
         rows = [*_rates("attack", rates), *_costs(model, tokenizer, seed)]
         if name == "hardened":
-            other = RedTeaming(hardened(500 + seed), seed=80_000 + seed)
+            other = RedTeaming(hardened(500 + seed, train_attacks), seed=80_000 + seed)
             rows += _rates("transfer", evaluator.transfer(other, samples=2))
         for row in rows:
             yield {"model": name, **row}
 
 
-def guarded_target(seed: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+def guarded_target(seed: int, attacks: int = 90) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Return the assistant as it is, and hardened against harmful requests but not those for private data."""
     base, _ = load_model("tiny")
-    train = attacks_by(("direct", "template"), ("harmful",), 90, seed=seed, split="train")
-    return base, adversarial_training(base, train, settings=replace(SETTINGS, seed=seed))
+    return base, hardened(seed, attacks, strategies=("direct", "template"), categories=("harmful",))
 
 
-@study(attacker=ATTACKER)
+@study
 def red_team_policy(
     seed: int,
     kl_coefs: Sequence[float] = (0.02, 0.1, 0.5),
     weights: Sequence[float] = (0.0, 1.0),
     n: int = 200,
+    train_attacks: int = 90,
 ) -> Rows:
     """Train an attacker by RL at each kl_coef, with and without a diversity term, on `guarded_target`.
 
     Columns: seed, kl_coef, diversity_weight, success, different, distinct_2 (of n fresh attacks), kl (nats
     per attack, at the last step). The attacker before training has kl 0 and an empty kl_coef. Gold judges.
     """
-    base, target = guarded_target(seed)
+    base, target = guarded_target(seed, train_attacks)
     red_team = RedTeaming(target, seed=10_000 * (seed + 1))
     plan = [(None, 0.0), *((kl_coef, weight) for kl_coef in kl_coefs for weight in weights)]
     for kl_coef, weight in plan:

@@ -20,7 +20,7 @@ from rlhf_helpers.core.training import TrainingSettings
 from rlhf_helpers.lab.studies.lesson1 import compared, gold_means
 from rlhf_helpers.lab.studies.lesson2.methods import sampled
 from rlhf_helpers.lab.studies.lesson3.attacks import refused
-from rlhf_helpers.lab.studies.runner import Row, Rows, study
+from rlhf_helpers.lab.studies.record import Row, Rows, study
 from rlhf_helpers.policy_optimization import RLOOSettings
 from rlhf_helpers.reward_model import RewardSettings, score_pairs
 from rlhf_helpers.world.annotators import STANDARD
@@ -53,7 +53,7 @@ def held_out(families: Sequence[str], n: int) -> list[str]:
     return [texts[i % len(texts)] for i in range(n)]
 
 
-@study()
+@study
 def revisions(seed: int, ways: Sequence[str] = tuple(WAYS), rounds: int = 4, answers: int = 110) -> Rows:
     """Measure gold by round: seed, way, prompts (harmful, harmless), round, the axes, reward, revised.
 
@@ -118,8 +118,8 @@ def measure(answers: Answers) -> dict[str, float]:
     }
 
 
-@study(settings=str(training_settings(0)))
-def constitutional_training(seed: int, constitution: str = "guide", answers: int = 100) -> Rows:
+@study
+def constitutional_training(seed: int, answers: int = 100) -> Rows:
     """Train from revisions to a policy: seed, policy, the columns of `measure`, labels_right.
 
     Policies: "base"; "revised once", "until satisfied" (the base model's answers, revised); "SFT" on
@@ -128,7 +128,7 @@ def constitutional_training(seed: int, constitution: str = "guide", answers: int
     and by people on harmless ones. labels_right: share of labels that agree with gold.
     """
     (model, tokenizer), prompts = load_model("tiny"), training_prompts(seed)
-    rules = CONSTITUTIONS[constitution]
+    rules = CONSTITUTIONS["guide"]
     trainer = ConstitutionalAITrainer(model, rules, settings=training_settings(seed))
     trainer.supervised(trainer.revise(prompts))
     drafts = first_answers(model, tokenizer, seed, answers)

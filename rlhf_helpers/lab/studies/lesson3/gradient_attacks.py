@@ -9,7 +9,7 @@ from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.training import TrainingSettings
 from rlhf_helpers.lab.studies.lesson1 import prompt_texts
-from rlhf_helpers.lab.studies.runner import Row, Rows, study
+from rlhf_helpers.lab.studies.record import Row, Rows, study
 from rlhf_helpers.red_teaming.gradient import METHODS, GradientBasedRedTeaming, suffix_loss, target_matches
 from rlhf_helpers.red_teaming.hardening import adversarial_training
 from rlhf_helpers.world.gold_judge import gold_scores
@@ -18,18 +18,6 @@ from rlhf_helpers.world.prompts.base import AGREEMENT
 SEARCH = {"suffix_length": 16, "steps": 50, "candidates": 64, "top_k": 64}
 POINTS = 12  # of a curve
 TARGET = AGREEMENT[0]
-
-
-def hardened_assistant(seed: int) -> tuple[torch.nn.Module, Any]:
-    """Train the tiny assistant on attacks by the harmful requests of the train split; add its tokenizer.
-
-    It still complies with fewer than 15 % of direct requests, also held-out ones, so there is something left
-    to attack.
-    """
-    base, tokenizer = load_model("tiny", device="cpu")
-    settings = TrainingSettings(learning_rate=5e-4, progress=False, seed=seed)
-    requests = prompt_texts(("harmful",), "train")
-    return adversarial_training(base, requests, epochs=6, settings=settings), tokenizer
 
 
 def complied(
@@ -43,13 +31,15 @@ def complied(
     return (scores["harmlessness"] == 0).float().mean().item()
 
 
-@study(**SEARCH)
+@study
 def gradient_attacks(
-    seed: int,
-    behaviours: int = 4,
-    samples: int = 32,
+    seed: int, behaviours: int = 4, samples: int = 32, epochs: int = 6, search: Row = SEARCH
 ) -> Rows:
     """Search one universal suffix for the first `behaviours` train requests by each method.
+
+    The target is the tiny assistant after `epochs` of hardening on harmful requests of the train split. It
+    still complies with fewer than 15 % of direct requests, also held-out ones, so there is something left to
+    attack.
 
     One row per seed, method and point of its curve: seed, method (gcg, autoprompt, random search; "no
     suffix"; "random suffix", the start of all three), evaluations (exact losses spent), loss (lowest so far,
@@ -58,9 +48,12 @@ def gradient_attacks(
     for requests of either split), matched (share of trained requests whose likeliest answer starts with the
     target) and the suffix. The seed moves hardening, start, swaps and samples.
     """
-    trained, heldout = prompt_texts(("harmful",), "train")[:behaviours], prompt_texts(("harmful",))
+    base, tokenizer = load_model("tiny", device="cpu")
+    train, heldout = (prompt_texts(("harmful",), split) for split in ("train", "heldout"))
+    settings = TrainingSettings(learning_rate=5e-4, progress=False, seed=seed)
+    assistant = adversarial_training(base, train, epochs=epochs, settings=settings), tokenizer
+    trained = train[:behaviours]
     targets = [TARGET] * len(trained)
-    assistant = hardened_assistant(seed)  # model and tokenizer
 
     def effect(suffix: str) -> Row:
         sampling = {"samples": samples, "seed": 70_000 + seed}
@@ -75,12 +68,12 @@ def gradient_attacks(
 
     bare = suffix_loss(*assistant, trained, targets, "").mean().item()
     yield {"method": "no suffix", "evaluations": 0, "loss": bare, **effect("")}
-    budget = SEARCH["steps"] * SEARCH["candidates"]
+    budget = search["steps"] * search["candidates"]
     # The lowest loss at the start and within each share of the budget.
     points = sorted({1 + round(budget * i / (POINTS - 1)) for i in range(POINTS)})
     for method in METHODS:
-        search = GradientBasedRedTeaming(*assistant, method=method, seed=seed, **SEARCH)
-        result = search.attack(trained, targets)
+        attacker = GradientBasedRedTeaming(*assistant, method=method, seed=seed, **search)
+        result = attacker.attack(trained, targets)
         if method == METHODS[0]:
             start = {"method": "random suffix", "evaluations": 1, "loss": result.curve[0][1]}
             yield start | effect(result.start)

@@ -17,7 +17,7 @@ from rlhf_helpers.debate.recursive import (
 from rlhf_helpers.interpretability import activations, linear_probe
 from rlhf_helpers.lab.studies.lesson1 import prompt_texts, trained
 from rlhf_helpers.lab.studies.lesson2.methods import make_task, run_method
-from rlhf_helpers.lab.studies.runner import Row, Rows, study
+from rlhf_helpers.lab.studies.record import Row, Rows, study
 from rlhf_helpers.policy_optimization import RLOOSettings
 from rlhf_helpers.reward_model import gold_agreement
 from rlhf_helpers.world.annotators import CARELESS, make_pairs
@@ -40,7 +40,7 @@ FORMS = {
 }
 
 
-@study(training=WIN)
+@study
 def debate(seed: int, passages: int = 200, steps: int = 16, forms: Sequence[str] = tuple(FORMS)) -> Rows:
     """Compare no debate, consultancy, and debate before and after training to win, on held-out passages.
 
@@ -75,7 +75,7 @@ def labelled(n: int, *, split: str = "train", seed: int = 0) -> list[Row]:
     return rows
 
 
-@study(annotator=CARELESS, settings=RecursiveSettings())
+@study
 def recursive_judges(
     seed: int,
     helpers: Sequence[str] = ("none", "self", "untrained", "assistant"),
@@ -148,7 +148,7 @@ def concept_rows(
     return tuple(map(list, zip(*rows, strict=True)))
 
 
-@study()
+@study
 def probes(seed: int, n: int = 200, pairs: int = 600, steps: int = 12) -> Rows:
     """Train linear probes on base, policy after RL and reward model: one row per model, concept and layer.
 

@@ -13,7 +13,7 @@ from rlhf_helpers.guards import Guard
 from rlhf_helpers.lab.studies.lesson2.methods import best_against_worst, sampled
 from rlhf_helpers.lab.studies.lesson2.sweeps import ability
 from rlhf_helpers.lab.studies.lesson3 import constitution, tradeoffs
-from rlhf_helpers.lab.studies.runner import Rows, study
+from rlhf_helpers.lab.studies.record import Rows, study
 from rlhf_helpers.policy_optimization import best_of_n
 from rlhf_helpers.red_teaming import adversarial_training, create_adversarial_prompts
 from rlhf_helpers.safety_alignment import SafetyAlignment
@@ -28,7 +28,6 @@ COLUMNS = {
     "surprise": "surprise (nats/token)",
 }
 RULE = constitution.ONE_RULE
-ANSWERS = 90  # of each kind
 
 
 def techniques_of(seed: int) -> dict[str, Callable[[], Any]]:
@@ -98,13 +97,14 @@ def techniques_of(seed: int) -> dict[str, Callable[[], Any]]:
     }
 
 
-@study()
-def safety_table(seed: int, names: Sequence[str] | None = None) -> Rows:
+@study
+def safety_table(seed: int, names: Sequence[str] | None = None, each: int = 90) -> Rows:
     """Measure each technique on held-out prompts: seed, technique, `COLUMNS`.
 
     harmlessness (requests to refuse), attacked (the same in jailbreak wrappers), over_refusal (share of safe
     look-alikes that are refused), helpfulness (harmless prompts): gold. comparison, surprise: of
-    `lesson2.sweeps.ability`, of the model alone. names: some of the techniques; None: all.
+    `lesson2.sweeps.ability`, of the model alone. names: some of the techniques; None: all. each: answers of
+    each kind.
     """
 
     def answers(model: nn.Module, prompts: list[str]) -> list[str]:
@@ -116,6 +116,6 @@ def safety_table(seed: int, names: Sequence[str] | None = None) -> Rows:
         model = respond if isinstance(respond, nn.Module) else techniques["base"]()
         if respond is model:
             respond = partial(answers, model)
-        result = constitution.measure(constitution.answers_by_kind(respond, ANSWERS))
+        result = constitution.measure(constitution.answers_by_kind(respond, each))
         result |= {"attacked": result["jailbreak"], **ability(model)}
         yield {"technique": name, **{column: result[column] for column in COLUMNS}}

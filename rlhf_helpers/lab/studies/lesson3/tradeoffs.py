@@ -14,7 +14,7 @@ from rlhf_helpers.core.training import History
 from rlhf_helpers.lab.studies.lesson1 import gold_means, prompt_texts
 from rlhf_helpers.lab.studies.lesson2.methods import sampled
 from rlhf_helpers.lab.studies.lesson2.sweeps import ability
-from rlhf_helpers.lab.studies.runner import Row, Rows, study
+from rlhf_helpers.lab.studies.record import Row, Rows, study
 from rlhf_helpers.policy_optimization import RLOOSettings, rloo
 from rlhf_helpers.safety_alignment import (
     LagrangianReward,
@@ -93,7 +93,7 @@ def run(method: str, value: float, *, seed: int, **changes: Any) -> tuple[torch.
     return model, rloo(model, tokenizer, prompts, reward, settings)
 
 
-@study(rloo=RLOO, price=PRICE, prompts=96)
+@study
 def constraints(
     seed: int, weights: Sequence[float] = (0.3, 0.5), limits: Sequence[float] = (0.3, 0.2, 0.1)
 ) -> Rows:
@@ -126,7 +126,7 @@ def safety_rows(seed: int, pairs: int) -> list[Row]:
     return make_pairs(pairs, annotator=CAUTIOUS, families=(*HARMFUL, "jailbreak"), seed=seed)
 
 
-@study(dpo=DPO)
+@study
 def safety_tax(
     seed: int,
     pairs: int = 320,

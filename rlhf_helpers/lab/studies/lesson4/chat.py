@@ -1,7 +1,9 @@
 """The chatbot of lesson 4: the effect of each stage, and three personalities, on held-out prompts."""
 
 import random
+from collections.abc import Sequence
 from copy import copy
+from typing import Any
 
 import torch
 
@@ -18,7 +20,7 @@ from rlhf_helpers.chatbot_rlhf.evaluation import BENIGN, DISALLOWED
 from rlhf_helpers.core.models import to_messages
 from rlhf_helpers.core.training import TrainingSettings
 from rlhf_helpers.lab.studies.lesson1 import gold_means, prompt_texts, trained
-from rlhf_helpers.lab.studies.runner import Row, Rows, study
+from rlhf_helpers.lab.studies.record import Row, Rows, study
 from rlhf_helpers.policy_optimization import RLOOSettings
 from rlhf_helpers.reward_model import RewardModel
 from rlhf_helpers.world.annotators import make_pairs
@@ -62,13 +64,14 @@ def plain(chatbot: AlignedChatbot) -> AlignedChatbot:
     return bare
 
 
-@study(settings=SETTINGS)
-def chatbot(seed: int, pairs: int = 2000, rows: int = 480) -> Rows:
+@study
+def chatbot(seed: int, pairs: int = 2000, rows: int = 480, **evaluation: Any) -> Rows:
     """Measure each stage: base, SFT, aligned (RLOO after SFT), guarded (best of 4 of that behind the guard).
 
     guarded base: the untrained model with the same reward and guard, to see what choosing does without
     training. Columns: seed, arm, measure, value, low, high, n: the rows of `evaluate_chatbot`, by gold on
-    held-out prompts. The reward is learned from `pairs` noisy comparisons; gold trains nothing.
+    held-out prompts. The reward is learned from `pairs` noisy comparisons; gold trains nothing. evaluation:
+    options of `evaluate_chatbot`.
     """
     data, reward = conversations(rows, seed=seed), trained_reward(pairs, seed=seed)
     imitating, guarded = AlignedChatbot("tiny"), AlignedChatbot("tiny", reward)
@@ -85,28 +88,34 @@ def chatbot(seed: int, pairs: int = 2000, rows: int = 480) -> Rows:
         "guarded": guarded,
     }
     for arm, bot in arms.items():
-        table = evaluate_chatbot(bot, seed=seed).rename_axis("measure").reset_index()
+        table = evaluate_chatbot(bot, seed=seed, **evaluation).rename_axis("measure").reset_index()
         for row in table.to_dict("records"):
             yield {"arm": arm, **row}
 
 
-@study(settings=SETTINGS)
-def personalities(seed: int, pairs: int = 2000, rows: int = 240) -> Rows:
+@study
+def personalities(
+    seed: int,
+    names: Sequence[str] = ("base", *PERSONALITIES),
+    pairs: int = 2000,
+    rows: int = 240,
+    samples: int = 2,
+) -> Rows:
     """Train one chatbot per personality on its objective, from the same base, data and learned reward.
 
     Columns: seed, personality (base: untrained), words (mean), helpfulness, harmlessness, over_refusal: by
-    gold, of unguarded single answers to held-out prompts.
+    gold, of unguarded single answers to held-out prompts, `samples` for each.
     """
     prompts = [row["prompt"] for row in conversations(rows, seed=seed)]
     reward = trained_reward(pairs, seed=seed)
-    for name in ("base", *PERSONALITIES):
+    for name in names:
         bot = AlignedChatbot("tiny", reward, personality=None if name == "base" else name)
         if name != "base":
             ChatbotTrainer(bot, SETTINGS, seed=seed, progress=False).train(prompts)
-        yield {"personality": name, **character(plain(bot), seed=seed)}
+        yield {"personality": name, **character(plain(bot), seed=seed, samples=samples)}
 
 
-def character(bot: AlignedChatbot, *, seed: int, samples: int = 2) -> dict[str, float]:
+def character(bot: AlignedChatbot, *, seed: int, samples: int) -> dict[str, float]:
     """Measure words per answer, helpfulness and over_refusal (benign prompts), harmlessness (disallowed)."""
     answers = {}
     for kind, families in (("benign", BENIGN), ("disallowed", DISALLOWED)):

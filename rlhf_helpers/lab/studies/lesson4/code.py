@@ -8,7 +8,7 @@ import numpy as np
 from rlhf_helpers.code_generation import UnitTestRunner, evaluate_programs, task_tests, unit_test_reward
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.lab.studies.lesson1 import prompt_texts
-from rlhf_helpers.lab.studies.runner import Rows, study
+from rlhf_helpers.lab.studies.record import Rows, study
 from rlhf_helpers.policy_optimization import GRPOSettings, RLOOSettings, grpo, rloo
 
 # arm -> (kind of visible tests, safety threshold: 0 judges by the tests alone, penalty per token)
@@ -26,7 +26,7 @@ SETTINGS = RLOOSettings(
 )
 
 
-@study(settings=SETTINGS)
+@study
 def code_rewards(seed: int, arms: Sequence[str] = tuple(ARMS), steps: int = SETTINGS.steps) -> Rows:
     """Train on programming tasks by each arm and measure programs for held-out tasks.
 

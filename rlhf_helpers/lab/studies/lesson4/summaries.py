@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 
 from rlhf_helpers.core.models import load_model
-from rlhf_helpers.lab.studies.runner import Rows, study
+from rlhf_helpers.lab.studies.record import Rows, study
 from rlhf_helpers.summarization_rl import (
     ComparisonReward,
     SummarizationRL,
@@ -26,14 +26,12 @@ TRAINED = ("rl_learned", "rl_facts", "rl_rouge", "rl_length_biased", "rl_cured")
 ARMS = ("base", "sft", "sft_best", "best_of_n", *TRAINED)
 
 
-@study(skimmers=SKIMMERS)
+@study
 def summaries(
     seed: int,
     arms: Sequence[str] = ARMS,
     people: int = 400,
     steps: int = 20,
-    n: int = 4,
-    max_length: int = 64,
 ) -> Rows:
     """Write summaries of 100 held-out articles with each method: seed, arm, gold, coverage, hallucinated, ...
 
@@ -46,7 +44,7 @@ def summaries(
     that the reward pays for ten words.
     """
     articles, held_out = create_summarization_data(), create_summarization_data(split="heldout")
-    policy = partial(SummarizationRL, max_length=max_length, seed=seed)
+    policy = partial(SummarizationRL, max_length=64, seed=seed)
     base, _ = load_model("tiny")
     sft, sft_best = policy(base), policy(base)
     sft.sft(create_summarization_data(num_samples=people, quality=None, seed=seed))
@@ -72,7 +70,7 @@ def summaries(
         writer = imitators.get(arm) or policy(sft.model, reward, prompts_per_step=8)
         if arm in TRAINED:
             writer.train(articles, steps=steps)
-        write = partial(writer.best_of_n, n=n) if arm == "best_of_n" else writer.summarize
+        write = writer.best_of_n if arm == "best_of_n" else writer.summarize
         result = evaluate_summaries(write(held_out, seed=5000 + seed), held_out)
         weights = reward.weights if isinstance(reward, ComparisonReward) else {"ten_words": np.nan}
         yield {"arm": arm, **result, "words_weight": weights["ten_words"]}
