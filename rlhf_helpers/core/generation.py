@@ -2,27 +2,27 @@
 
 `generate` turns prompts into a `Rollout`: texts, token ids and the log-prob of every sampled token at the
 sampling temperature. It knows no top-k, top-p or suppressed EOS: the log-probs would then be those of another
-distribution than the one sampled from, and the KL to the reference could come out negative. `stream_answer`
-knows them, for show: it yields text alone, which no loop takes for a sample.
+distribution than the one sampled from, and the KL to the reference could come out negative.
 
 One layout everywhere, P prompt and T response columns: prompts left-padded, responses right-padded, so that
 the seam between them is the same column in every row.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from transformers import DynamicCache, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from transformers import DynamicCache
 
 from rlhf_helpers.core.models import require_cache, usable_positions
-from rlhf_helpers.core.shared_prompts import Pair, answer_outputs
+from rlhf_helpers.core.shared_prompts import Pair, answer_logits, answer_outputs
 from rlhf_helpers.core.tensors import batches_by_length, pad_left, pad_right, require_number
 from rlhf_helpers.core.text import decode_responses, encode_pair, encode_prompt, end_id, naming
 from rlhf_helpers.core.training.distributed import sum_over_shards
@@ -61,21 +61,21 @@ class Rollout:
         if isinstance(index, int):
             raise TypeError(f"a Rollout is indexed by a slice or a list: use [{index}:{index + 1}]")
         rows = torch.arange(len(self))[index.cpu() if isinstance(index, Tensor) else index].tolist()
-        fields = ((name, value) for name, value in vars(self).items() if name != "greedy")
-        kept = {k: v[rows] if isinstance(v, Tensor) else [v[i] for i in rows] for k, v in fields}
-        return replace(self, **kept)
-
-    def to(self, device: torch.device | str) -> "Rollout":
-        """Move the tensors to a device."""
-        moved = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        part = copy.copy(self)
+        # The token pairs are read from the tensors once, and handed on to every part.
+        for name, value in {**vars(self), "token_pairs": self.token_pairs}.items():
+            if isinstance(value, Tensor):
+                vars(part)[name] = value[rows]
+            elif isinstance(value, list):
+                vars(part)[name] = [value[row] for row in rows]
+        return part
 
     @property
     def response_ids(self) -> Int[Tensor, "B T"]:
         """The response columns of input_ids."""
         return self.input_ids[:, -self.response_mask.shape[1] :]
 
-    @property
+    @cached_property
     def token_pairs(self) -> list[Pair]:
         """Token ids of prompt and response of each row, without padding."""
         width, pairs = self.response_mask.shape[1], []
@@ -115,22 +115,35 @@ def generate(
     Raises:
         ValueError: A setting is out of its range, there is no prompt, or `encode_prompts` refuses one.
     """
-    _check_arguments(prompts, max_new_tokens, temperature, greedy, batch_size)
-    model = _unwrapped(model)
+    if isinstance(prompts, str) or not len(prompts):
+        raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
+    if max_new_tokens < 1 or batch_size < 1:
+        raise ValueError(f"max_new_tokens and batch_size must be >= 1, got {max_new_tokens} and {batch_size}")
+    require_number("temperature", temperature, above=0)
+    if greedy and temperature != 1.0:
+        raise ValueError(f"greedy decoding has no temperature: leave it at 1, got {temperature}")
     prompt_rows = encode_prompts(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
-    uniforms = None if greedy else _uniforms(len(prompts), max_new_tokens, seed)
+    # One number per row and step, all at once: no sample depends on its neighbours or on where they end.
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    uniforms = None if greedy else torch.rand(len(prompts), max_new_tokens, generator=generator)
+    stops = _stop_ids(model, tokenizer)
     batches = batches_by_length([-len(row) for row in prompt_rows], batch_size)  # the longest first
     parts = []
     with eval_mode(model), torch.no_grad():
         for batch in batches:
-            noise = None if uniforms is None else uniforms[batch]
+            noise = None if uniforms is None else uniforms[batch].to(stops.device)
             rows = [prompt_rows[i] for i in batch]
-            part = _decode(model, tokenizer, rows, noise, steps=max_new_tokens, temperature=temperature)
-            parts.append(part)
-    back = torch.tensor([i for batch in batches for i in batch]).argsort().to(parts[0][0].device)
-    ids, logps, mask, ended = (torch.cat(part)[back] for part in zip(*parts, strict=True))
-    rollout = _assemble(tokenizer, prompts, prompt_rows, ids, logps, mask, ended)
-    return replace(rollout, greedy=greedy)
+            limits = {"steps": max_new_tokens, "stops": stops, "pad_id": tokenizer.pad_token_id}
+            parts.append(_decode(model, rows, noise, temperature=temperature, **limits))
+    back = torch.tensor([i for batch in batches for i in batch]).argsort().to(stops.device)
+    ids, logps, mask = (torch.cat(part)[back] for part in zip(*parts, strict=True))
+    # Columns that no response reaches are cut off.
+    width = int(mask.sum(-1).max())
+    ids, logps, mask = ids[:, :width], logps[:, :width], mask[:, :width]
+    texts = [row[real].tolist() for row, real in zip(ids.cpu(), mask.cpu(), strict=True)]
+    both = _joined(prompt_rows, ids, mask.long(), tokenizer.pad_token_id)
+    ended = (torch.isin(ids, stops) & mask).any(-1)  # what ends a response is its last token
+    return Rollout([*prompts], decode_responses(tokenizer, texts), *both, mask, logps, ended, greedy)
 
 
 def encode_prompts(
@@ -165,81 +178,6 @@ def encode_prompts(
                 f"context or max_length of {context}: shorten the prompt ({prompt[:60]!r}) or max_new_tokens"
             )
     return [known[prompt] for prompt in prompts]
-
-
-def stream_answer(
-    model: nn.Module,
-    tokenizer: Any,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    greedy: bool = False,
-    seed: int | None = None,
-) -> Iterator[str]:
-    """Sample one answer for people to watch: yields pieces of text as they come, no character ever in halves.
-
-    The joined pieces are the answer, and without top_k and top_p that of `generate` with the same seed.
-    top_k, top_p: draw from the top_k likeliest tokens (Fan et al. 2018), then from the fewest of them that
-    hold a share of top_p (Holtzman et al. 2020): tidier text, but no sample of the policy, so not in
-    `generate`. Lesson 2. Raises ValueError at the call, before any piece, as `generate` does, and for
-    top_k < 1 or top_p outside (0, 1].
-    """
-    _check_arguments([prompt], max_new_tokens, temperature, greedy, 1)
-    warpers = LogitsProcessorList([] if top_k is None else [TopKLogitsWarper(top_k)])
-    if top_p is not None:
-        require_number("top_p", top_p, above=0, at_most=1)
-        warpers.append(TopPLogitsWarper(float(top_p)))
-    model = _unwrapped(model)
-    ids = encode_prompts(model, tokenizer, [prompt], max_new_tokens=max_new_tokens)[0]
-    noise = [None] * max_new_tokens if greedy else _uniforms(1, max_new_tokens, seed).unbind(-1)
-    return _stream(model, tokenizer, ids, noise, lambda seen, scores: warpers(seen, scores / temperature))  # pyright: ignore[reportArgumentType]
-
-
-def _stream(
-    model: nn.Module,
-    tokenizer: Any,
-    prompt_ids: list[int],
-    noise: Sequence[Tensor | None],
-    warp: Callable[[Tensor, Tensor], Tensor],
-) -> Iterator[str]:
-    device, stops = next(model.parameters()).device, _stop_ids(model, tokenizer)
-    cache, ids, said, shown = DynamicCache(config=model.config), prompt_ids, [], 0  # pyright: ignore[reportArgumentType]
-    for step, uniform in enumerate(noise, 1):
-        row = torch.tensor([ids], device=device)
-        with eval_mode(model), torch.no_grad():  # not around the loop: the caller runs between two pieces
-            outputs = model(input_ids=row, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        scores = warp(row, outputs.logits[:, -1].float())
-        ids = _pick(scores, None if uniform is None else uniform.to(device))[0].tolist()
-        said += ids
-        text = decode_responses(tokenizer, [said])[0]
-        ended = ids[0] in stops or step == len(noise)
-        # A character may take several tokens; what is not whole yet decodes to U+FFFD.
-        whole = text if ended else text.rstrip("\ufffd")
-        if len(whole) > shown:
-            yield whole[shown:]
-            shown = len(whole)
-        if ended:
-            return
-
-
-def _uniforms(rows: int, steps: int, seed: int | None) -> Float[Tensor, "B T"]:
-    """One uniform number per row and step, all at once: no sample depends on its neighbours or their end."""
-    return torch.rand(rows, steps, generator=None if seed is None else torch.Generator().manual_seed(seed))
-
-
-def _check_arguments(
-    prompts: Sequence[str], max_new_tokens: int, temperature: float, greedy: bool, batch_size: int
-) -> None:
-    if isinstance(prompts, str) or not len(prompts):
-        raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
-    if max_new_tokens < 1 or batch_size < 1:
-        raise ValueError(f"max_new_tokens and batch_size must be >= 1, got {max_new_tokens} and {batch_size}")
-    require_number("temperature", temperature, above=0)
-    if greedy and temperature != 1.0:
-        raise ValueError(f"greedy decoding has no temperature: leave it at 1, got {temperature}")
 
 
 def response_logits(
@@ -283,6 +221,15 @@ def rollout_outputs(model: nn.Module, rollout: Rollout, **wanted: Any) -> list[F
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
+def rollout_values(model: nn.Module, rollout: Rollout, value_head: nn.Module) -> Float[Tensor, "B T"]:
+    """Compute the value of each token of a rollout alone, without log-probs; 0 on padding."""
+    pairs, values = rollout.token_pairs, []
+    for start in range(0, len(pairs), ANSWERS_PER_FORWARD):
+        _, states = answer_logits(model, pairs[start : start + ANSWERS_PER_FORWARD])
+        values.append(value_head(states).float())
+    return torch.zeros_like(rollout.old_logps).masked_scatter(rollout.response_mask, torch.cat(values))
+
+
 def sequence_logps(
     model: nn.Module,
     tokenizer: Any,
@@ -321,22 +268,19 @@ def rollout_from_text(
 
 def _decode(
     model: nn.Module,
-    tokenizer: Any,
     prompt_rows: list[list[int]],
-    uniforms: Tensor | None,
+    noise: Tensor | None,
     *,
-    steps: int,
     temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sample over one batch: response ids, log-probs and mask (B, steps), ended (B,)."""
-    device, pad_id = next(model.parameters()).device, tokenizer.pad_token_id
-    count = len(prompt_rows)
+    steps: int,
+    stops: Tensor,
+    pad_id: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample over one batch: response ids, log-probs and mask (B, steps); greedily where noise is None."""
+    device, count = stops.device, len(prompt_rows)
     out_ids = torch.full((count, steps), pad_id, device=device)
     out_logps = torch.zeros(count, steps, device=device)
     out_mask = torch.zeros(count, steps, dtype=torch.bool, device=device)
-    ended = torch.zeros(count, dtype=torch.bool, device=device)
-    stops = torch.tensor(_stop_ids(model, tokenizer), device=device)
-    noise = None if uniforms is None else uniforms.to(device)
 
     rows = torch.arange(count, device=device)  # where each row of the running batch belongs
     running = torch.ones(count, dtype=torch.bool, device=device)
@@ -353,13 +297,18 @@ def _decode(
         if step == 0:
             cache.batch_select_indices(source)
             logits, mask, positions = logits[source], mask[source], positions[source]
-        tokens, logps = _pick(logits.float() / temperature, None if noise is None else noise[:, step])
+        logps = torch.log_softmax(logits.float() / temperature, dim=-1)
+        tokens = logps.argmax(-1)
+        if noise is not None:
+            # By the inverse of the cumulative sum; times the total, which rounding leaves a little off 1, so
+            # that the last token is never overshot.
+            below = logps.exp().cumsum(-1)
+            tokens = torch.searchsorted(below, noise[:, step, None] * below[:, -1:], right=True).squeeze(-1)
+        logps = logps.gather(-1, tokens[:, None]).squeeze(-1)
         out_ids[rows, step] = torch.where(running, tokens, pad_id)
         out_logps[rows, step] = torch.where(running, logps, 0.0)
         out_mask[rows, step] = running
-        stopped = torch.isin(tokens, stops) & running
-        ended[rows] |= stopped
-        running = running & ~stopped
+        running = running & ~torch.isin(tokens, stops)
         left = int(running.sum())
         # With sharded weights every process calls the model as often as the one with the longest response.
         if sum_over_shards(model, left) == 0:
@@ -370,19 +319,7 @@ def _decode(
             cache.batch_select_indices(keep)
             rows, running, mask, ids, positions = (t[keep] for t in (rows, running, mask, ids, positions))
             noise = None if noise is None else noise[keep]
-    return out_ids, out_logps, out_mask, ended
-
-
-def _pick(logits: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Choose a token for each row of logits (B, V): the mode, or by the inverse of the cumulative sum."""
-    logps = torch.log_softmax(logits, dim=-1)
-    if uniforms is None:
-        best = logps.max(-1)
-        return best.indices, best.values
-    below = logps.exp().cumsum(-1)
-    # Times the total, which rounding leaves a little off 1, so that the last token is never overshot.
-    tokens = torch.searchsorted(below, uniforms[:, None] * below[:, -1:], right=True).squeeze(-1)
-    return tokens, logps.gather(-1, tokens[:, None]).squeeze(-1)
+    return out_ids, out_logps, out_mask
 
 
 def _lay_out(
@@ -395,30 +332,11 @@ def _lay_out(
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         with naming(f"row {row}"):
             pairs.append(encode_pair(tokenizer, prompt, response, max_length=limit))
-    device = next(model.parameters()).device
-    ids, mask = pad_right([r for _, r in pairs], tokenizer.pad_token_id, device=device)
-    last = torch.tensor([r[-1] for _, r in pairs], device=device)
-    ended = torch.isin(last, torch.tensor(_stop_ids(model, tokenizer), device=device))
+    stops = _stop_ids(model, tokenizer)
+    ids, mask = pad_right([r for _, r in pairs], tokenizer.pad_token_id, device=stops.device)
+    ended = torch.isin(torch.tensor([r[-1] for _, r in pairs], device=stops.device), stops)
     both = _joined([p for p, _ in pairs], ids, mask, tokenizer.pad_token_id)
     return Rollout([*prompts], [*responses], *both, mask.bool(), torch.zeros_like(ids).float(), ended)
-
-
-def _assemble(
-    tokenizer: Any,
-    prompts: Sequence[str],
-    prompt_rows: list[list[int]],
-    ids: Tensor,
-    logps: Tensor,
-    mask: Tensor,
-    ended: Tensor,
-) -> Rollout:
-    """Cut the columns that no response reaches, decode, and join the responses to their prompts."""
-    lengths = mask.sum(-1).tolist()
-    width = max(lengths)
-    ids, mask = ids[:, :width], mask[:, :width]
-    texts = [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
-    both = _joined(prompt_rows, ids, mask.long(), tokenizer.pad_token_id)
-    return Rollout([*prompts], decode_responses(tokenizer, texts), *both, mask, logps[:, :width], ended)
 
 
 def _joined(
@@ -434,15 +352,12 @@ def _positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def _stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+def _stop_ids(model: nn.Module, tokenizer: Any) -> Int[Tensor, "K"]:
     """EOS, what the chat template closes a turn with, and what the model's own generation config lists."""
-    config = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    listed = config if isinstance(config, list) else [config]
-    return sorted({i for i in (end_id(tokenizer), tokenizer.eos_token_id, *listed) if i is not None})
+    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = listed if isinstance(listed, list) else [listed]
+    ids = {i for i in (end_id(tokenizer), tokenizer.eos_token_id, *listed) if i is not None}
+    return torch.tensor(sorted(ids), device=next(model.parameters()).device)
 
 
 @contextmanager

@@ -105,7 +105,6 @@ def _load(auto_class: type, name_or_path: str | Path, device: Device, dtype: tor
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = _from_pretrained(auto_class, source, name, dtype)
     _ensure_pad_token(model, tokenizer)
-    _zero_dropout(model)
     model.to(device)  # pyright: ignore[reportArgumentType]
     remember_tokenizer(model, tokenizer)
     model.name_or_path = name  # adapters are saved with it, to find their base again
@@ -237,16 +236,6 @@ def _zero_dropout_fields(config: Any) -> None:
             _zero_dropout_fields(value)
 
 
-def _zero_dropout(model: nn.Module) -> None:
-    """Set dropout to 0 in every module: nn.Dropout, and plain attributes such as attention_dropout."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
 def require_cache(model: nn.Module) -> None:
     """Refuse a language model that does not attend to its past through a key-value cache.
 
@@ -278,7 +267,9 @@ def usable_positions(model: nn.Module) -> int | None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:
             return module.num_embeddings - module.padding_idx - 1
-    config = _text_config(model)
+    config = (transformer_of(model) or model).config
+    if hasattr(config, "get_text_config"):  # multimodal models nest it; a model of your own has none
+        config = config.get_text_config()
     return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # MPT
 
 
@@ -287,14 +278,8 @@ def state_width(model: nn.Module) -> int:
 
     OPT-350m projects its states of width hidden_size down to word_embed_proj_dim.
     """
-    config = _text_config(model)
+    config = transformer_of(model).config.get_text_config()
     return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
-
-
-def _text_config(model: nn.Module) -> Any:
-    """The config of the part that reads text: multimodal models nest it."""
-    config: Any = getattr(model, "module", model).config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def remember_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -362,11 +347,26 @@ def as_reward_fn(model_or_function: nn.Module | Callable[..., Tensor]) -> Reward
     """
     given, is_model = model_or_function, isinstance(model_or_function, nn.Module)
     score = getattr(given, "score", None) if is_model else given
+    name = getattr(given, "__name__", type(given).__name__)
+    rule = (
+        "a reward must be a function (prompts, responses, **columns) -> Tensor (B,) or an nn.Module with "
+        f"score(prompts, responses) -> Tensor (B,); got {name}"
+    )
+    fix = "; load a trained reward model with load_reward_model" * is_model
     # A classifier of transformers has an attribute `score` too: its linear layer, which reads states.
     if not callable(score) or isinstance(score, (type, nn.Module)):
-        raise _no_reward(given, "")
-    _require_signature(given, score)  # pyright: ignore[reportArgumentType]
-    name = getattr(given, "__name__", type(given).__name__)
+        raise TypeError(rule + " (a class)" * isinstance(given, type) + fix)
+    try:
+        signature = inspect.signature(score)
+        signature.bind_partial([], [])
+        fits = not next(iter(signature.parameters)).startswith(("completion", "response", "answer"))
+    except ValueError:  # written in C: it tells no signature
+        fits = True
+    except TypeError:
+        fits = False
+    if not fits:
+        raise TypeError(f"{rule}{signature}, which does not take prompts, then responses{fix}")
+    wanted = f"{name} must return a tensor of shape"
 
     @functools.wraps(score, updated=())
     def reward_fn(prompts: list[str], responses: list[str], **columns: Any) -> Tensor:
@@ -374,46 +374,18 @@ def as_reward_fn(model_or_function: nn.Module | Callable[..., Tensor]) -> Reward
             raise ValueError(f"{name} was given {len(prompts)} prompts but {len(responses)} responses")
         with torch.no_grad():
             rewards = score(prompts, responses, **({} if is_model else columns))
-        return _checked_rewards(rewards, len(prompts), name)
+        if not isinstance(rewards, Tensor):
+            raise TypeError(f"{wanted} ({len(prompts)},), got {type(rewards).__name__}")
+        if rewards.shape != (len(prompts),):
+            raise ValueError(f"{wanted} ({len(prompts)},), got {tuple(rewards.shape)}")
+        rewards = rewards.detach().float()
+        if not rewards.isfinite().all():
+            row = int((~rewards.isfinite()).nonzero()[0])
+            value = rewards[row].item()
+            raise ValueError(f"{name} returned {value} for row {row} of {len(prompts)}: rewards are finite")
+        return rewards
 
     return reward_fn
-
-
-def _require_signature(given: object, score: Callable[..., Tensor]) -> None:
-    """Refuse at once what cannot be called with prompts and responses, in this order."""
-    try:
-        signature = inspect.signature(score)
-        signature.bind_partial([], [])
-        fits = not next(iter(signature.parameters)).startswith(("completion", "response", "answer"))
-    except ValueError:  # written in C: it tells no signature
-        return
-    except TypeError:
-        fits = False
-    if not fits:
-        raise _no_reward(given, f"{signature}, which does not take prompts, then responses")
-
-
-def _no_reward(given: object, why: str) -> TypeError:
-    kind = getattr(given, "__name__", type(given).__name__) + " (a class)" * isinstance(given, type)
-    fix = "; load a trained reward model with load_reward_model" * isinstance(given, nn.Module)
-    return TypeError(
-        f"a reward must be a function (prompts, responses, **columns) -> Tensor (B,) or an nn.Module with "
-        f"score(prompts, responses) -> Tensor (B,); got {kind}{why}{fix}"
-    )
-
-
-def _checked_rewards(rewards: object, count: int, name: str) -> Tensor:
-    wanted = f"{name} must return a tensor of shape ({count},), got"
-    if not isinstance(rewards, Tensor):
-        raise TypeError(f"{wanted} {type(rewards).__name__}")
-    if rewards.shape != (count,):
-        raise ValueError(f"{wanted} {tuple(rewards.shape)}")
-    rewards = rewards.detach().float()
-    bad = (~torch.isfinite(rewards)).nonzero().flatten().tolist()
-    if bad:
-        value, row = rewards[bad[0]].item(), bad[0]
-        raise ValueError(f"{name} returned {value} for row {row} of {count}: rewards are finite")
-    return rewards
 
 
 def say_once(line: str) -> None:

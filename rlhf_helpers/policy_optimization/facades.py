@@ -5,11 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_helpers.core.generation import Rollout, rollout_from_text
-from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
+from rlhf_helpers.core.models import RewardFn, tokenizer_for
 from rlhf_helpers.core.training import History
 from rlhf_helpers.policy_optimization.on_policy import PolicyRun, log_step, make_batch, start_run
 from rlhf_helpers.policy_optimization.ppo import (
@@ -19,7 +18,6 @@ from rlhf_helpers.policy_optimization.ppo import (
     ppo,
     ppo_targets,
     ppo_update,
-    update_kl_coef,
 )
 from rlhf_helpers.policy_optimization.rollouts import score
 
@@ -53,7 +51,7 @@ class PPOTrainer:
         """
         self.settings = PPOSettings(learning_rate=learning_rate, cliprange=clip_epsilon, **changes)
         self.model, self.ref_model, self.reward_model = model, ref_model, reward_model
-        self.tokenizer = tokenizer_for(model) if tokenizer is None else tokenizer
+        self.tokenizer = tokenizer or tokenizer_for(model)
         self.value_head = new_value_head(model)
         self.controller = kl_controller(self.settings)
         self._run: PolicyRun | None = None  # of `train_step`: its optimizer lasts from call to call
@@ -66,8 +64,7 @@ class PPOTrainer:
         fewer = min(self.settings.prompts_per_step, max(1, len(prompts)))
         settings = replace(self.settings, steps=steps or self.settings.steps, prompts_per_step=fewer)
         options = {"ref_model": self.ref_model, "value_head": self.value_head, **options}
-        reward_fn = require_reward(self.reward_model)
-        return ppo(self.model, self.tokenizer, prompts, reward_fn, settings, **options)
+        return ppo(self.model, self.tokenizer, prompts, self.reward_model, settings, **options)
 
     def train_step(
         self,
@@ -90,47 +87,31 @@ class PPOTrainer:
             ValueError: not as many responses and rewards as prompts, or fewer than two tokens in all.
         """
         if self._run is None:
-            self._run = self._start_run()
+            options = {"value_head": self.value_head, "ref_model": self.ref_model}
+            settings = self.settings.for_single_steps()
+            self._run = start_run(self.model, self.tokenizer, None, None, settings, **options)
         run, rollout = self._run, prompts
         if not isinstance(rollout, Rollout):
-            texts = prompts, responses or []
             limits = {"temperature": self.settings.temperature, "max_length": self.settings.max_length}
-            rollout = rollout_from_text(self.model, self.tokenizer, *texts, **limits)  # pyright: ignore[reportArgumentType]
-        scores = given_or_asked(rewards, self.reward_model, rollout)
+            rollout = rollout_from_text(self.model, self.tokenizer, prompts, responses or [], **limits)
+        if rewards is None and self.reward_model is None:
+            raise ValueError("there is no reward_model: give one to PPOTrainer, or rewards to train_step")
+        if rewards is None:
+            scores = score(self.reward_model, rollout)
+        else:
+            scores = torch.as_tensor(rewards, dtype=torch.float32, device=run.engine.device)
+        if scores.shape != (len(rollout),) or not scores.isfinite().all():
+            raise ValueError(
+                f"rewards must be {len(rollout)} finite numbers, one per response, got {rewards!r}"
+            )
         batch = make_batch(run, rollout, scores, list(range(len(rollout))))
         targets = ppo_targets(run, batch, self.value_head, kl_coef=self.controller.value)
         metrics = ppo_update(run, batch, targets, self.value_head)
         metrics["objective/kl_coef"] = self.controller.value
-        update_kl_coef(run, batch, self.controller)
         log_step(run, batch, targets.kl_shaped_rewards.sum(-1), metrics)
+        self.controller.update(run.engine.history[-1]["objective/kl"], len(rollout))
         run.engine.step += 1  # another order of minibatches next time
         return dict(run.engine.history[-1])
-
-    def _start_run(self) -> PolicyRun:
-        options = {"value_head": self.value_head, "ref_model": self.ref_model}
-        settings = self.settings.for_single_steps()
-        return start_run(self.model, self.tokenizer, None, self.reward_model, settings, **options)  # pyright: ignore[reportArgumentType]
-
-
-def require_reward(reward_model: RewardFn | torch.nn.Module | None) -> RewardFn:
-    """Return the reward as a function; ValueError where there is none."""
-    if reward_model is None:
-        raise ValueError("there is no reward_model: give one to PPOTrainer, or rewards to train_step")
-    return as_reward_fn(reward_model)
-
-
-def given_or_asked(
-    rewards: Sequence[float] | Tensor | None,
-    reward_model: RewardFn | torch.nn.Module | None,
-    rollout: Rollout,
-) -> Float[Tensor, "B"]:
-    """Return the rewards as given, or ask the reward model for them; ValueError unless (B,) and finite."""
-    if rewards is None:
-        return score(require_reward(reward_model), rollout)
-    scores = torch.as_tensor(rewards, dtype=torch.float32, device=rollout.old_logps.device)
-    if scores.shape != (len(rollout),) or not scores.isfinite().all():
-        raise ValueError(f"rewards must be {len(rollout)} finite numbers, one per response, got {rewards!r}")
-    return scores
 
 
 def robust_ppo_training(

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from rlhf_helpers.core.models import RewardFn
 from rlhf_helpers.core.policy_losses import clipped_policy_loss, group_advantages, kl_estimate
-from rlhf_helpers.core.tensors import masked_sum, require_number, require_shapes
+from rlhf_helpers.core.tensors import masked_sum, require_shapes
 from rlhf_helpers.core.training import History
+from rlhf_helpers.core.training.settings import require_fields
 from rlhf_helpers.policy_optimization.on_policy import (
     Batch,
     PolicyRun,
@@ -41,7 +42,7 @@ class GRPOSettings(RLOOSettings):
     def __post_init__(self) -> None:
         """Refuse a cliprange outside (0, 1) as well."""
         super().__post_init__()
-        require_number("GRPOSettings.cliprange", self.cliprange, above=0, below=1)
+        require_fields(self, "cliprange", above=0, below=1)
 
 
 def grpo(

@@ -4,8 +4,9 @@ A loop reads: `start_run`; per step `sample_batch`, advantages, the loop's own u
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import numpy as np
@@ -13,21 +14,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_helpers.core.generation import Rollout, encode_prompts, rollout_logps
+from rlhf_helpers.core.generation import Rollout, encode_prompts, rollout_logps, rollout_outputs
 from rlhf_helpers.core.lora import reference_model
-from rlhf_helpers.core.models import RewardFn
+from rlhf_helpers.core.models import RewardFn, as_reward_fn
 from rlhf_helpers.core.policy_losses import approx_kl, clip_fraction
 from rlhf_helpers.core.tensors import masked_mean
 from rlhf_helpers.core.text import Columns, require_columns
-from rlhf_helpers.core.training import Engine, MeanMetrics, TrainingSettings
+from rlhf_helpers.core.training import Engine, TrainingSettings
 from rlhf_helpers.core.training.settings import require_fields
-from rlhf_helpers.policy_optimization.rollouts import (
-    collect,
-    policy_outputs,
-    repeat_columns,
-    rollout_metrics,
-    score,
-)
+from rlhf_helpers.policy_optimization.rollouts import collect, repeat_columns, rollout_metrics
 
 
 class RunOptions(TypedDict, total=False):
@@ -116,7 +111,7 @@ class PolicyRun:
     tokenizer: Any
     prompts: Sequence[str] | None
     columns: Columns
-    reward_fn: RewardFn | torch.nn.Module
+    reward_fn: RewardFn | None
     settings: Any  # those of the loop, a subclass of OnPolicySettings
     engine: Engine
     eval_fn: Callable[[torch.nn.Module], dict[str, float]] | None
@@ -126,7 +121,7 @@ def start_run(
     policy: torch.nn.Module,
     tokenizer: Any,
     prompts: Sequence[str] | None,
-    reward_fn: RewardFn | torch.nn.Module,
+    reward_fn: RewardFn | torch.nn.Module | None,
     settings: OnPolicySettings,
     *,
     value_head: torch.nn.Module | None = None,
@@ -140,7 +135,7 @@ def start_run(
     """Check the arguments, copy the reference, make the engine; start at step 0 or at a checkpoint.
 
     Args:
-        prompts: None where there is no loop and the caller brings the samples.
+        prompts, reward_fn: None where there is no loop and the caller brings the samples and their scores.
         value_head: trained along with the policy.
         resume_must_match: further facts that a resumed run must share.
         ref_model, columns, eval_fn, resume, extra_state: see `RunOptions`.
@@ -150,8 +145,9 @@ def start_run(
             checkpoint of another run.
     """
     same = {"loop": type(settings).__name__, **(resume_must_match or {})}
+    columns = dict(columns or {})
     if prompts is not None:
-        require_columns(prompts, dict(columns or {}))
+        require_columns(prompts, columns)
         if settings.prompts_per_step > len(prompts):
             raise ValueError(
                 f"prompts_per_step {settings.prompts_per_step} exceeds the {len(prompts)} prompts"
@@ -159,6 +155,7 @@ def start_run(
         # A prompt that is too long is refused now, not at the step that draws it.
         lengths = {"max_new_tokens": settings.max_new_tokens, "max_length": settings.max_length}
         encode_prompts(policy, tokenizer, prompts, **lengths)
+        reward_fn = as_reward_fn(reward_fn)
         same["prompts"] = hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16]
     # Copied before the engine, which may spread the weights over processes: those cannot be copied.
     reference = reference_model(policy, ref_model, lora=settings.lora)
@@ -180,14 +177,7 @@ def start_run(
     require_even_split(settings, processes=engine.accelerator.num_processes)
     if resume:
         engine.resume()
-    return PolicyRun(
-        policy, reference, tokenizer, prompts, dict(columns or {}), reward_fn, settings, engine, eval_fn
-    )
-
-
-def with_state(options: Mapping[str, Any], **state: Any) -> dict[str, Any]:
-    """Return the options of a run with further objects to be saved in its checkpoints."""
-    return {**options, "extra_state": {**(options.get("extra_state") or {}), **state}}
+    return PolicyRun(policy, reference, tokenizer, prompts, columns, reward_fn, settings, engine, eval_fn)
 
 
 def sample_batch(run: PolicyRun) -> Batch:
@@ -205,8 +195,9 @@ def sample_batch(run: PolicyRun) -> Batch:
         seed=run.engine.step_seed,
     )
     # Columns of the prompts (references, tests) are repeated for every sample of a prompt.
-    scores = score(run.reward_fn, rollout, repeat_columns(run.columns, rows, group))
-    return make_batch(run, rollout, scores, rows)
+    columns = repeat_columns(run.columns, rows, group)
+    scores = run.reward_fn(rollout.prompts, rollout.responses, **columns)
+    return make_batch(run, rollout, scores.to(run.engine.device), rows)
 
 
 def make_batch(run: PolicyRun, rollout: Rollout, scores: Float[Tensor, "B"], rows: list[int]) -> Batch:
@@ -222,7 +213,7 @@ def make_batch(run: PolicyRun, rollout: Rollout, scores: Float[Tensor, "B"], row
         )
     settings = run.settings
     penalties = settings.missing_eos_penalty * ~rollout.ended
-    penalties = penalties + settings.length_penalty * rollout.response_lengths
+    penalties = penalties + settings.length_penalty * rollout.response_mask.sum(-1)
     with torch.no_grad():
         ref_logps = rollout_logps(run.reference, rollout, temperature=settings.temperature)
     return Batch(rollout, scores, scores - penalties, ref_logps, rows)
@@ -244,32 +235,32 @@ def minibatches(run: PolicyRun, count: int) -> Iterator[Tensor]:
 
 def outputs_now(
     run: PolicyRun, part: Rollout, value_head: torch.nn.Module | None = None
-) -> tuple[Float[Tensor, "B T"], ...]:
+) -> list[Float[Tensor, "B T"]]:
     """Return log-probs and entropies of sampled tokens under the policy now, with a value head their values.
 
     At the temperature of sampling. The entropies have a gradient only where the loss contains them.
     """
-    settings = run.settings
-    return policy_outputs(
+    return rollout_outputs(
         run.policy,
         part,
-        temperature=settings.temperature,
+        temperature=run.settings.temperature,
+        entropies=True,
+        entropy_gradient=run.settings.entropy_coef > 0,
         value_head=value_head,
-        entropy_gradient=settings.entropy_coef > 0,
     )
 
 
+@dataclass
 class UpdateMetrics:
     """Collects the losses of a step's updates, and how far the policy is from the one that sampled."""
 
-    def __init__(self, run: PolicyRun) -> None:
-        """Start with nothing seen."""
-        self.engine = run.engine
-        self.losses: dict[str, float] = {}
-        self.stats = MeanMetrics()
-        self.latest: dict[str, float] = {}
-        self.at_start: dict[str, float] = {}
-        self.optimizer_steps = 0
+    run: PolicyRun
+    optimizer_steps: int = 0
+    losses: Counter[str] = field(default_factory=Counter)
+    sums: Counter[str] = field(default_factory=Counter)  # of each statistic, over all tokens
+    tokens: int = 0
+    at_start: dict[str, float] = field(default_factory=dict)  # of the first micro-batch
+    latest: dict[str, float] = field(default_factory=dict)
 
     def add_stats(
         self, logps: Tensor, entropies: Tensor, part: Rollout, *, cliprange: float | None = None
@@ -283,15 +274,18 @@ class UpdateMetrics:
         }
         if cliprange is not None:
             stats["policy/clipfrac"] = clip_fraction(logps, part.old_logps, mask, cliprange=cliprange)
-        # Weighted by tokens: minibatches differ in length.
-        self.stats.add(stats, mask.sum())
         self.latest = {name: value.item() for name, value in stats.items()}
         self.at_start = self.at_start or self.latest
+        # Weighted by tokens: minibatches differ in length.
+        tokens = int(mask.sum())
+        self.tokens += tokens
+        for name, value in self.latest.items():
+            self.sums[name] += tokens * value
 
     def add_losses(self, **losses: Tensor) -> None:
         """Note the parts of one micro-batch's loss; micro-batches and processes add up to the minibatch's."""
         for name, value in losses.items():
-            self.losses[f"loss/{name}"] = self.losses.get(f"loss/{name}", 0.0) + value.item()
+            self.losses[f"loss/{name}"] += value.item()
 
     def row(self) -> dict[str, float]:
         """Return the losses per optimizer step, the means of the rest over tokens, and the first values.
@@ -299,13 +293,14 @@ class UpdateMetrics:
         policy/approxkl_at_start and val/ratio_at_start, of the first micro-batch, are 0 and 1 (about 1e-2 off
         in bf16), or something is wrong: dropout, temperature, alignment.
         """
-        steps = self.optimizer_steps
-        if not self.engine.settings.entropy_coef:
+        engine, steps = self.run.engine, self.optimizer_steps
+        if not self.run.settings.entropy_coef:
             self.losses.pop("loss/entropy", None)
-        losses = {name: self.engine.sum(value) / steps for name, value in self.losses.items() if steps}
-        if losses:
-            losses["loss"] = sum(losses.values())
-        row = losses | self.stats.means(self.engine)
+        row = {name: engine.sum(value) / steps for name, value in self.losses.items() if steps}
+        if row:
+            row["loss"] = sum(row.values())
+        tokens = engine.sum(self.tokens)
+        row |= {name: engine.sum(value) / tokens for name, value in self.sums.items()}
         row |= {f"{name}_at_start": self.at_start[name] for name in ("policy/approxkl", "val/ratio")}
         return row | {"policy/updates": steps}
 

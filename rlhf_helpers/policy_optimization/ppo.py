@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_helpers.core.generation import rollout_outputs
+from rlhf_helpers.core.generation import rollout_values
 from rlhf_helpers.core.models import RewardFn, ScalarHead, state_width, usable_positions
 from rlhf_helpers.core.policy_losses import (
     AdaptiveKLController,
@@ -24,10 +24,10 @@ from rlhf_helpers.core.policy_losses import (
     gae,
     kl_shaped_rewards,
 )
-from rlhf_helpers.core.tensors import masked_sum, masked_whiten, require_number, require_shapes
+from rlhf_helpers.core.tensors import masked_sum, masked_whiten, require_shapes
 from rlhf_helpers.core.training import History
 from rlhf_helpers.core.training.settings import require_fields
-from rlhf_helpers.core.training.supervised import EncodedRows, collate, encode_rows, token_nll
+from rlhf_helpers.core.training.supervised import EncodedRows, encode_rows, rows_nll
 from rlhf_helpers.policy_optimization.on_policy import (
     Batch,
     OnPolicySettings,
@@ -39,10 +39,8 @@ from rlhf_helpers.policy_optimization.on_policy import (
     outputs_now,
     sample_batch,
     start_run,
-    with_state,
 )
 from rlhf_helpers.policy_optimization.reinforce import PolicyLoss
-from rlhf_helpers.policy_optimization.rollouts import sequence_kl
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,6 @@ class PPOSettings(OnPolicySettings):
     gamma: float = 1.0  # a response is one short episode: no token's reward is worth less for coming later
     lam: float = 0.95  # GAE: 1 trusts the samples alone, 0 the values alone
     whiten_advantages: bool = True  # mean 0, std 1 over the step's tokens
-    whiten_rewards: bool = False  # std 1, mean kept
     early_stop_kl: float | None = None  # nats per token from the sampler, above which a step ends early
     kl_target: float | None = None  # nats per response from the reference; None keeps kl_coef fixed
     kl_horizon: float = 1000.0  # episodes in which kl_coef may move by a factor of about e^0.2
@@ -68,23 +65,24 @@ class PPOSettings(OnPolicySettings):
         """Refuse values that would train wrongly or not at all."""
         super().__post_init__()
         require_fields(self, "ptx_batch_size", whole=True, at_least=1)
-        above = {"above": 0}
-        rules: dict[str, Any] = {"cliprange": {"above": 0, "below": 1}, "cliprange_value": above}
+        require_fields(self, "cliprange", above=0, below=1)
+        require_fields(self, "cliprange_value", above=0)
+        require_fields(self, "gamma", "lam", at_least=0, at_most=1)
+        require_fields(self, "vf_coef", "ptx_coef", at_least=0)
         # A step's episodes may not move the coefficient below 0 (AdaptiveKLController).
-        rules["kl_horizon"] = {"above": self.prompts_per_step * self.samples_per_prompt / 5}
-        rules |= {name: {"at_least": 0, "at_most": 1} for name in ("gamma", "lam")}
-        rules |= {name: {"at_least": 0} for name in ("vf_coef", "ptx_coef")}
-        rules |= {name: above for name in ("early_stop_kl", "kl_target") if getattr(self, name) is not None}
-        for name, rule in rules.items():
-            require_number(f"PPOSettings.{name}", getattr(self, name), **rule)
+        require_fields(self, "kl_horizon", above=self.prompts_per_step * self.samples_per_prompt / 5)
+        for name in ("early_stop_kl", "kl_target"):
+            if getattr(self, name) is not None:
+                require_fields(self, name, above=0)
 
 
 @dataclass(frozen=True)
 class PPOTargets:
     """What one PPO step learns from, per token, (B, T): constant during its updates.
 
-    kl_shaped_rewards: -kl_coef k1 at each token, plus the penalized score at the last; never whitened, for
-    the log. values: of the value head before the updates. returns: the targets of the value head.
+    kl_shaped_rewards: -kl_coef k1 at each token, plus the penalized score at the last.
+    values: of the value head before the updates.
+    returns: the targets of the value head.
     """
 
     kl_shaped_rewards: Float[Tensor, "B T"]
@@ -134,6 +132,7 @@ def ppo(
     """
     value_head = new_value_head(model) if value_head is None else value_head
     controller = kl_controller(settings)
+    extra_state = {**(options.pop("extra_state", None) or {}), "kl_controller": controller}
     ptx = None
     if ptx_rows is not None:
         limit = settings.max_length or usable_positions(model)
@@ -145,8 +144,9 @@ def ppo(
         reward_fn,
         settings,
         value_head=value_head,
-        **with_state(options, kl_controller=controller),
+        extra_state=extra_state,
         resume_must_match={"ptx": None if ptx is None else ptx.checksum},
+        **options,
     )
     for _ in run.engine.steps():
         # Collect: responses of the policy as it is now, and what they earn.
@@ -154,9 +154,10 @@ def ppo(
         targets = ppo_targets(run, batch, value_head, kl_coef=controller.value)
         metrics = ppo_update(run, batch, targets, value_head, loss_fn=loss_fn, ptx=ptx)
         metrics["objective/kl_coef"] = controller.value
-        # After the update: this step's rewards used the old coefficient.
-        update_kl_coef(run, batch, controller)
         log_step(run, batch, targets.kl_shaped_rewards.sum(-1), metrics)
+        # Only now: this step's rewards used the old coefficient. The row holds the mean of all processes.
+        episodes = settings.prompts_per_step * settings.samples_per_prompt
+        controller.update(run.engine.history[-1]["objective/kl"], episodes)
     return run.engine.history
 
 
@@ -165,13 +166,12 @@ def ppo_targets(run: PolicyRun, batch: Batch, value_head: torch.nn.Module, *, kl
     settings, rollout = run.settings, batch.rollout
     mask = rollout.response_mask
     with torch.no_grad():
-        _, values = rollout_outputs(run.policy, rollout, value_head=value_head)
+        values = rollout_values(run.policy, rollout, value_head)
     shaped = kl_shaped_rewards(
         batch.penalized_scores, rollout.old_logps, batch.ref_logps, mask, kl_coef=kl_coef
     )
-    rewards = masked_whiten(shaped, mask, shift_mean=False) if settings.whiten_rewards else shaped
     # delta_t = r_t + gamma V_{t+1} - V_t;  A_t = sum_k (gamma lam)^k delta_{t+k};  returns = A + V
-    advantages, returns = gae(rewards, values, mask, gamma=settings.gamma, lam=settings.lam)
+    advantages, returns = gae(shaped, values, mask, gamma=settings.gamma, lam=settings.lam)
     if settings.whiten_advantages:  # after the returns, which keep the unit of the rewards
         advantages = masked_whiten(advantages, mask)
     return PPOTargets(kl_shaped_rewards=shaped, values=values, advantages=advantages, returns=returns)
@@ -201,8 +201,9 @@ def ppo_update(
             part, mask = rollout[indices], rollout.response_mask[indices]
             logps, entropies, values = outputs_now(run, part, value_head)
             metrics.add_stats(logps, entropies, part, cliprange=settings.cliprange)
+            limit = settings.early_stop_kl
             # All processes decide together, before the backward pass: no gradient may be left over.
-            if number == 0 and too_far(run, metrics.latest["policy/approxkl"]):
+            if number == 0 and limit and engine.mean(metrics.latest["policy/approxkl"]) > limit:
                 return metrics.row() | {"val/explained_variance": explained}
             # L_clip = -min(rho A, clip(rho, 1 - eps, 1 + eps) A),  rho = pi_now(y_t) / pi_old(y_t)
             policy_losses = loss_fn(
@@ -233,25 +234,11 @@ def ppo_update(
     return metrics.row() | {"val/explained_variance": explained}
 
 
-def too_far(run: PolicyRun, approx_kl: float) -> bool:
-    """Whether the policy has moved beyond early_stop_kl, on average over the processes."""
-    limit = run.settings.early_stop_kl
-    return limit is not None and run.engine.mean(approx_kl) > limit
-
-
 def kl_controller(settings: PPOSettings) -> AdaptiveKLController | FixedKLController:
     """Return what holds kl_coef: fixed, or moved towards settings.kl_target."""
     if settings.kl_target is None:
         return FixedKLController(settings.kl_coef)
     return AdaptiveKLController(settings.kl_coef, settings.kl_target, settings.kl_horizon)
-
-
-def update_kl_coef(
-    run: PolicyRun, batch: Batch, controller: AdaptiveKLController | FixedKLController
-) -> None:
-    """Move kl_coef by the KL of this step's samples: nats per response, over all processes."""
-    kl = run.engine.mean(sequence_kl(batch.rollout, batch.ref_logps).mean())
-    controller.update(kl, len(batch.rollout) * run.engine.accelerator.num_processes)
 
 
 def ptx_loss(run: PolicyRun, ptx: EncodedRows, ptx_rng: np.random.Generator) -> Tensor:
@@ -262,9 +249,7 @@ def ptx_loss(run: PolicyRun, ptx: EncodedRows, ptx_rng: np.random.Generator) -> 
     settings, engine = run.settings, run.engine
     count = min(len(ptx), math.ceil(settings.ptx_batch_size / settings.accumulation_steps))
     rows = ptx_rng.choice(len(ptx), count, replace=False)
-    tensors = collate(ptx, rows, prompt_weight=0.0, pad_id=run.tokenizer.pad_token_id)
-    ids, mask, weights, _ = (tensor.to(engine.device) for tensor in tensors)
-    nll, _ = token_nll(run.policy, ids, mask)
+    nll, _, weights, _ = rows_nll(run.policy, ptx, rows, 0.0, run.tokenizer.pad_token_id)
     parts = settings.accumulation_steps * engine.accelerator.num_processes
     return settings.ptx_coef * (weights * nll).sum() / weights.sum() / parts
 

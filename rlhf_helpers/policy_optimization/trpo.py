@@ -14,7 +14,7 @@ from rlhf_helpers.core.generation import Rollout
 from rlhf_helpers.core.models import RewardFn
 from rlhf_helpers.core.policy_losses import approx_kl, rloo_advantages
 from rlhf_helpers.core.shared_prompts import answer_logits
-from rlhf_helpers.core.tensors import masked_mean, masked_sum, require_number, require_shapes
+from rlhf_helpers.core.tensors import masked_mean, masked_sum, require_shapes
 from rlhf_helpers.core.training import History
 from rlhf_helpers.core.training.settings import require_fields
 from rlhf_helpers.policy_optimization.on_policy import (
@@ -50,8 +50,8 @@ class TRPOSettings(RLOOSettings):
         """Refuse values that would train wrongly or not at all."""
         super().__post_init__()
         require_fields(self, "cg_iterations", "fisher_rows", "backtracks", whole=True, at_least=1)
-        require_number("TRPOSettings.max_kl", self.max_kl, above=0)
-        require_number("TRPOSettings.damping", self.damping, at_least=0)
+        require_fields(self, "max_kl", above=0)
+        require_fields(self, "damping", at_least=0)
         if self.entropy_coef:
             raise ValueError(f"TRPOSettings.entropy_coef is not used here: leave 0, got {self.entropy_coef}")
 
@@ -115,7 +115,7 @@ def trpo_update(
     settings, parameters = run.settings, run.engine.parameters
     # The gradient of the surrogate, over the whole batch.
     metrics = _surrogate(run, batch, advantages, loss_fn, learn=True)
-    gradient = _flat([p.grad for p in parameters], parameters)
+    gradient = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
     run.engine.optimizer.zero_grad(set_to_none=True)  # Adam has no part in this step
     # Curvature and KL on every k-th response: a product with F costs two backward passes.
     few = batch.rollout[:: -(-len(batch.rollout) // settings.fisher_rows)]
@@ -144,12 +144,11 @@ def fisher_product(
     """
     logps = _vocabulary_logps(model, rollout, temperature)
     kl = _exact_kl(logps.detach(), logps)
-    slopes = torch.autograd.grad(kl, parameters, create_graph=True, materialize_grads=True)
-    slope = _flat(slopes, parameters)
+    slope = _flat(torch.autograd.grad(kl, parameters, create_graph=True, materialize_grads=True))
 
     def product(vector: Tensor) -> Tensor:
-        rows = torch.autograd.grad(slope @ vector, parameters, retain_graph=True, materialize_grads=True)
-        return _flat(rows, parameters)
+        options = {"retain_graph": True, "materialize_grads": True}
+        return _flat(torch.autograd.grad(slope @ vector, parameters, **options))
 
     return product
 
@@ -210,7 +209,7 @@ def _surrogate(
             logps, entropies = policy_outputs(run.policy, rollout[rows], temperature=run.settings.temperature)
             per_token = (
                 advantages[rows].unsqueeze(1).expand_as(logps)
-            )  # every token gets its response's advantage
+            )  # a token gets its response's advantage
             losses = loss_fn(logps, rollout.old_logps[rows], per_token)
             require_shapes("B T", logps=logps, loss_fn=losses)
             loss = masked_sum(losses, mask[rows]) / len(rollout)
@@ -239,14 +238,12 @@ def _line_search(
 ) -> dict[str, float]:
     """Halve the step until it meets both conditions; the quadratic model is good only near the start."""
     settings, parameters = run.settings, run.engine.parameters
-    before = [p.clone() for p in parameters]
+    before = _flat(parameters)
     fraction = 1.0
     # The KL of whole distributions: an estimate from the tokens that the step was aimed at is far too high.
     old = _vocabulary_logps(run.policy, few, settings.temperature)
     for _ in range(settings.backtracks if step.any() else 0):
-        pieces = step.split([p.numel() for p in parameters])
-        for parameter, value, piece in zip(parameters, before, pieces, strict=True):
-            parameter.copy_(value + fraction * piece.view_as(value))
+        _set_weights(parameters, before + fraction * step)
         new = _vocabulary_logps(run.policy, few, settings.temperature)
         kl = _exact_kl(old, new).item()
         # Both conditions: close enough, and better than before.
@@ -256,8 +253,7 @@ def _line_search(
                 return {"trpo/step_fraction": fraction, "trpo/gain": gain, "trpo/kl": kl}
         fraction /= 2
     # No fraction of the step keeps both: the weights stay as they were.
-    for parameter, value in zip(parameters, before, strict=True):
-        parameter.copy_(value)
+    _set_weights(parameters, before)
     return {"trpo/step_fraction": 0.0, "trpo/gain": 0.0, "trpo/kl": 0.0}
 
 
@@ -272,7 +268,12 @@ def _exact_kl(old: Tensor, new: Tensor) -> Tensor:
     return (old.exp() * (old - new)).sum(-1).mean()
 
 
-def _flat(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
-    """One vector of all entries; a weight without a gradient counts 0."""
-    pairs = zip(tensors, like, strict=True)
-    return torch.cat([(torch.zeros_like(p) if t is None else t).flatten() for t, p in pairs])
+def _flat(tensors: Sequence[Tensor]) -> Vector:
+    """One vector of all entries."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _set_weights(parameters: Sequence[Tensor], vector: Vector) -> None:
+    """Put the entries of `_flat` back."""
+    for parameter, piece in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
+        parameter.copy_(piece.view_as(parameter))

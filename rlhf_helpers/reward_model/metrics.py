@@ -128,7 +128,7 @@ def rank_correlation(rewards: Float[Tensor, "B"], gold: Float[Tensor, "B"]) -> E
     ValueError unless shapes are both (B,), B >= 5, and both sides vary.
     """
     require_shapes("B", rewards=rewards, gold=gold)
-    rho = stats.spearmanr(*_centred(rewards=rewards, gold=gold)).statistic
+    rho = stats.spearmanr(*_centred(rewards=rewards, gold=gold)).statistic  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     return fisher_interval(rho, (1 + rho**2 / 2) / (len(rewards) - 3), len(rewards))
 
 

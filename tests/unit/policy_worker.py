@@ -4,10 +4,10 @@ import sys
 import zlib
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
-from rlhf_helpers.core import generation
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.policy_losses import clipped_policy_loss
 from rlhf_helpers.core.training.distributed import full_weights
@@ -33,7 +33,6 @@ RUNS = {
     "ppo": (ppo, PPOSettings(**SHORT, whiten_advantages=False)),
     "whitened ppo": (ppo, PPOSettings(**SHORT)),
 }
-draw = generation._uniforms
 
 
 def share_of_e(prompts, responses):
@@ -42,12 +41,13 @@ def share_of_e(prompts, responses):
 
 def collect_alike(model, tokenizer, prompts, *, samples_per_prompt, max_new_tokens, temperature, seed):
     """The luck of a sample is that of its prompt, so that two processes draw what one draws."""
-    noise = [draw(samples_per_prompt, max_new_tokens, zlib.crc32(prompt.encode())) for prompt in prompts]
-    generation._uniforms = lambda *_: torch.cat(noise)
+    size, noise = (samples_per_prompt, max_new_tokens), []
+    for prompt in prompts:
+        generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
+        noise.append(torch.rand(size, generator=generator))
     how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    rollout = collect(model, tokenizer, prompts, samples_per_prompt=samples_per_prompt, **how)
-    generation._uniforms = draw
-    return rollout
+    with patch("torch.rand", lambda *_, **__: torch.cat(noise)):
+        return collect(model, tokenizer, prompts, samples_per_prompt=samples_per_prompt, **how)
 
 
 def noting(seen, logps, old_logps, advantages, **cliprange):
@@ -67,7 +67,7 @@ def run_all(model_folder):
         options = {} if loop is rloo else {"loss_fn": partial(noting, seen)}
         history = loop(model, tokenizer, PROMPTS, share_of_e, settings, **options)
         end = torch.cat([weight.flatten() for weight in full_weights(model).values()])
-        found[name] = history.rows, end, seen[:1]
+        found[name] = list(history), end, seen[:1]
     on_policy.collect = original
     return found
 

@@ -10,7 +10,6 @@ from rlhf_helpers.core.generation import (
     rollout_from_text,
     rollout_logps,
     sequence_logps,
-    stream_answer,
 )
 from rlhf_helpers.core.models import encode_prompt, frozen_copy, load_model
 
@@ -289,7 +288,9 @@ def test_rows_of_a_rollout(llama):
         for name in ("input_ids", "attention_mask", "response_mask", "old_logps", "ended"):
             assert torch.equal(getattr(part, name), getattr(rollout, name)[1:3])
     assert rollout[[4, 0]].prompts == [PROMPTS[4], PROMPTS[0]]
-    assert rollout.to("meta").old_logps.device.type == "meta"
+    for part in (rollout[[4, 0]], rollout[1:][[3]]):
+        for pair, ids, real in zip(part.token_pairs, part.input_ids, part.attention_mask, strict=True):
+            assert [*pair[0], *pair[1]] == ids[real.bool()].tolist()
     with pytest.raises(TypeError, match="slice"):
         rollout[1]
 
@@ -318,9 +319,6 @@ def test_prompt_that_leaves_no_room_is_named(policy):
 def test_bad_settings_are_refused(llama, options, message):
     with pytest.raises(ValueError, match=message):
         generate(*llama, ["Hello"], **{"max_new_tokens": 4, **options})
-    if "batch_size" not in options:
-        with pytest.raises(ValueError, match=message):
-            stream_answer(*llama, "Hello", **{"max_new_tokens": 4, **options})
 
 
 def test_no_prompts_are_refused(llama):
@@ -328,77 +326,6 @@ def test_no_prompts_are_refused(llama):
         generate(*llama, [], max_new_tokens=4)
     with pytest.raises(ValueError, match="as many prompts as responses"):
         sequence_logps(*llama, ["a", "b"], ["c"])
-
-
-# ---- one answer, for show
-
-
-def streamed(policy, prompt="Hello", **options):
-    return list(stream_answer(*policy, prompt, **{"max_new_tokens": 24, **options}))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"greedy": True}], ids=str)
-def test_streamed_pieces_join_to_the_answer_of_generate(policy, options):
-    for seed, prompt in enumerate(PROMPTS):
-        pieces = streamed(policy, prompt, seed=seed, **options)
-        whole = generate(*policy, [prompt], max_new_tokens=24, seed=seed, **options)
-        assert "".join(pieces) == whole.responses[0]
-        assert all(pieces)
-        assert len(pieces) > 1 or whole.response_lengths.item() < 6
-
-
-def test_top_k_of_one_and_a_tiny_top_p_are_greedy(policy):
-    greedy = streamed(policy, greedy=True)
-    assert streamed(policy, top_k=1, seed=3) == streamed(policy, top_p=1e-6, seed=3) == greedy
-    assert streamed(policy, seed=3) != greedy
-    assert streamed(policy, top_k=10**6, top_p=1.0, seed=3) == streamed(policy, seed=3)
-
-
-@pytest.mark.slow
-def test_top_k_and_top_p_keep_the_likeliest_tokens(llama):
-    model, tokenizer = llama
-    with torch.no_grad():
-        logits = model(torch.tensor([encode_prompt(tokenizer, "Hello")])).logits[0, -1]
-    probs, order = (logits / 0.5).softmax(-1).sort(descending=True)
-    fewest = int((probs.cumsum(0) < 0.8).sum()) + 1
-    allowed = {
-        "top_k": {tokenizer.decode(order[i], skip_special_tokens=True) for i in range(3)},
-        "top_p": {tokenizer.decode(order[i], skip_special_tokens=True) for i in range(fewest)},
-    }
-    assert 3 < fewest < 100
-    for name, value in (("top_k", 3), ("top_p", 0.8)):
-        options = {"max_new_tokens": 1, "temperature": 0.5, name: value}
-        seen = {"".join(streamed(llama, seed=seed, **options)) for seed in range(150)}
-        assert seen <= allowed[name]
-        assert len(seen) >= 3
-    with pytest.raises(ValueError, match="top_k"):
-        stream_answer(*llama, "Hello", max_new_tokens=4, top_k=0)
-    with pytest.raises(ValueError, match="top_p"):
-        stream_answer(*llama, "Hello", max_new_tokens=4, top_p=1.2)
-    with pytest.raises(ValueError, match="prompt 0 has"):
-        stream_answer(*llama, "tea " * 400, max_new_tokens=4)
-
-
-def test_a_character_of_several_tokens_comes_whole(llama, monkeypatch):
-    """The tokens of a text that was never learned are single bytes; the last character stays unfinished."""
-    _, tokenizer = llama
-    text = "né €😀!"
-    ids = tokenizer(text + "€", add_special_tokens=False)["input_ids"][:-1]
-    script = iter(ids)
-    monkeypatch.setattr(generation, "_pick", lambda scores, uniform: (torch.tensor([next(script)]), None))
-    pieces = streamed(llama, max_new_tokens=len(ids))
-    assert pieces == ["n", "é", " ", "€", "😀", "!", "\ufffd"]
-
-
-def test_between_two_pieces_the_caller_may_train(llama):
-    model, _ = llama
-    model.train()
-    pieces = stream_answer(*llama, "Hello", max_new_tokens=4, seed=0)
-    next(pieces)
-    assert torch.is_grad_enabled()
-    assert all(module.training for module in model.modules())
-    model.eval()
 
 
 def test_a_sampled_answer_scores_the_same_as_text():

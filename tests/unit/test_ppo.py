@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlhf_helpers.core.generation import generate, rollout_from_text, sequence_logps
+from rlhf_helpers.core.generation import generate, rollout_from_text, rollout_outputs, sequence_logps
 from rlhf_helpers.core.models import ScalarHead, frozen_copy, load_model
 from rlhf_helpers.core.policy_losses import clipped_policy_loss
 from rlhf_helpers.policy_optimization import (
@@ -176,9 +176,9 @@ def test_early_stop_ends_all_updates_of_the_step(tiny_llama_dir, monkeypatch):
 
     def counted(*arguments, **options):
         forwards.append(1)
-        return policy_outputs(*arguments, **options)
+        return rollout_outputs(*arguments, **options)
 
-    monkeypatch.setattr(on_policy, "policy_outputs", counted)
+    monkeypatch.setattr(on_policy, "rollout_outputs", counted)
     row, stopped = run(spy_on(seen), settings)
     count = int(row["policy/updates"])
     assert 1 <= count == len(seen) < 8

@@ -211,7 +211,7 @@ def test_policy_loops_log_what_they_log_the_plain_way(tiny_llama_dir, name, plai
         model, tokenizer = load_model(tiny_llama_dir, device="cpu", dtype=torch.float64)
         options = {"value_head": new_value_head(model).double()} if loop is ppo else {}
         history = loop(model, tokenizer, PROMPTS, share_of_e, settings, **options)
-        return history.rows, generate(model, tokenizer, PROMPTS * 3, max_new_tokens=12, seed=3).responses
+        return list(history), generate(model, tokenizer, PROMPTS * 3, max_new_tokens=12, seed=3).responses
 
     rows, texts = run()
     plain()

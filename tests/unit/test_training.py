@@ -115,10 +115,10 @@ def llama():
 )
 def test_a_bad_setting_names_field_and_value(field, value):
     named = "run_dir" if field == "checkpoint_every" else field
-    with pytest.raises(ValueError, match=f"TrainingSettings.{named} must .*; got") as error:
+    with pytest.raises(ValueError, match=f"TrainingSettings.{named} must .*, got") as error:
         TrainingSettings(**{field: value})
     if field != "checkpoint_every":
-        assert repr(value) in str(error.value)
+        assert repr(value[-1] if field == "betas" else value) in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -192,9 +192,9 @@ def test_schedule_counts_optimizer_steps_not_updates():
     rates = []
     for _ in engine.steps():
         for _ in range(2):
-            rates.append(engine.learning_rate / engine.settings.learning_rate)
             engine.backward(model(torch.ones(1, 1)).sum())
             assert update(engine, model(torch.ones(1, 1)).sum()) == 2.0  # two gradients of 1, summed
+            rates.append(engine.optimizer.param_groups[0]["lr"] / engine.learning_rate)
     assert rates == pytest.approx([1, 0.75, 0.5, 0.25])
     assert engine.optimizer_steps == 4
     with pytest.raises(ValueError, match="more than the 4 planned optimizer steps"):
@@ -536,8 +536,7 @@ def test_files_hold_no_code(tmp_path):
     worker.noisy_run(tmp_path, steps=3)
     newest = files.newest_checkpoint(tmp_path)
     manifest = json.loads((newest / "manifest.json").read_text())
-    assert manifest["settings"]["learning_rate"] == 0.01
-    assert len(manifest["fingerprint"]) == 64
+    assert manifest["run_config"]["learning_rate"] == 0.01
     assert {p.suffix for p in newest.iterdir()} == {".safetensors", ".pt", ".json", ".sha256"}
     torch.load(newest / "state.pt", weights_only=True)
     counter = worker.Counter()
@@ -586,20 +585,24 @@ def test_two_processes_equal_one(tmp_path):
 
 
 def test_history_holds_plain_values():
-    history = History()
-    history.append({"step": 0, "loss": torch.tensor(0.1), "note": "start, here"})
-    history.append({"step": np.int64(1), "loss": 1 / 3, "rewards/margins": math.inf, "ended": True})
-    assert [type(v) for v in history[1].values()] == [int, float, float, bool]
+    engine = Engine(scalar_model(), quiet())
+    engine.log({"loss": torch.tensor(0.1), "note": "start, here"})
+    engine.step += 1
+    engine.log({"count": np.int64(1), "loss": 1 / 3, "rewards/margins": math.inf, "ended": True})
+    history = engine.history
+    assert [type(v) for v in history[1].values()] == [int, int, float, float, bool, float]
     assert history[0]["loss"] == torch.tensor(0.1).item()
     assert history.last("note") == "start, here"
-    assert list(history.to_frame().columns) == ["step", "loss", "note", "rewards/margins", "ended"]
+    names = ["step", "loss", "note", "learning_rate", "count", "rewards/margins", "ended"]
+    assert list(history.to_frame().columns) == history.keys() == names
     assert math.isnan(history.to_frame()["rewards/margins"][0])
     with pytest.raises(KeyError, match=r"'reward'.*rewards/margins"):
         history.last("reward")
-    with pytest.raises(TypeError, match="'loss' has shape"):
-        history.append({"loss": torch.ones(2)})
-    with pytest.raises(TypeError, match="'loss' must be a number"):
-        history.append({"loss": None})
+    for value in (torch.ones(2), None, np.ones(2)):
+        with pytest.raises(TypeError, match="'loss' must be one number or text"):
+            engine.log({"loss": value})
+    assert history == History(history[:])
+    assert len(history) == 2
 
 
 def test_the_bar_leaves_nothing_behind(capfd):
@@ -662,12 +665,8 @@ def test_sft_loss_is_the_mean_over_response_tokens_of_the_batch():
     assert loss == pytest.approx(total / 5, abs=1e-6)  # 2 + 1 letters and two EOS
 
 
-@pytest.mark.parametrize("bucket", [True, False])
-def test_sft_accumulation_two_of_eight_equals_sixteen(bucket):
-    (small, small_history), (large, large_history) = (
-        worker.sft_run(8, 2, bucket=bucket),
-        worker.sft_run(16, bucket=bucket),
-    )
+def test_sft_accumulation_two_of_eight_equals_sixteen():
+    (small, small_history), (large, large_history) = worker.sft_run(8, 2), worker.sft_run(16)
     torch.testing.assert_close(weights(small), weights(large), atol=1e-9, rtol=0)
     assert len(small_history) == len(large_history) == 4
     for a, b in zip(small_history, large_history, strict=True):
@@ -680,13 +679,12 @@ def test_buckets_hold_every_row_once_and_pad_less():
     def padded(batches):
         return sum(len(b) * lengths[b].max() for b in batches) / lengths.sum()
 
-    plain = epoch_batches(lengths, 16, seed=[0, 0], bucket=False)
-    bucketed = epoch_batches(lengths, 16, seed=[0, 0], bucket=True)
-    for batches in (plain, bucketed):
-        assert sorted(np.concatenate(batches)) == list(range(500))
-        assert sorted(map(len, batches)) == [4] + [16] * 31
+    plain = np.array_split(np.random.default_rng(0).permutation(500), 32)
+    bucketed = epoch_batches(lengths, 16, seed=[0, 0])
+    assert sorted(np.concatenate(bucketed)) == list(range(500))
+    assert sorted(map(len, bucketed)) == [4] + [16] * 31
     assert padded(bucketed) < 1.2 < 1.6 < padded(plain)
-    again = epoch_batches(lengths, 16, seed=[0, 1], bucket=True)
+    again = epoch_batches(lengths, 16, seed=[0, 1])
     assert not all(np.array_equal(a, b) for a, b in zip(bucketed, again, strict=True))
 
 

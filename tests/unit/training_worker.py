@@ -6,11 +6,11 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 
 from rlhf_helpers.core.training import Engine, TrainingSettings, set_seed, sft
@@ -33,7 +33,7 @@ class TinyLanguageModel(nn.Module):
     def __init__(self, dropout=0.0, dtype=torch.float32):
         super().__init__()
         set_seed(5)
-        self.config = SimpleNamespace(max_position_embeddings=64)
+        self.config = PreTrainedConfig(max_position_embeddings=64)
         self.embed = nn.Embedding(258, 12)
         self.mix = nn.GRU(12, 12, batch_first=True)
         self.drop = nn.Dropout(dropout)
@@ -152,7 +152,7 @@ def two_processes(folder):
     if rank == 0:
         torch.save(saved, folder / "weights.pt")
         for name, rows in histories.items():
-            (folder / f"{name}.json").write_text(json.dumps(rows.rows))
+            (folder / f"{name}.json").write_text(json.dumps(rows))
     torch.distributed.destroy_process_group()
 
 

@@ -81,7 +81,7 @@ def main(folder, out):
         for way, shard in (("replicated", False), ("sharded", True)):
             model, history = case(folder, shard=shard)
             assert is_distributed(model)
-            histories[f"{name} {way}"] = history.rows
+            histories[f"{name} {way}"] = list(history)
             weights[f"{name} {way}"] = full_weights(model)
             if name == "sft":
                 save_pretrained(model, out / way)
@@ -94,10 +94,10 @@ def main(folder, out):
     sampled = {"kl_coef": 0.1, "target_kl": 0.5, "kl_samples": 4, "max_new_tokens": 40, "eval_every": 1}
     for way, shard in (("replicated", False), ("sharded", True)):
         model, history = preferences("tiny", shard=shard, **sampled)
-        histories[f"sampled {way}"] = history.rows
+        histories[f"sampled {way}"] = list(history)
         weights[f"sampled {way}"] = full_weights(model)
     adapted, history = preferences("tiny", shard=True, lora=2, **sampled)
-    histories["sampled adapters"], weights["sampled adapters"] = history.rows, full_weights(adapted)
+    histories["sampled adapters"], weights["sampled adapters"] = list(history), full_weights(adapted)
     trainer = DPOTrainer(model, load_model("tiny", device="cpu")[0], shard=True)
     trainer.save_model(out / "saved")
     trainer.load_model(out / "saved")

@@ -9,16 +9,14 @@ from rlhf_helpers.core.training.engine import Engine
 WINDOW = 16  # batches whose rows are sorted by length together
 
 
-def epoch_batches(lengths: np.ndarray, size: int, *, seed: list[int], bucket: bool) -> list[np.ndarray]:
+def epoch_batches(lengths: np.ndarray, size: int, *, seed: list[int]) -> list[np.ndarray]:
     """Cut a seeded permutation of the rows into batches of `size`; the last one may be smaller.
 
-    With `bucket`, the rows of 16 batches at a time are sorted by length before the cut, and the batches are
-    shuffled after it: little padding, and still a random order.
+    The rows of 16 batches at a time are sorted by length before the cut, and the batches are shuffled after
+    it: little padding, and still a random order.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(lengths))
-    if not bucket:
-        return [order[start : start + size] for start in range(0, len(order), size)]
     batches = []
     for start in range(0, len(order), WINDOW * size):
         window = order[start : start + WINDOW * size]
@@ -28,7 +26,7 @@ def epoch_batches(lengths: np.ndarray, size: int, *, seed: list[int], bucket: bo
 
 
 def offline_steps(
-    engine: Engine, lengths_of: Callable[[int], np.ndarray], size: int, *, bucket: bool = True
+    engine: Engine, lengths_of: Callable[[int], np.ndarray], size: int
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (epoch, indices) for every step that is still to do: the loop of all training on fixed data.
 
@@ -44,7 +42,7 @@ def offline_steps(
         epoch, batch_index = divmod(step, steps_per_epoch)
         if epoch != planned_epoch:
             seed = [engine.settings.seed, epoch]
-            batches = epoch_batches(lengths_of(epoch), size, seed=seed, bucket=bucket)
+            batches = epoch_batches(lengths_of(epoch), size, seed=seed)
             planned_epoch = epoch
         yield epoch, batches[batch_index]
 

@@ -83,18 +83,14 @@ def writes_files_of(model: torch.nn.Module) -> bool:
     return not is_distributed(model) or process_state().is_main_process
 
 
-def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether each process holds only its part of the weights, so that a forward call needs all of them.
-
-    The weights themselves do not tell: between a forward without gradient and the next backward, those of
-    the root are whole.
-    """
-    return getattr(model, "weights_are_sharded", False)
-
-
 def sum_over_shards(model: torch.nn.Module, count: int) -> int:
-    """Add up a count over the processes among which `model` is sharded; a whole model's stays as it is."""
-    if not is_sharded(model):
+    """Add up a count over the processes among which `model` is sharded; a whole model's stays as it is.
+
+    Each process then holds only its part of the weights, so that a forward call needs all of them. The
+    weights themselves do not tell: between a forward without gradient and the next backward, those of the
+    root are whole.
+    """
+    if not getattr(model, "weights_are_sharded", False):
         return count
     total = torch.tensor(count, device=next(model.parameters()).device)
     dist.all_reduce(total)
@@ -121,13 +117,9 @@ def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def _untied_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The weights as they lie in this process, tied ones under their first name alone."""
-    weights, seen = {}, set()
-    for name, tensor in model.state_dict().items():
-        storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).data_ptr()
-        if storage not in seen or not storage:
-            weights[name] = tensor
-        seen.add(storage)
-    return weights
+    first = dict(model.named_parameters()).keys()
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - first
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def load_full_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
@@ -212,10 +204,7 @@ def enable_gradient_checkpointing(model: torch.nn.Module) -> None:
     supported = False
     for module in _checkpointable(model):
         with suppress(ValueError):  # a part that has no layers of its own
-            if hasattr(module, "activation_checkpointing_enable"):  # its name in newer transformers
-                module.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-            else:
-                module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+            module.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
             supported = True
     if not supported:
         raise ValueError(f"{type(model).__name__} holds no model that supports gradient checkpointing")
@@ -224,7 +213,7 @@ def enable_gradient_checkpointing(model: torch.nn.Module) -> None:
 def disable_gradient_checkpointing(model: torch.nn.Module) -> None:
     """Undo `enable_gradient_checkpointing`: a model in train mode could not use its cache to generate."""
     for module in _checkpointable(model):
-        getattr(module, "activation_checkpointing_disable", module.gradient_checkpointing_disable)()
+        module.activation_checkpointing_disable()
 
 
 def _checkpointable(model: torch.nn.Module) -> list[Any]:

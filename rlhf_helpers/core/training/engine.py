@@ -15,11 +15,10 @@ A step may hold several updates, as in PPO, so steps and optimizer steps are cou
         engine.log({"loss": ...})
 """
 
-import logging
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,8 +30,8 @@ from rlhf_helpers.core.lora import add_lora, forget_base_name
 from rlhf_helpers.core.training import distributed
 from rlhf_helpers.core.training.history import History
 from rlhf_helpers.core.training.interrupts import RunInterrupted, stop_signals
-from rlhf_helpers.core.training.progress import progress_bar
-from rlhf_helpers.core.training.resume import RunFolder
+from rlhf_helpers.core.training.progress import ProgressBar
+from rlhf_helpers.core.training.resume import resume_run, run_folder_of, save_run
 from rlhf_helpers.core.training.settings import (
     RANK_STRIDE,
     TrainingSettings,
@@ -41,8 +40,6 @@ from rlhf_helpers.core.training.settings import (
     set_seed,
 )
 from rlhf_helpers.core.training.tracking import open_tracker
-
-logger = logging.getLogger(__name__)
 
 Row = TypeVar("Row")
 
@@ -83,8 +80,17 @@ class Engine:
         if settings.lora:
             add_lora(model, settings.lora)
         forget_base_name(model)
-        self.settings: Any = replace(settings, learning_rate=resolve_learning_rate(settings, model))
+        total = None
+        if total_steps is not None:
+            total = total_steps * optimizer_steps_per_step
+            if settings.warmup_steps >= total:
+                raise ValueError(f"warmup_steps {settings.warmup_steps} must be < {total} optimizer steps")
+        elif settings.schedule != "constant":
+            raise ValueError("total_steps is missing: give it, or choose schedule='constant'")
+        self.settings: Any = settings
+        self.learning_rate = resolve_learning_rate(settings, model)  # the peak
         self.total_steps = total_steps
+        self._total_optimizer_steps = total
         self.optimizer_steps_per_step = optimizer_steps_per_step
         self.extra_state = dict(extra_state or {})
         self.resume_must_match = dict(resume_must_match or {})
@@ -95,26 +101,12 @@ class Engine:
         self.rows: list[int] | None = None  # indices of this process's rows in the present batch
         self._bar = None
         self._tracker = None
-        self._order: dict[tuple[int, int], np.ndarray] = {}
-        self._total_optimizer_steps = self._count_optimizer_steps()
         set_seed(settings.seed)
         self._place_model()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = self._make_optimizer()
-        self._folder: Any = None if settings.run_dir is None else RunFolder(Path(settings.run_dir))
-
-    def _count_optimizer_steps(self) -> int | None:
-        if self.total_steps is None:
-            if self.settings.schedule != "constant":
-                raise ValueError("total_steps is missing: give it, or choose schedule='constant'")
-            return None
-        for name in ("total_steps", "optimizer_steps_per_step"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
-        total = self.total_steps * self.optimizer_steps_per_step
-        if self.settings.warmup_steps >= total:
-            raise ValueError(f"warmup_steps {self.settings.warmup_steps} must be < {total} optimizer steps")
-        return total
+        self.run_dir = None if settings.run_dir is None else Path(settings.run_dir)
+        self.last_checkpoint: Path | None = None
 
     def _place_model(self) -> None:
         """Choose device and precision; spread the weights over the processes."""
@@ -127,11 +119,9 @@ class Engine:
         self.accelerator = distributed.make_accelerator(self.precision)
         several = isinstance(self.model, (torch.nn.ModuleDict, torch.nn.ModuleList))
         self._roots = list(self.model.children()) if several else [self.model]
-        half = [p for p in trainable if p.dtype in (torch.bfloat16, torch.float16)]
-        for parameter in half:
-            parameter.data = parameter.data.float()
-        if half:
-            logger.info("%d trainable tensors turned from half precision into float32", len(half))
+        for parameter in trainable:
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
         if self.accelerator.num_processes == 1:
             self.device = home  # alone, the model stays where it was put
         else:
@@ -164,7 +154,7 @@ class Engine:
         decays = ((matrices, self.settings.weight_decay), (others, 0.0))
         groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
         options = {"betas": self.settings.betas, "fused": self.device.type in ("cpu", "cuda")}
-        return torch.optim.AdamW(groups, lr=self.settings.learning_rate, **options)
+        return torch.optim.AdamW(groups, lr=self.learning_rate, **options)
 
     def steps(self) -> Iterator[int]:
         """Yield the numbers of the steps still to do; draw the bar and write checkpoints.
@@ -182,16 +172,17 @@ class Engine:
         is_main = self.accelerator.is_main_process
         with ExitStack() as at_end:  # in reverse order, whatever ends the loop
             if every or self.settings.log:
-                self._folder.open(self.accelerator, resumed=self.step > 0)
-                at_end.callback(self._folder.close)
+                at_end.enter_context(run_folder_of(self))
             if self.settings.log and is_main:
-                self._tracker = open_tracker(self.settings.log, self._folder.folder, self.history.rows)
+                self._tracker = open_tracker(self.settings.log, self.run_dir, self.history)
                 at_end.callback(self._tracker.finish)
             signals = at_end.enter_context(stop_signals()) if every else []
             self._enter_training()
             at_end.callback(self._leave_training)
-            shown = self.settings.progress and is_main
-            self._bar = bar = progress_bar(self.total_steps, start=self.step, shown=shown)
+            hidden = not (self.settings.progress and is_main) or "TQDM_DISABLE" in os.environ
+            self._bar = bar = ProgressBar(
+                total=self.total_steps, initial=self.step, leave=False, disable=hidden
+            )
             at_end.callback(bar.close)
             last_save = self.step
             while self.step < self.total_steps:
@@ -205,7 +196,7 @@ class Engine:
                 if stop and self.step < self.total_steps:
                     raise RunInterrupted(
                         f"stopped by a signal after step {self.step} of {self.total_steps}; call again with "
-                        f"resume=True to continue from the checkpoint {self._folder.last}"
+                        f"resume=True to continue from the checkpoint {self.last_checkpoint}"
                     )
                 row = self.history[-1] if self.history else {}
                 bar.set_postfix({k: row[k] for k in ("loss", "grad_norm") if k in row}, refresh=False)
@@ -229,15 +220,13 @@ class Engine:
         if size % processes:
             raise ValueError(f"batch size {size} must be a multiple of the {processes} processes")
         start = self.step * size
-        stream = range(start + self.accelerator.process_index, start + size, processes)
-        self.rows = [int(self._permutation(index // count, count)[index % count]) for index in stream]
+        stream = np.arange(start + self.accelerator.process_index, start + size, processes)
+        epochs, places = np.divmod(stream, count)
+        self.rows = []
+        for epoch in np.unique(epochs):  # a batch may straddle two epochs
+            order = np.random.default_rng([self.settings.seed, epoch]).permutation(count)
+            self.rows += order[places[epochs == epoch]].tolist()
         return [dataset[row] for row in self.rows]
-
-    def _permutation(self, epoch: int, count: int) -> np.ndarray:
-        if (epoch, count) not in self._order:
-            self._order = dict(list(self._order.items())[-3:])  # a batch may straddle two epochs
-            self._order[epoch, count] = np.random.default_rng([self.settings.seed, epoch]).permutation(count)
-        return self._order[epoch, count]
 
     def backward(self, loss: torch.Tensor, *, rows: Sequence[int] | None = None) -> None:
         """Add the gradient of one micro-batch; gradients of micro-batches and processes are summed.
@@ -272,15 +261,15 @@ class Engine:
                 "no weight has a gradient: call backward first. In a run of several processes the model must "
                 "return tensors, tuples, dicts or a transformers ModelOutput: FSDP sees no gradient in others"
             )
-        norm = get_total_norm(gradients)
-        norm = distributed.whole(norm)
+        norm = distributed.whole(get_total_norm(gradients))
         self.grad_norm = norm.item()
         if not math.isfinite(self.grad_norm):
             self._stop("gradient norm", self.grad_norm)
         if self.settings.max_grad_norm is not None:
             clip_grads_with_norm_(self.parameters, self.settings.max_grad_norm, norm)
+        factor = learning_rate_factor(self.optimizer_steps, self.settings, self._total_optimizer_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
+            group["lr"] = self.learning_rate * factor
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer_steps += 1
@@ -303,12 +292,6 @@ class Engine:
         seed = self.settings.seed + RANK_STRIDE * self.accelerator.process_index
         return int(np.random.default_rng([seed, self.step]).integers(2**31))
 
-    @property
-    def learning_rate(self) -> float:
-        """Learning rate of the next optimizer step."""
-        factor = learning_rate_factor(self.optimizer_steps, self.settings, self._total_optimizer_steps)
-        return self.settings.learning_rate * factor
-
     def is_due(self, every: int) -> bool:
         """Whether this step is the last of `every` steps, or of the run: time to evaluate."""
         done = self.step + 1
@@ -318,7 +301,7 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         if self._bar is not None:
             self._bar.close()  # the traceback keeps the loop, and with it the bar, alive
-        saved = (self._folder and self._folder.last) or "none (set run_dir and checkpoint_every)"
+        saved = self.last_checkpoint or "none (set run_dir and checkpoint_every)"
         raise FloatingPointError(
             f"{what} is {value} at step {self.step} (rows {self.rows}); the weights are untouched. "
             f"Last good checkpoint: {saved}. Look at these rows, or lower learning_rate"
@@ -330,17 +313,21 @@ class Engine:
         Whole numbers and text are kept as they are; floats of several processes are averaged, so each must
         log the same names. grad_norm is the last optimizer step's, before clipping.
         """
-        common = {"learning_rate": self.optimizer.param_groups[0]["lr"]}
+        row = {"step": self.step, **metrics, "learning_rate": self.optimizer.param_groups[0]["lr"]}
         if self.grad_norm is not None:
-            common["grad_norm"] = self.grad_norm
-        self.history.append({"step": self.step, **metrics, **common})
+            row["grad_norm"] = self.grad_norm
+        for name, value in row.items():
+            if isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and value.numel() == 1):
+                row[name] = value.item()
+            if not isinstance(row[name], (bool, int, float, str)):
+                raise TypeError(f"metric {name!r} must be one number or text; got {value!r}")
         if self.accelerator.num_processes > 1:
-            row = self.history.rows[-1]
             names = [name for name, value in row.items() if isinstance(value, float)]
             values = torch.tensor([row[name] for name in names], dtype=torch.float64, device=self.device)
             row.update(zip(names, self.accelerator.reduce(values, "mean").tolist(), strict=True))  # pyright: ignore[reportAttributeAccessIssue]
+        self.history.append(row)
         if self._tracker is not None:
-            self._tracker.log(self.history[-1], step=self.step)
+            self._tracker.log(row, step=self.step)
 
     def save(self) -> Path:
         """Write a checkpoint of everything that the rest of the run depends on; return its folder.
@@ -350,11 +337,12 @@ class Engine:
             TypeError: an extra state holds more than tensors, numbers, text, lists, tuples and dicts.
             OSError: it could not be written; names the folder, and earlier checkpoints stay whole.
         """
-        if self._folder is None:
+        if self.run_dir is None:
             raise ValueError("save needs TrainingSettings.run_dir")
         if any(p.grad is not None for p in self.parameters):
             raise ValueError("save comes after optimizer_step: half an accumulated gradient cannot be saved")
-        return self._folder.save(self)
+        self.last_checkpoint = save_run(self)
+        return self.last_checkpoint
 
     def resume(self) -> Path | None:
         """Go on from the newest whole checkpoint of run_dir and return it.
@@ -369,6 +357,7 @@ class Engine:
             ValueError: a setting differs that would change the result; names it. Where to save, how often
                 and the bar may differ.
         """
-        if self._folder is None:
+        if self.run_dir is None:
             raise ValueError("resume needs TrainingSettings.run_dir")
-        return self._folder.resume(self)
+        self.last_checkpoint = resume_run(self)
+        return self.last_checkpoint

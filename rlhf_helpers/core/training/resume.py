@@ -1,16 +1,15 @@
 """The folder of a run: who writes there, what a checkpoint holds, and which run may go on from it."""
 
-import hashlib
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 
@@ -31,97 +30,90 @@ FREE_ON_RESUME = (
 )
 
 
-class RunFolder:
-    """Writes and reads the checkpoints of one run in one folder; a lock keeps a second run out."""
+@contextmanager
+def run_folder_of(engine: "Engine") -> Iterator[None]:
+    """Keep the folder of a run for this engine within the block; a lock keeps a second run out.
 
-    def __init__(self, folder: Path) -> None:
-        """Remember the folder; nothing is written yet."""
-        self.folder = folder
-        self.last: Path | None = None
-        self._resumed = False
-        self._lock: FileLock | None = None
-
-    def open(self, accelerator: Accelerator, *, resumed: bool) -> None:
-        """Take the folder for this run, before the first step.
-
-        Raises:
-            OSError: cannot write to the folder.
-            FileExistsError: another run writes there, or it holds checkpoints and none was resumed.
-        """
-        if not accelerator.is_main_process or self._lock is not None:
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / ".lock")
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise FileExistsError(
-                f"another run writes to {self.folder} now: wait for it, or choose another run_dir"
-            ) from None
-        except OSError as error:
-            raise OSError(
-                f"cannot write to run_dir {self.folder}, so no checkpoint can be saved: {error}"
-            ) from error
-        saved = checkpoints.checkpoints(self.folder)
-        if saved and not (resumed or self._resumed):
-            lock.release()
+    Raises:
+        OSError: cannot write to the folder.
+        FileExistsError: another run writes there, or it holds checkpoints that this one did not write or
+            resume.
+    """
+    if not engine.accelerator.is_main_process:
+        yield
+        return
+    folder = engine.run_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise FileExistsError(
+            f"another run writes to {folder} now: wait for it, or choose another run_dir"
+        ) from None
+    except OSError as error:
+        raise OSError(f"cannot write to run_dir {folder}, so no checkpoint can be saved: {error}") from error
+    try:
+        saved = checkpoints.checkpoints(folder)
+        if saved and engine.last_checkpoint is None:
             raise FileExistsError(f"{saved[-1]} already exists: call resume(), or use another run_dir")
-        self._lock = lock
+        yield
+    finally:
+        lock.release()
 
-    def close(self) -> None:
-        """Let another run use the folder."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
 
-    def save(self, engine: "Engine") -> Path:
-        """Write what `Engine.save` promises."""
-        extra = {name: item.state_dict() for name, item in engine.extra_state.items()}
-        local_state = {
-            "extra": checkpoints.plain_copy("extra_state", extra),
-            "random": get_random_state(engine.device),
-        }
-        state = {
-            "optimizer": distributed.full_optimizer_state(engine.optimizer),
-            "optimizer_steps": engine.optimizer_steps,
-            "processes": gather_object([local_state]),  # each process samples its own text
-        }
-        weights = distributed.full_weights(engine.model)
-        config = run_config(engine)
-        manifest = {"fingerprint": _fingerprint(config), "run_config": config}
-        manifest |= {"history": engine.history.rows, "settings": _as_json(asdict(engine.settings))}
-        if engine.accelerator.is_main_process:
-            keep = engine.settings.keep_checkpoints
-            checkpoints.write_checkpoint(self.folder, engine.step, weights, state, manifest, keep=keep)
-        engine.accelerator.wait_for_everyone()
-        self.last = checkpoints.folder_of(self.folder, engine.step)
-        return self.last
+def save_run(engine: "Engine") -> Path:
+    """Write what `Engine.save` promises."""
+    extra = {name: item.state_dict() for name, item in engine.extra_state.items()}
+    local_state = {
+        "extra": checkpoints.plain_copy("extra_state", extra),
+        "random": get_random_state(engine.device),
+    }
+    state = {
+        "optimizer": distributed.full_optimizer_state(engine.optimizer),
+        "optimizer_steps": engine.optimizer_steps,
+        "processes": gather_object([local_state]),  # each process samples its own text
+    }
+    weights = distributed.full_weights(engine.model)
+    manifest = {"run_config": run_config(engine), "history": list(engine.history)}
+    if engine.accelerator.is_main_process:
+        keep = engine.settings.keep_checkpoints
+        checkpoints.write_checkpoint(engine.run_dir, engine.step, weights, state, manifest, keep=keep)
+    engine.accelerator.wait_for_everyone()
+    return checkpoints.folder_of(engine.run_dir, engine.step)
 
-    def resume(self, engine: "Engine") -> Path | None:
-        """Put the engine where its newest whole checkpoint left it; see `Engine.resume`."""
-        self._resumed = True
-        path = checkpoints.newest_checkpoint(self.folder)
-        if path is None:
-            return None
-        manifest = checkpoints.read_manifest(path)
-        _refuse_other_run(path, manifest, run_config(engine))
-        weights, state = checkpoints.read_checkpoint(path)
-        distributed.load_full_weights(engine.model, weights)
-        distributed.load_full_optimizer_state(engine.optimizer, state["optimizer"])
-        engine.optimizer_steps = state["optimizer_steps"]
-        engine.step = manifest["step"]
-        engine.history.rows[:] = manifest["history"]
-        local_state = state["processes"][engine.accelerator.process_index]
-        for name, item in engine.extra_state.items():
-            item.load_state_dict(local_state["extra"][name])
-        set_random_state(local_state["random"], engine.device)
-        self.last = path
-        return path
+
+def resume_run(engine: "Engine") -> Path | None:
+    """Put the engine where its newest whole checkpoint left it; see `Engine.resume`."""
+    path = checkpoints.newest_checkpoint(engine.run_dir)
+    if path is None:
+        return None
+    manifest = checkpoints.read_manifest(path)
+    saved, config = manifest["run_config"], run_config(engine)
+    fields = [name for name in {**saved, **config} if saved.get(name) != config.get(name)]
+    if fields:
+        differences = "; ".join(
+            f"{name} was {saved.get(name)!r}, now {config.get(name)!r}" for name in fields
+        )
+        raise ValueError(
+            f"{path} belongs to another run: {differences}. Use the old values or another run_dir"
+        )
+    weights, state = checkpoints.read_checkpoint(path)
+    distributed.load_full_weights(engine.model, weights)
+    distributed.load_full_optimizer_state(engine.optimizer, state["optimizer"])
+    engine.optimizer_steps = state["optimizer_steps"]
+    engine.step = manifest["step"]
+    engine.history[:] = manifest["history"]
+    local_state = state["processes"][engine.accelerator.process_index]
+    for name, item in engine.extra_state.items():
+        item.load_state_dict(local_state["extra"][name])
+    set_random_state(local_state["random"], engine.device)
+    return path
 
 
 def run_config(engine: "Engine") -> dict[str, Any]:
     """Return everything outside model and data that decides the result of a run."""
-    fields = asdict(engine.settings)
+    fields = {**asdict(engine.settings), "learning_rate": engine.learning_rate}
     config = {name: value for name, value in fields.items() if name not in FREE_ON_RESUME}
     if engine.settings.schedule != "constant":  # a constant run may be prolonged, a decaying one may not
         config["total_steps"] = engine.total_steps
@@ -129,16 +121,8 @@ def run_config(engine: "Engine") -> dict[str, Any]:
     config["extra_state"] = sorted(engine.extra_state)
     config["precision"] = engine.precision
     config["num_processes"] = engine.accelerator.num_processes
-    return _as_json(config | engine.resume_must_match)
-
-
-def _refuse_other_run(path: Path, manifest: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    saved = manifest["run_config"]
-    if _fingerprint(config) == manifest["fingerprint"]:
-        return
-    fields = [name for name in {**saved, **config} if saved.get(name) != config.get(name)]
-    differences = "; ".join(f"{name} was {saved.get(name)!r}, now {config.get(name)!r}" for name in fields)
-    raise ValueError(f"{path} belongs to another run: {differences}. Use the old values or another run_dir")
+    # As it is read back from the manifest: tuples are lists there, and paths texts.
+    return json.loads(json.dumps(config | engine.resume_must_match, default=str))
 
 
 def get_random_state(device: torch.device) -> dict[str, Any]:
@@ -159,11 +143,3 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if "device" in state and device.type in ("cuda", "mps"):
         getattr(torch, device.type).set_rng_state(state["device"])
-
-
-def _as_json(value: Any) -> Any:
-    return json.loads(json.dumps(value, sort_keys=True, default=str))
-
-
-def _fingerprint(config: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()

@@ -53,31 +53,28 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         """Refuse values that would train wrongly or not at all."""
-        first, second = self.betas
-        norm, least_one, least_zero = self.max_grad_norm, "be a whole number >= 1", "be a whole number >= 0"
-        has_folder = self.run_dir is not None or not (self.checkpoint_every or self.log)
-        known = self.log in TRACKERS and (self.log in (None, "jsonl") or find_spec(self.log))
-        rules = [
-            ("learning_rate", "be finite and >= 0, or None", 0 <= (self.learning_rate or 0) < math.inf),
-            ("tiny_learning_rate", "be finite and >= 0", 0 <= self.tiny_learning_rate < math.inf),
-            ("lora", least_zero, _whole(self.lora, 0)),
-            ("max_length", "be a whole number >= 2, or None", _whole(self.max_length or 2, 2)),
-            ("weight_decay", "be finite and >= 0", 0 <= self.weight_decay < math.inf),
-            ("betas", "lie in [0, 1)", 0 <= first < 1 and 0 <= second < 1),
-            ("schedule", f"be one of {SCHEDULES}", self.schedule in SCHEDULES),
-            ("max_grad_norm", "be > 0, or None for no clipping", norm is None or norm > 0),
-            ("mixed_precision", f"be one of {PRECISIONS}", self.mixed_precision in PRECISIONS),
-            ("accumulation_steps", least_one, _whole(self.accumulation_steps, 1)),
-            ("keep_checkpoints", least_one, _whole(self.keep_checkpoints, 1)),
-            ("warmup_steps", least_zero, _whole(self.warmup_steps, 0)),
-            ("seed", least_zero, _whole(self.seed, 0)),
-            ("checkpoint_every", least_zero, _whole(self.checkpoint_every, 0)),
-            ("run_dir", "name a folder when checkpoint_every > 0 or log is given", has_folder),
-            ("log", f"be one of {TRACKERS}, its package installed (pip install {self.log})", known),
-        ]
-        for field, rule, holds in rules:
-            if not holds:
-                raise ValueError(f"TrainingSettings.{field} must {rule}; got {getattr(self, field)!r}")
+        for name, choices in (("schedule", SCHEDULES), ("mixed_precision", PRECISIONS), ("log", TRACKERS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"TrainingSettings.{name} must be one of {choices}, got {getattr(self, name)!r}"
+                )
+        require_fields(self, "accumulation_steps", "keep_checkpoints", whole=True, at_least=1)
+        require_fields(self, "lora", "warmup_steps", "seed", "checkpoint_every", whole=True, at_least=0)
+        require_fields(self, "tiny_learning_rate", "weight_decay", at_least=0)
+        for beta in self.betas:
+            require_number("TrainingSettings.betas", beta, at_least=0, below=1)
+        if self.learning_rate is not None:
+            require_fields(self, "learning_rate", at_least=0)
+        if self.max_grad_norm is not None:
+            require_fields(self, "max_grad_norm", above=0)
+        if self.max_length is not None:
+            require_fields(self, "max_length", whole=True, at_least=2)
+        if self.run_dir is None and (self.checkpoint_every or self.log):
+            raise ValueError(
+                "TrainingSettings.run_dir must name a folder for checkpoint_every or log, got None"
+            )
+        if self.log in ("tensorboard", "wandb") and not find_spec(self.log):
+            raise ValueError(f"TrainingSettings.log={self.log!r} needs its package: pip install {self.log}")
 
     def for_single_steps(self) -> Self:
         """Return these settings for a class that is called step by step.
@@ -85,10 +82,6 @@ class TrainingSettings:
         The rate stays constant: there is no last step, so nothing to decay towards.
         """
         return replace(self, schedule="constant", warmup_steps=0, accumulation_steps=1, checkpoint_every=0)
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def resolve_learning_rate(settings: TrainingSettings, model: torch.nn.Module) -> float:

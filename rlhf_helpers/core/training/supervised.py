@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from rlhf_helpers.core.models import usable_positions
 from rlhf_helpers.core.tensors import batches_by_length
-from rlhf_helpers.core.text import encode_pair, encode_prompt, encode_response, naming
+from rlhf_helpers.core.text import encode_pair, naming
 from rlhf_helpers.core.training.batches import micro_batches, offline_steps
 from rlhf_helpers.core.training.engine import Engine
 from rlhf_helpers.core.training.history import History
@@ -58,7 +58,6 @@ def sft(
     epochs: int = 1,
     batch_size: int = 16,
     prompt_weight: float = 0.0,
-    bucket: bool = True,
     val_rows: Sequence[dict[str, Any]] | None = None,
     eval_every: int = 0,
     resume: bool = False,
@@ -73,7 +72,6 @@ def sft(
     Args:
         rows: dicts with prompt and completion, response or chosen; a list, a datasets.Dataset, anything
             with len and [i], or a function epoch -> such rows (as many each epoch) for data made on the fly.
-        bucket: batches of rows of similar length, in seeded random order: less padding, the same rows.
         val_rows: evaluated every eval_every steps, or at the end of each epoch: eval_loss, and so on.
         resume: continue from the newest checkpoint of settings.run_dir, if there is one.
 
@@ -100,7 +98,6 @@ def sft(
             "epochs": epochs,
             "batch_size": batch_size,
             "prompt_weight": prompt_weight,
-            "bucket": bucket,
             "rows": len(first),
             "max_length": limit,
             "data_checksum": first.checksum,
@@ -109,7 +106,7 @@ def sft(
     if resume:
         engine.resume()
     # Each epoch has its own seeded order, a function of (seed, epoch) alone.
-    for epoch, indices in offline_steps(engine, lambda epoch: encoded_of(epoch).lengths, size, bucket=bucket):
+    for epoch, indices in offline_steps(engine, lambda epoch: encoded_of(epoch).lengths, size):
         metrics = sft_update(
             engine, encoded_of(epoch), indices, prompt_weight=prompt_weight, pad_id=tokenizer.pad_token_id
         )
@@ -156,7 +153,7 @@ def sft_update(
     loss_sum = correct_sum = 0.0
     for local, row_weight in micro_batches(engine, indices):
         # One forward; padding goes through the model but has weight 0.
-        nll, correct, weights, is_response = rows_nll(engine, encoded, local, prompt_weight, pad_id)
+        nll, correct, weights, is_response = rows_nll(engine.model, encoded, local, prompt_weight, pad_id)
         # row_weight is 0 on a process that has no row of this micro-batch and runs the forward only to stay
         # in sync.
         loss = row_weight * (weights * nll).sum() / total_weight
@@ -172,35 +169,29 @@ def evaluate_sft(engine: Engine, encoded: EncodedRows, *, batch_size: int, pad_i
     """Return eval_loss and eval_token_accuracy: means over the response tokens of rows not trained on."""
     metrics = MeanMetrics()
     for indices in batches_by_length(encoded.lengths, batch_size):
-        nll, correct, weights, _ = rows_nll(engine, encoded, np.array(indices), 0.0, pad_id)
+        nll, correct, weights, _ = rows_nll(engine.model, encoded, np.array(indices), 0.0, pad_id)
         metrics.add({"loss": nll, "token_accuracy": correct.float()}, weights)
     return {f"eval_{name}": value for name, value in metrics.means().items()}
 
 
 def rows_nll(
-    engine: Engine, encoded: EncodedRows, indices: np.ndarray, prompt_weight: float, pad_id: int
+    model: torch.nn.Module, encoded: EncodedRows, indices: np.ndarray, prompt_weight: float, pad_id: int
 ) -> tuple[torch.Tensor, ...]:
-    """Return `token_nll` of these rows, then weights and is_response of `collate`: each (B, T - 1)."""
-    tensors = collate(encoded, indices, prompt_weight, pad_id)
-    ids, mask, weights, is_response = (t.to(engine.device, non_blocking=True) for t in tensors)
-    return *token_nll(engine.model, ids, mask), weights, is_response
+    """Return -log p of tokens 1 to T - 1 of these rows, which were ranked first, weights and is_response.
 
-
-def token_nll(
-    model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return -log p of tokens 1 to T - 1 of a right-padded batch (B, T), and which were ranked first.
-
-    Both are (B, T - 1), padding included: the caller weights it 0.
+    Each is (B, T - 1), padding included, whose weight is 0.
     """
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
+    device = next(model.parameters()).device
+    tensors = collate(encoded, indices, prompt_weight, pad_id)
+    ids, mask, weights, is_response = (tensor.to(device, non_blocking=True) for tensor in tensors)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
     # In float32 at least: the sum over a vocabulary loses digits in bf16.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    labels = input_ids[:, 1:]
+    labels = ids[:, 1:]
     nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
     with torch.no_grad():
         correct = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) >= logits.amax(-1)
-    return nll, correct
+    return nll, correct, weights, is_response
 
 
 def encode_rows(
@@ -210,16 +201,11 @@ def encode_rows(
     if len(rows) == 0:
         raise ValueError("there are no rows to train on")
     tokens: list[int] = []
-    known: dict[str, list[int]] = {}
     starts, prompt_lengths, weights = [0], [], []
     for index in range(len(rows)):
         prompt, response, weight = _checked(rows[index], index)
         with naming(f"row {index}"):
-            if prompt not in known:  # a world has fewer prompts than rows; their template is the slow part
-                known[prompt] = encode_prompt(tokenizer, prompt)
-            prompt_ids, response_ids = known[prompt], encode_response(tokenizer, response)
-            if not prompt_ids or len(prompt_ids) + len(response_ids) > (max_length or math.inf):
-                prompt_ids, response_ids = encode_pair(tokenizer, prompt, response, max_length=max_length)
+            prompt_ids, response_ids = encode_pair(tokenizer, prompt, response, max_length=max_length)
         tokens += [*prompt_ids, *response_ids]
         starts.append(len(tokens))
         prompt_lengths.append(len(prompt_ids))
