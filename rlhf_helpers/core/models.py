@@ -269,7 +269,7 @@ def usable_positions(model: nn.Module) -> int | None:
             return module.num_embeddings - module.padding_idx - 1
     config = (transformer_of(model) or model).config
     if hasattr(config, "get_text_config"):  # multimodal models nest it; a model of your own has none
-        config = config.get_text_config()
+        config = config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # MPT
 
 
@@ -278,7 +278,7 @@ def state_width(model: nn.Module) -> int:
 
     OPT-350m projects its states of width hidden_size down to word_embed_proj_dim.
     """
-    config = transformer_of(model).config.get_text_config()
+    config = (transformer_of(model) or model).config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
 
 

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -56,7 +57,8 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
         raise ValueError(f"wilson_interval needs 0 <= successes <= n and n > 0, got {successes} of {n}")
     p = successes / n
     low, high = proportion_confint(successes, n, method="wilson")
-    return float(min(p, low)), float(max(p, high))  # 0 of n and n of n are ends, up to rounding
+    # 0 of n and n of n are ends, up to rounding.
+    return float(min(p, low)), float(max(p, high))  # pyright: ignore[reportArgumentType]
 
 
 def proportion(outcomes: ArrayLike) -> Estimate:
@@ -296,7 +298,7 @@ def calibration(probabilities: ArrayLike, outcomes: ArrayLike, *, bins: int = 10
             f"{said.min():.3g} to {said.max():.3g} and {len(came)} of {np.unique(came)[:4]}"
         )
     table = reliability_bins(said, came, bins=bins)
-    ends = [wilson_interval(row.frequency * row.n, row.n) for row in table.itertuples()]
+    ends = [wilson_interval(row.frequency * row.n, row.n) for row in table.itertuples()]  # pyright: ignore[reportAttributeAccessIssue]
     table[["low", "high"]] = ends
     ece = np.average((table["frequency"] - table["probability"]).abs(), weights=table["n"])
     return Calibration(table, float(ece), float(((said - came) ** 2).mean()))
@@ -308,11 +310,11 @@ def reliability_bins(
     """Return the means of probability and outcome (frequency), and n, per equal bin of [lowest, 1]."""
     table = pd.DataFrame({"probability": probabilities, "frequency": outcomes})
     cuts = np.linspace(lowest, 1, bins + 1)
-    groups = table.groupby(pd.cut(table["probability"], cuts, labels=False, include_lowest=True).to_numpy())
-    return groups.mean().assign(n=groups.size()).reset_index(drop=True)
+    groups = table.groupby(pd.cut(table["probability"], cuts, labels=False, include_lowest=True).to_numpy())  # pyright: ignore[reportAttributeAccessIssue]
+    return groups.mean().assign(n=groups.size()).reset_index(drop=True)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def numbers(values: ArrayLike) -> np.ndarray:
+def numbers(values: Any) -> np.ndarray:
     """Return numbers, perhaps a tensor on a GPU with gradient, as a float array."""
     return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, dtype=float)
 

@@ -50,7 +50,8 @@ class PPOTrainer:
             ValueError: a bad value.
         """
         self.settings = PPOSettings(learning_rate=learning_rate, cliprange=clip_epsilon, **changes)
-        self.model, self.ref_model, self.reward_model = model, ref_model, reward_model
+        self.model, self.ref_model = model, ref_model
+        self.reward_model: Any = reward_model
         self.tokenizer = tokenizer or tokenizer_for(model)
         self.value_head = new_value_head(model)
         self.controller = kl_controller(self.settings)
@@ -90,8 +91,10 @@ class PPOTrainer:
             options = {"value_head": self.value_head, "ref_model": self.ref_model}
             settings = self.settings.for_single_steps()
             self._run = start_run(self.model, self.tokenizer, None, None, settings, **options)
-        run, rollout = self._run, prompts
-        if not isinstance(rollout, Rollout):
+        run = self._run
+        if isinstance(prompts, Rollout):
+            rollout = prompts
+        else:
             limits = {"temperature": self.settings.temperature, "max_length": self.settings.max_length}
             rollout = rollout_from_text(self.model, self.tokenizer, prompts, responses or [], **limits)
         if rewards is None and self.reward_model is None:

@@ -4,7 +4,7 @@ A loop reads: `start_run`; per step `sample_batch`, advantages, the loop's own u
 """
 
 import hashlib
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf_helpers.core.generation import Rollout, encode_prompts, rollout_logps, rollout_outputs
 from rlhf_helpers.core.lora import reference_model
-from rlhf_helpers.core.models import RewardFn, as_reward_fn
+from rlhf_helpers.core.models import as_reward_fn
 from rlhf_helpers.core.policy_losses import approx_kl, clip_fraction
 from rlhf_helpers.core.tensors import masked_mean
 from rlhf_helpers.core.text import Columns, require_columns
@@ -111,7 +111,7 @@ class PolicyRun:
     tokenizer: Any
     prompts: Sequence[str] | None
     columns: Columns
-    reward_fn: RewardFn | None
+    reward_fn: Any  # a RewardFn; None where the caller brings the scores
     settings: Any  # those of the loop, a subclass of OnPolicySettings
     engine: Engine
     eval_fn: Callable[[torch.nn.Module], dict[str, float]] | None
@@ -121,7 +121,7 @@ def start_run(
     policy: torch.nn.Module,
     tokenizer: Any,
     prompts: Sequence[str] | None,
-    reward_fn: RewardFn | torch.nn.Module | None,
+    reward_fn: Any,
     settings: OnPolicySettings,
     *,
     value_head: torch.nn.Module | None = None,
@@ -256,8 +256,9 @@ class UpdateMetrics:
 
     run: PolicyRun
     optimizer_steps: int = 0
-    losses: Counter[str] = field(default_factory=Counter)
-    sums: Counter[str] = field(default_factory=Counter)  # of each statistic, over all tokens
+    losses: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    # of each statistic, over all tokens
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     tokens: int = 0
     at_start: dict[str, float] = field(default_factory=dict)  # of the first micro-batch
     latest: dict[str, float] = field(default_factory=dict)

@@ -132,7 +132,7 @@ def ppo(
     """
     value_head = new_value_head(model) if value_head is None else value_head
     controller = kl_controller(settings)
-    extra_state = {**(options.pop("extra_state", None) or {}), "kl_controller": controller}
+    options["extra_state"] = {**(options.get("extra_state") or {}), "kl_controller": controller}
     ptx = None
     if ptx_rows is not None:
         limit = settings.max_length or usable_positions(model)
@@ -144,7 +144,6 @@ def ppo(
         reward_fn,
         settings,
         value_head=value_head,
-        extra_state=extra_state,
         resume_must_match={"ptx": None if ptx is None else ptx.checksum},
         **options,
     )

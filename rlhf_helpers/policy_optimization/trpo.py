@@ -147,8 +147,8 @@ def fisher_product(
     slope = _flat(torch.autograd.grad(kl, parameters, create_graph=True, materialize_grads=True))
 
     def product(vector: Tensor) -> Tensor:
-        options = {"retain_graph": True, "materialize_grads": True}
-        return _flat(torch.autograd.grad(slope @ vector, parameters, **options))
+        products = torch.autograd.grad(slope @ vector, parameters, retain_graph=True, materialize_grads=True)
+        return _flat(products)
 
     return product
 

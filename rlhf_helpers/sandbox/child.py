@@ -207,6 +207,19 @@ def too_much(folder: str, nameless: int) -> bool:
     return any(fault.errno not in (errno.ENOENT, errno.ENOTDIR) for fault in hidden)
 
 
+def read_ready(ready: list[int], texts: dict[int, bytes], most: dict[int, int]) -> str:
+    """Add what has arrived to texts and forget a source that has ended; "output" where one wrote too much."""
+    stopped = ""
+    for source in ready:
+        data = os.read(source, 1 << 16)
+        texts[source] += data
+        if len(texts[source]) > most[source]:
+            stopped = "output"
+        elif not data:
+            del most[source]
+    return stopped
+
+
 def watch_over(pid: int, output: int, channel: int, request: dict[str, Any]) -> dict[str, Any]:
     """Collect what the worker writes until it ends, or is too late, too loud or too large; then kill all."""
     texts, most = {output: b"", channel: b""}, {output: OUTPUT_BYTES, channel: MESSAGE_BYTES}
@@ -220,13 +233,7 @@ def watch_over(pid: int, output: int, channel: int, request: dict[str, Any]) -> 
         ready = select.select(list(most), [], [], 0 if ended else 0.01)[0]
         if not most:
             time.sleep(0.001)
-        for source in ready:
-            data = os.read(source, 1 << 16)
-            texts[source] += data
-            if len(texts[source]) > most[source]:
-                stopped = "output"
-            elif not data:
-                del most[source]
+        stopped = read_ready(ready, texts, most) or stopped
         if too_much(request["folder"], 0 if ended else nameless_files(pid) - usual):
             stopped = stopped or "disk"
         if ended and not ready:

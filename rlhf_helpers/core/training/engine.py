@@ -105,7 +105,7 @@ class Engine:
         self._place_model()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = self._make_optimizer()
-        self.run_dir = None if settings.run_dir is None else Path(settings.run_dir)
+        self.run_dir: Any = None if settings.run_dir is None else Path(settings.run_dir)
         self.last_checkpoint: Path | None = None
 
     def _place_model(self) -> None:
@@ -222,11 +222,12 @@ class Engine:
         start = self.step * size
         stream = np.arange(start + self.accelerator.process_index, start + size, processes)
         epochs, places = np.divmod(stream, count)
-        self.rows = []
+        rows = []
         for epoch in np.unique(epochs):  # a batch may straddle two epochs
             order = np.random.default_rng([self.settings.seed, epoch]).permutation(count)
-            self.rows += order[places[epochs == epoch]].tolist()
-        return [dataset[row] for row in self.rows]
+            rows += order[places[epochs == epoch]].tolist()
+        self.rows = rows
+        return [dataset[row] for row in rows]
 
     def backward(self, loss: torch.Tensor, *, rows: Sequence[int] | None = None) -> None:
         """Add the gradient of one micro-batch; gradients of micro-batches and processes are summed.
