@@ -154,7 +154,7 @@ def _by_epoch(stages: Mapping[str, History], epochs: int, facts: Mapping[str, in
     """A row an epoch: means of its share of each stage's steps."""
     history = History({"epoch": epoch + 1, **facts} for epoch in range(epochs))
     for stage, steps in stages.items():
-        for row, part in zip(history.rows, np.array_split(range(len(steps)), epochs), strict=True):
+        for row, part in zip(history, np.array_split(range(len(steps)), epochs), strict=True):
             means = History([steps[i] for i in part]).to_frame().mean().drop("step", errors="ignore")
             row |= means.add_prefix(f"{stage}/").to_dict()
     return history

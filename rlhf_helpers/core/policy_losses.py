@@ -141,22 +141,29 @@ def _centre_groups(rewards: PerSample) -> PerSample:
 def clipped_policy_loss(
     logps: PerToken, old_logps: PerToken, advantages: PerToken, *, cliprange: float
 ) -> PerToken:
-    """PPO's clipped surrogate per token, to be minimised.
+    """Return PPO's clipped surrogate per token, to be minimized.
 
-    rho = exp(logp - old_logp);  max(-A rho, -A clip(rho, 1 - cliprange, 1 + cliprange))
+    rho = exp(logp - old_logp);  loss = max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),  eps = cliprange
 
-    Schulman et al. 2017, eq. 7. One-sided: A > 0 stops the gradient above 1 + cliprange, A < 0 below 1 -
-    cliprange; a move in the wrong direction is never clipped. At rho = 1 the gradient is REINFORCE's, -A grad
-    logp. The ratio is per token (that of a summed sequence explodes) and against the policy that sampled, not
-    the reference. Lesson 2. Raises ValueError where shapes differ, or cliprange outside (0, 1).
+    The maximum depends on the sign of A, and this is how it is computed:
+
+        A >= 0:  -A min(rho, 1 + eps)    a good token earns nothing more beyond 1 + eps
+        A <  0:  -A max(rho, 1 - eps)    a bad token earns nothing more below 1 - eps
+
+    So only gains are clipped, and a move in the wrong direction keeps its gradient. At rho = 1 the gradient
+    is REINFORCE's, -A grad logp. The ratio is per token, because that of a summed sequence explodes, and
+    against the policy that sampled, not the reference. Schulman et al. 2017, eq. 7. Lesson 2.
+
+    Raises:
+        ValueError: shapes differ, or cliprange lies outside (0, 1).
     """
     require_shapes("B T", logps=logps, old_logps=old_logps, advantages=advantages)
     require_number("cliprange", cliprange, above=0, below=1)
     log_ratio = logps - old_logps
-    # max(...) picks its side by the sign of A. Picked before exp, a ratio that overflows on its clipped side
-    # has the gradient 0 it should have, not 0 * inf = NaN.
-    capped = log_ratio.clamp(max=math.log1p(cliprange))
-    floored = log_ratio.clamp(min=math.log1p(-cliprange))
+    # The side is picked before exp: a ratio that overflows on its clipped side then has the gradient 0 that
+    # it should have, not 0 * inf = NaN.
+    capped = log_ratio.clamp(max=math.log1p(cliprange))  # log min(rho, 1 + eps)
+    floored = log_ratio.clamp(min=math.log1p(-cliprange))  # log max(rho, 1 - eps)
     return -advantages * torch.exp(torch.where(advantages >= 0, capped, floored))
 
 

@@ -87,7 +87,12 @@ def batch_losses(
 def pair_losses(
     model: nn.Module, data: DPODataset, indices: Sequence[int], loss_fn: LossFn, keywords: Mapping[str, float]
 ) -> tuple[Float[Tensor, "B"], Metrics]:
-    """DPO and its relatives with a reference: chosen against rejected, as log-ratios to the reference."""
+    """Compute the losses of DPO and its relatives with a reference, and their metrics.
+
+    For loss_fn = `dpo_loss` (Rafailov et al. 2023, eq. 7), one loss per pair:
+
+        -logsigmoid(beta [(log pi - log ref)(chosen) - (log pi - log ref)(rejected)])
+    """
     logps, _ = pair_logps(model, data, indices)
     policy_chosen_logps, policy_rejected_logps = logps.chunk(2)
     ref_chosen_logps, ref_rejected_logps = data.ref_logps_of(indices, logps.device).unbind(1)

@@ -28,6 +28,9 @@ def split_by_prompt(dataset: Dataset, *, test_fraction: float, seed: int) -> tup
 
     require_number("test_fraction", test_fraction, above=0, below=1)
     groups = _groups(dataset)
+    distinct = len(set(groups))
+    if test_fraction * distinct > distinct - 1:
+        raise ValueError(f"test_fraction {test_fraction} of {distinct} prompts leaves none to train on")
     splitter = GroupShuffleSplit(1, test_size=test_fraction, random_state=seed)
     train, test = next(splitter.split(groups, groups=groups))
     return dataset.select(train), dataset.select(test)

@@ -64,11 +64,15 @@ def train_reward_model(
     keep_best: bool = False,
     resume: bool = False,
 ) -> History:
-    """Minimize the mean loss over groups.
+    """Train a reward model on comparisons; pairs without a loss_fn are learned by Bradley-Terry.
 
-    Pairs in succession with the same prompt form one group: each of its K answers is encoded once, and its
-    pairs, up to K (K - 1) / 2, share one step and one unit of weight, since the loss is their mean. Spread
-    over an epoch, every answer would be learned K - 1 times and overfitted (Ouyang et al. 2022, section 3.5).
+    loss = mean over groups of [mean over the pairs of a group of -logsigmoid(r_chosen - r_rejected)]
+
+    A pair whose prompt differs from its neighbors' is a group of its own, so for such rows this is the mean
+    over pairs. Pairs in succession with the same prompt form one group: each of its K answers is encoded
+    once, and its pairs, up to K (K - 1) / 2, share one step and one unit of weight, since the loss is their
+    mean. Spread over an epoch, every answer would be learned K - 1 times and overfitted (Ouyang et al. 2022,
+    section 3.5).
     A ranking is a group too, but its Plackett-Luce loss is a sum over the ranks, not a mean: ln K! where all
     K rewards are equal, so a longer ranking weighs more. Lesson 1.
 

@@ -42,7 +42,9 @@ SOUND = [
 
 def outcomes(folder: Path, *arguments: str, timeout: float) -> tuple[dict[str, list[str]], str]:
     """Notebook name -> outcome of each cell, and the whole report, of pytest in a process of its own."""
-    (folder / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n", encoding="utf8")
+    (folder / "pytest.ini").write_text(
+        "[pytest]\nfilterwarnings = error\nmarkers = slow: as in the project\n", encoding="utf8"
+    )
     command = [
         sys.executable,
         "-m",

@@ -8,6 +8,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from rlhf_helpers.lab.exercises import NAMES
+
 LESSONS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 MAX_BYTES, MAX_CELL_LINES, MAX_MEDIAN_LINES, MIN_ALT_LENGTH = 1_500_000, 30, 10, 40
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -111,6 +113,14 @@ def test_lesson_is_clean(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert list(faults_of(notebook)) == []
+
+
+@pytest.mark.parametrize(
+    "number, path", list(enumerate(LESSONS, 1)), ids=lambda value: getattr(value, "name", None)
+)
+def test_progress_lists_the_exercises_in_the_order_of_the_lesson(number, path):
+    code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert re.findall(r'\bcheck\("(\w+)"', "\n".join(code)) == list(NAMES[number])
 
 
 IMG = '<img alt="{}" src="data:image/png;base64,iVBOR/home/it/s=">'

@@ -15,8 +15,10 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 LESSONS = Path(__file__).parents[2] / "notebooks"
 FLIP = """
+import functools
 import rlhf_helpers.{module} as module
 kept = module.{function}
+@functools.wraps(kept)
 def {function}(*args, **kwargs):
     return {flipped}
 module.{function} = {function}

@@ -262,12 +262,12 @@ def test_the_overview_has_an_example_for_each_task_and_the_help_needs_no_torch(c
     [
         ("nothing", [], "invalid choice: 'nothing'"),
         ("rloo", ["--rewards", "x"], "unrecognized arguments: --rewards x"),
-        ("sft", ["--learning-rate", "nan"], "TrainingSettings.learning_rate must be finite"),
+        ("sft", ["--learning-rate", "nan"], "learning_rate must be a finite number"),
         ("sft", ["--epochs", "1.5"], "argument --epochs: invalid int value: '1.5'"),
         ("kto", ["--batch-size", "1"], "DPOSettings.batch_size"),
         ("dpo", ["--loss", "best"], "DPOSettings.loss must be one of"),
         ("reward", ["--eval-share", "0.1", "--eval-data", "pairs.jsonl"], "not allowed with"),
-        ("ppo", ["--log", "wandb"], "its package installed (pip install wandb); got 'wandb'"),
+        ("ppo", ["--log", "wandb"], "'wandb' needs its package: pip install wandb"),
         ("grpo", ["--samples-per-prompt", "1"], "GRPOSettings.samples_per_prompt"),
     ],
 )
@@ -298,7 +298,7 @@ def test_a_policy_task_needs_a_reward(folder, tiny_llama_dir, capsys):
         ("sft", ["--data", "labels.jsonl"], "not demonstrations or pairs; read it with read_unpaired"),
         ("dpo", ["--data", "demonstrations.jsonl"], "holds demonstrations ('prompts and completions')"),
         ("sft", ["--model", "no/such"], "cannot load a model from 'no/such'"),
-        ("reward", ["--eval-share", "1.5"], "test_fraction must lie strictly between 0 and 1, got 1.5"),
+        ("reward", ["--eval-share", "1.5"], "test_fraction must be a finite number > 0 and < 1, got 1.5"),
         ("sft", ["--warmup-steps", "3"], "warmup_steps 3 must be < 3 optimizer steps"),
         ("rloo", ["--prompts-per-step", "20"], "prompts_per_step 20 exceeds the 12 prompts"),
         ("rloo", ["--eval-data", "one.jsonl"], "a standard error needs at least 2 prompts"),

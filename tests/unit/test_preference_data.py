@@ -804,7 +804,7 @@ def test_leaks_are_found_and_impossible_splits_refused():
     assert leaked_prompts(dataset, numbered(["one prompt"])) == {"one prompt"}
     with pytest.raises(ValueError, match="test_fraction must be a finite number > 0 and < 1, got 1"):
         split_by_prompt(dataset, test_fraction=1, seed=0)
-    with pytest.raises(ValueError, match="train set will be empty"):
+    with pytest.raises(ValueError, match="leaves none to train on"):
         split_by_prompt(dataset, test_fraction=0.9, seed=0)
     with pytest.raises(ValueError, match="n_splits=3 greater than the number of samples"):
         prompt_folds(dataset, 3, 0)

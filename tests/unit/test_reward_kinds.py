@@ -510,7 +510,7 @@ class TestStable:
 
     def test_one_prompt_cannot_be_split(self, tiny_llama_dir):
         rows = [{**row, "prompt": "same?"} for row in polite_pairs(4)]
-        with pytest.raises(ValueError, match="at least 2 distinct prompts"):
+        with pytest.raises(ValueError, match="1 prompts leaves none to train on"):
             stable_reward_training(make("basic", tiny_llama_dir), rows)
 
 

@@ -858,9 +858,7 @@ def test_metrics_are_written_with_each_step_and_continued_without_a_step_twice(t
             file.write('{"step": 99}\n')
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3, 4, 5, 99]
-    with pytest.raises(
-        ValueError, match="run_dir must name a folder when checkpoint_every > 0 or log is given"
-    ):
+    with pytest.raises(ValueError, match="run_dir must name a folder"):
         TrainingSettings(log="jsonl")
     with pytest.raises(ValueError, match=r"log must be one of .*'wandb'.* got 'paper'"):
         TrainingSettings(log="paper", run_dir=tmp_path)
