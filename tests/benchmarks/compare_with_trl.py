@@ -10,16 +10,19 @@ on the machine matters little; memory is the peak above the process as it was fo
 """
 
 import argparse
+import atexit
 import json
 import logging
 import os
 import random
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -73,16 +76,11 @@ class Task:
     """What one measurement works on."""
 
     steps: int
-    vocab: int
     same_batch: bool  # every step learns from the same batch, so that the losses can be compared
+    folder: str | Path = TINY  # TRL reads its reference from there
 
     def model(self) -> tuple[Any, Any]:
-        model, tokenizer = load_model("tiny", device="cpu", dtype=torch.float32)
-        if self.vocab > model.config.vocab_size:
-            with torch.random.fork_rng():
-                model.resize_token_embeddings(self.vocab, mean_resizing=False)
-            model.get_input_embeddings().weight.data[1024:] = 0.0  # tokens that nobody samples often
-        return model, tokenizer
+        return load_model(self.folder, device="cpu", dtype=torch.float32)
 
     def pairs(self) -> list[dict[str, str]]:
         rows = make_pairs(BATCH if self.same_batch else BATCH * self.steps, seed=1)
@@ -102,6 +100,16 @@ class Task:
     @property
     def epochs(self) -> int:
         return self.steps if self.same_batch else 1
+
+
+def save_with_vocabulary(size: int, folder: Path) -> None:
+    """Save the tiny assistant with more tokens, which are as unlikely as the padding token."""
+    model, tokenizer = load_model("tiny", device="cpu", dtype=torch.float32)
+    model.resize_token_embeddings(size, mean_resizing=False)
+    weight = model.get_input_embeddings().weight.data
+    weight[len(tokenizer) :] = weight[tokenizer.pad_token_id]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 class Meter:
@@ -388,7 +396,11 @@ def in_child(function: Callable, task: Task) -> dict[str, Any]:
         random.seed(0)
         torch.manual_seed(0)
         meter = Meter()
-        numbers = function(task, meter)
+        try:
+            numbers = function(task, meter)
+        except Exception as error:
+            send.send(error)
+            raise
         result = meter.stop()
         result["seconds"] /= task.steps
         send.send({**result, "numbers": list(numbers)})
@@ -396,10 +408,11 @@ def in_child(function: Callable, task: Task) -> dict[str, Any]:
     child = get_context("fork").Process(target=work)
     child.start()
     send.close()
-    try:
-        return receive.recv()
-    finally:
-        child.join()
+    result = receive.recv()
+    child.join()
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -422,7 +435,7 @@ def compare(row: str, task: Task, rounds: int) -> dict[str, Any]:
     }
     length = statistics.mean(runs[0][0]["numbers"])
     if comparable:
-        same = Task(steps=3, vocab=task.vocab, same_batch=True)
+        same = replace(task, steps=3, same_batch=True)
         losses = [in_child(side, same)["numbers"] for side in (ours, theirs)]
         result["loss_difference"] = max(abs(a - b) for a, b in zip(*losses, strict=True))
     else:
@@ -434,7 +447,7 @@ def compare(row: str, task: Task, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--vocab", type=int, default=1024, help="32000 shows what logits cost (dpo and grpo)")
+    parser.add_argument("--vocab", type=int, help="32000 shows what logits cost (dpo and grpo)")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
@@ -443,7 +456,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     disable_progress_bars()
-    task, results = Task(steps=options.steps, vocab=options.vocab, same_batch=False), {}
+    task, results = Task(steps=options.steps, same_batch=False), {}
+    if options.vocab:
+        folder = Path(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, folder)
+        save_with_vocabulary(options.vocab, folder)
+        task = replace(task, folder=folder)
     head = (
         "row",
         "ours ms",

@@ -7,6 +7,7 @@ place of the large ones, to test the script itself. A table of seconds per step 
 the end.
 """
 
+import math
 import os
 import time
 
@@ -36,7 +37,6 @@ ON_CPU = os.environ.get("RLHF_GPU_TESTS_ON_CPU") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not ON_CPU else "cpu"
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.slow,
     pytest.mark.skipif(DEVICE == "cpu" and not ON_CPU, reason="there is no CUDA GPU"),
     # On a GPU, libraries warn of things that the CPU tests never meet; they are not what is tested here.
     pytest.mark.filterwarnings("default"),
@@ -174,3 +174,76 @@ def test_offline_loop(loop, name, tiny_llama_dir, tmp_path):
     record(name, loop, time.perf_counter() - start, len(history))
     losses = history.to_frame()["loss"]
     assert losses.tail(2).mean() < losses.head(2).mean()
+
+
+def trl_trainer(loop, model, tokenizer, folder):
+    """TRL's trainer of this loop with our sizes, in float32 like ours, without a reference for GRPO."""
+    from datasets import Dataset
+    from trl import DPOConfig, GRPOConfig, GRPOTrainer
+    from trl import DPOTrainer as TRLDPOTrainer
+
+    common = {
+        "output_dir": str(folder),
+        "use_cpu": ON_CPU,
+        "bf16": False,
+        "report_to": [],
+        "max_steps": STEPS,
+    }
+    common |= {
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+    }
+    if loop == "dpo":
+        rows = Dataset.from_list(PAIRS)
+        args = DPOConfig(**common, per_device_train_batch_size=16, learning_rate=1e-5)
+        reference = frozen_copy(model)
+        return TRLDPOTrainer(
+            model=model, ref_model=reference, args=args, train_dataset=rows, processing_class=tokenizer
+        )
+    args = GRPOConfig(
+        **common,
+        per_device_train_batch_size=SIZES["prompts_per_step"] * SIZES["samples_per_prompt"],
+        num_generations=SIZES["samples_per_prompt"],
+        max_completion_length=SIZES["max_new_tokens"],
+        learning_rate=SIZES["learning_rate"],
+        beta=0.0,
+    )
+    return GRPOTrainer(
+        model=model,
+        reward_funcs=lambda prompts, completions, **_: share_of_e(prompts, completions).tolist(),
+        args=args,
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
+        processing_class=tokenizer,
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("loop", ["dpo", "grpo"])
+def test_beside_trl(loop, name, tiny_llama_dir, tmp_path):
+    """Record both sides' seconds per step and peak memory: same model, batch, steps and precision."""
+    model, tokenizer = loaded(name, tiny_llama_dir)
+    reset_peak()
+    start = time.perf_counter()
+    if loop == "dpo":
+        settings = DPOSettings(epochs=2, batch_size=16, learning_rate=1e-5, progress=False)
+        history = DPOTrainer(model, tokenizer=tokenizer, settings=settings).train(PAIRS)
+    else:
+        settings = GRPOSettings(**SIZES, kl_coef=0.0)
+        history = grpo(model, tokenizer, PROMPTS, share_of_e, settings)
+    record(name, f"{loop}, ours", time.perf_counter() - start, len(history))
+    ours = history.to_frame()["loss"]
+    del model
+
+    model, tokenizer = loaded(name, tiny_llama_dir)
+    reset_peak()
+    trainer = trl_trainer(loop, model, tokenizer, tmp_path)
+    start = time.perf_counter()
+    trainer.train()
+    record(name, f"{loop}, TRL", time.perf_counter() - start, STEPS)
+    theirs = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert torch.isfinite(torch.tensor([*ours, *theirs])).all()
+    if loop == "dpo":  # both start where policy and reference are equal
+        assert ours[0] == pytest.approx(math.log(2), abs=1e-2)
+        assert theirs[0] == pytest.approx(math.log(2), abs=1e-2)
