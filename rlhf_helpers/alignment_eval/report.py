@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from rlhf_helpers.alignment_eval.evaluators import weights_fingerprint, write_atomically
+from rlhf_helpers.alignment_eval.evaluators import weights_fingerprint
+from rlhf_helpers.core.files import write_atomically
 
 NAME = "alignment_report"
 Tables = dict[str, pd.DataFrame | str]

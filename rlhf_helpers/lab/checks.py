@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock
 
+from rlhf_helpers.core.files import write_atomically
 from rlhf_helpers.lab.exercises import EXERCISES, LESSONS
 from rlhf_helpers.lab.judging import judge
 
@@ -79,8 +80,6 @@ def _read(path: Path) -> dict[str, str]:
 
 def _record(name: str, state: str) -> None:
     """Note a state; what cannot be saved stays in memory, and is saved with the next state that can."""
-    from rlhf_helpers.alignment_eval.evaluators import write_atomically  # seconds: not before it is needed
-
     path = _path()
     unsaved = _unsaved.setdefault(path, {})
     if unsaved.get(name) != "solved":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from IPython.display import HTML
 
-from rlhf_helpers.alignment_eval.evaluators import write_atomically
+from rlhf_helpers.core.files import write_atomically
 
 Answers = Mapping[str, Sequence[str]]
 Scores = Mapping[str, Sequence[float]] | None

@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-from rlhf_helpers.alignment_eval.evaluators import write_atomically
+from rlhf_helpers.core.files import write_atomically
 
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 _CELL_TIMEOUT_S = 600

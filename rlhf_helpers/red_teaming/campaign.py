@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from rlhf_helpers.alignment_eval import as_safety_fn, distinct_n
-from rlhf_helpers.alignment_eval.evaluators import write_atomically
 from rlhf_helpers.core.choices import choice_logps
+from rlhf_helpers.core.files import write_atomically
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
 from rlhf_helpers.core.stats import cohen_kappa, wilson_interval

@@ -151,15 +151,6 @@ def test_fingerprints_see_a_swap_that_sums_do_not():
     assert len(names) == 3
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "deep" / "file.json"
-    evaluators.write_atomically(path, b"1")
-    monkeypatch.setattr(evaluators.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        evaluators.write_atomically(path, b"2")
-    assert path.read_bytes() == b"1"
-
-
 def test_an_evaluator_asks_once_and_judges_afresh(tiny):
     cache = EvaluationCache()
     kinds = [
