@@ -3,6 +3,7 @@
 import copy
 import inspect
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,14 +39,28 @@ def _judge(exercise: Exercise, my_fn: Any) -> Verdict:
         return Verdict("open", "not attempted yet.")
     if not callable(my_fn):
         return Verdict("wrong", f"not right yet: give check the function itself, not {_show(my_fn)}.")
-    probes = exercise.probes
-    mine, faults = _attempt(my_fn, probes, _names(exercise))
+    outcomes, faults = attempt(exercise, my_fn)
+    return verdict(exercise, outcomes, faults, lambda probe: call(gradients, my_fn, probe)[0])
+
+
+def verdict(
+    exercise: Exercise, mine: list[Any], faults: list[str], gradients_of: Callable[[Probe], Any]
+) -> Verdict:
+    """Judge what a function did, wherever it ran.
+
+    Args:
+        exercise: The exercise.
+        mine: The outcome on each probe.
+        faults: What the function did besides, in words.
+        gradients_of: Gives `gradients` of the function at a probe, or Raised; asked for right values only.
+    """
     if _is_stub(mine[0]):
         return Verdict("open", "not attempted yet.")
+    probes = exercise.probes
     expected = [_outcome(exercise.reference, probe) for probe in probes]
     wrong_at = [i for i, (got, want) in enumerate(zip(mine, expected, strict=True)) if not same(got, want)]
     if not wrong_at:
-        faults += _gradient_faults(exercise, my_fn, probes)
+        faults = faults + _gradient_faults(exercise, gradients_of)
         if faults:
             return Verdict("wrong", f"not right yet: the values are right, but {faults[0]}.")
         return Verdict("solved", "right. Well done!")
@@ -67,10 +82,11 @@ def _is_stub(outcome: Any) -> bool:
     return outcome is Ellipsis
 
 
-def _attempt(my_fn: Function, probes: list[Probe], names: list[str]) -> tuple[list[Any], list[str]]:
+def attempt(exercise: Exercise, my_fn: Function) -> tuple[list[Any], list[str]]:
     """Outcomes of the learner's function, and faults: what it changes although nobody asked it to."""
     outcomes: list[Any] = []
     faults: list[str] = []
+    probes, names = exercise.probes, _names(exercise)
     for probe in probes:
         args = copy.deepcopy(probe)
         outcome, settings = call(my_fn, *args)
@@ -129,34 +145,34 @@ def _same_kind(got: Tensor, want: Tensor) -> bool:
     return got.dtype == want.dtype or (got.is_floating_point() and want.is_floating_point())
 
 
-def _gradients(function: Function, probe: Probe) -> list[Tensor | None]:
+def gradients(function: Function, probe: Probe) -> list[Tensor | None]:
     """Differentiate the summed result by each floating-point argument; None where no gradient arrives."""
     args = copy.deepcopy(probe)
-    inputs = [arg.requires_grad_() for arg in args if _is_floating(arg)]
+    inputs = [arg.requires_grad_() for arg in args if is_floating(arg)]
     out = function(*args)
     if not (isinstance(out, Tensor) and out.requires_grad):
         return [None] * len(inputs)
     return list(torch.autograd.grad(out.sum(), inputs, allow_unused=True))
 
 
-def _is_floating(arg: Any) -> bool:
+def is_floating(arg: Any) -> bool:
     return isinstance(arg, Tensor) and arg.is_floating_point()
 
 
-def _gradient_faults(exercise: Exercise, my_fn: Function, probes: list[Probe]) -> list[str]:
+def _gradient_faults(exercise: Exercise, gradients_of: Callable[[Probe], Any]) -> list[str]:
     """Say what is wrong with the gradient of a function whose values are right."""
     faults: list[str] = []
-    for probe in probes:
-        if not any(map(_is_floating, probe)):
+    for probe in exercise.probes:
+        if not any(map(is_floating, probe)):
             continue  # nothing to differentiate by; the reference may even refuse this probe
-        wanted = _gradients(exercise.reference, probe)
+        wanted = gradients(exercise.reference, probe)
         if all(want is None for want in wanted):
             continue  # a measure, not a loss: nothing is trained through it
-        got, _ = call(_gradients, my_fn, probe)
+        got = gradients_of(probe)
         if isinstance(got, Raised):  # .numpy() of a tensor that requires a gradient raises here
             faults.append(f"with gradients on it raised {got.kind}: {got.text}")
             continue
-        names = [name for name, arg in zip(_names(exercise), probe, strict=False) if _is_floating(arg)]
+        names = [name for name, arg in zip(_names(exercise), probe, strict=False) if is_floating(arg)]
         for name, mine, want in zip(names, got, wanted, strict=True):
             if want is not None and mine is None:
                 faults.append(

@@ -99,8 +99,8 @@ SWITCHES = {  # what a loss, written with max, abs or where, compares with 0
 WITH_GRADIENT = {
     name
     for name, exercise in EXERCISES.items()
-    if any(map(judging._is_floating, exercise.probes[0]))
-    and any(g is not None for g in judging._gradients(exercise.reference, exercise.probes[0]))
+    if any(map(judging.is_floating, exercise.probes[0]))
+    and any(g is not None for g in judging.gradients(exercise.reference, exercise.probes[0]))
 }
 
 
@@ -120,14 +120,14 @@ def test_gradients_on_both_sides_of_a_probe_are_equal(name):
     draw = torch.Generator().manual_seed(0)
     for probe in probes_of(name):
         shifts = [
-            1e-3 * torch.randn(a.shape, generator=draw) if judging._is_floating(a) else 0 for a in probe
+            1e-3 * torch.randn(a.shape, generator=draw) if judging.is_floating(a) else 0 for a in probe
         ]
         sides = []
         for sign in (1, -1):
             moved = tuple(
-                a + sign * s if judging._is_floating(a) else a for a, s in zip(probe, shifts, strict=True)
+                a + sign * s if judging.is_floating(a) else a for a, s in zip(probe, shifts, strict=True)
             )
-            sides.append(judging._gradients(EXERCISES[name].reference, moved))
+            sides.append(judging.gradients(EXERCISES[name].reference, moved))
         for one, other in zip(*sides, strict=True):
             assert (one is None) == (other is None)
             assert one is None or torch.allclose(one, other, rtol=0.02, atol=0.02)
