@@ -156,6 +156,7 @@ def gradients(function: Function, probe: Probe) -> list[Tensor | None]:
 
 
 def is_floating(arg: Any) -> bool:
+    """Say whether a gradient with respect to this argument can be asked for."""
     return isinstance(arg, Tensor) and arg.is_floating_point()
 
 
