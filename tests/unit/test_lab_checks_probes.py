@@ -119,9 +119,7 @@ def test_no_probe_sits_on_a_kink(name):
 def test_gradients_on_both_sides_of_a_probe_are_equal(name):
     draw = torch.Generator().manual_seed(0)
     for probe in probes_of(name):
-        shifts = [
-            1e-3 * torch.randn(a.shape, generator=draw) if judging.is_floating(a) else 0 for a in probe
-        ]
+        shifts = [1e-3 * torch.randn(a.shape, generator=draw) if judging.is_floating(a) else 0 for a in probe]
         sides = []
         for sign in (1, -1):
             moved = tuple(
