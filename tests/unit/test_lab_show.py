@@ -1,6 +1,8 @@
 """Plots, reports, quizzes and the execution of notebooks."""
 
 import base64
+import io
+import itertools
 from collections import Counter
 from xml.etree import ElementTree
 
@@ -8,8 +10,10 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from PIL import Image
 
 from rlhf_helpers.lab import notebooks, plots, quizzes, reports
 
@@ -89,6 +93,112 @@ def test_learning_curve_smooths_and_names_missing_keys():
         plots.learning_curve(frame, "acc", ylabel="accuracy (share)")
 
 
+@pytest.mark.parametrize(
+    "name, method",
+    [
+        ("PPO", "PPO"),
+        ("RLOO,\nbest of 4, guard", "RLOO"),
+        ("RLHF", "RLOO"),
+        ("DPO from the base", "DPO"),
+        ("untrained,\nbest of 4, guard", "best of n"),
+        ("best-of-n", "best of n"),
+        ("SFT on people's summaries", "SFT"),
+        ("imitation, 3 epochs", "SFT"),
+        ("untrained", "base"),
+        ("chosen by the reward model", "proxy"),
+        ("gold reward", "gold"),
+    ],
+)
+def test_a_method_has_one_color_whatever_else_its_name_says(name, method):
+    assert plots.method_color(name) == plots.METHOD_COLORS[method]
+
+
+def test_names_of_no_method_have_no_color_of_their_own():
+    assert len(set(plots.METHOD_COLORS.values())) == len(plots.METHOD_COLORS) == 11
+    assert plots.BEFORE != plots.AFTER
+    for name in ("baseline", "early stop", "controlled"):  # "base" and "RL" inside other words
+        with pytest.raises(ValueError, match=f"{name}.* names no method"):
+            plots.method_color(name)
+    assert plots.method_color("early stop", "red") == "red"
+    assert plots.line_colors(["other", "PPO", "PPO-ptx"]) == {
+        "PPO": "#d55e00",
+        "other": plots.PALETTE[0],
+        "PPO-ptx": plots.PALETTE[1],
+    }
+
+
+def test_titles_are_found_wherever_they_stand():
+    message = "The proxy keeps rising while the gold reward turns around after twenty steps and falls"
+    plain, titled, by_hand = curve(), curve(), curve()
+    plots.set_title(titled, message)
+    by_hand.axes[0].set_title("Loss falls", loc="left")
+    assert [plots.has_title(figure) for figure in (plain, titled, by_hand)] == [False, True, True]
+    assert titled.get_suptitle().count("\n") == 1
+    assert titled.get_suptitle().replace("\n", " ") == message
+    titled.draw_without_rendering()
+    assert titled._suptitle.get_window_extent().x1 < titled.bbox.x1
+
+
+def test_names_at_the_ends_of_lines_do_not_overlap_and_stay_in_the_picture():
+    lines = {"PPO": [0, 0.50], "RLOO": [0, 0.51], "a longer name on two lines": [0, 0.52], "low": [1, 0]}
+    figure = plots.line_plot(
+        [1, 2], lines, xlabel="step (count)", ylabel="gold (0 to 1)", title="All end alike", label_ends=True
+    )
+    (axis,) = figure.axes
+    assert axis.get_legend() is None
+    boxes = sorted((text.get_window_extent() for text in axis.texts), key=lambda box: box.y0)
+    assert len(boxes) == 4
+    assert all(upper.y0 >= lower.y1 - 0.5 for lower, upper in itertools.pairwise(boxes))
+    assert max(box.x1 for box in boxes) <= figure.bbox.x1
+    assert axis.lines[0].get_color() == plots.METHOD_COLORS["PPO"]
+
+
+def test_nothing_is_drawn_outside_what_is_possible():
+    figure = plots.line_plot(
+        [0, 1],
+        {"a": [0.1, 0.9]},
+        xlabel="step (count)",
+        ylabel="accuracy (share)",
+        bands={"a": ([-0.2, 0.8], [0.4, 1.2])},
+        limits=(0, 1),
+    )
+    (axis,) = figure.axes
+    heights = axis.collections[0].get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (0, 1)
+    assert -0.05 < axis.get_ylim()[0] < axis.get_ylim()[1] < 1.05
+
+    labels = {"xlabel": "model (name)", "ylabel": "accuracy (share)"}
+    figure = plots.bar_with_intervals({"SFT": 0.9}, {"SFT": (0.7, 1.1)}, limits=(0, 1), **labels)
+    (segment,) = figure.axes[0].collections[0].get_segments()
+    assert segment[:, 1].tolist() == pytest.approx([0.7, 1.0])
+    assert to_hex(figure.axes[0].patches[0].get_facecolor()) == plots.METHOD_COLORS["SFT"]
+
+
+def test_panels_wrap_and_carry_human_names():
+    frame = pd.DataFrame({"arm": ["rl", "rl", "old", "old"], **{key: [0.0, 1.0, 0.5, 0.5] for key in "abcd"}})
+    figure = plots.interval_panels(
+        frame,
+        by="arm",
+        labels={key: f"{key} (share)" for key in "abcd"},
+        title="Training helps",
+        names={"rl": "RLOO"},
+        limits={"a": (0, 1), "b": (0, None)},
+        colors={"old": plots.BEFORE},
+    )
+    assert len(figure.axes) == 4
+    assert figure.get_figwidth() == 7
+    assert plots.has_title(figure)
+    segments = [axis.collections[0].get_segments()[0][:, 0].tolist() for axis in figure.axes]
+    assert segments[0] == [0, 1]  # 0.5 -+ 12.7062 * 0.5, cut at what is possible
+    assert segments[1] == pytest.approx([0, 6.8531], abs=1e-3)
+    assert segments[2] == pytest.approx([-5.8531, 6.8531], abs=1e-3)
+    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["RLOO", "old"]
+    assert [line.get_color() for line in figure.axes[0].lines[1:]] == [
+        plots.METHOD_COLORS["RLOO"],
+        plots.BEFORE,
+    ]
+
+
 @pytest.fixture
 def displayed(monkeypatch):
     """What a cell displays: a list of (object, keywords)."""
@@ -111,7 +221,10 @@ def test_show_puts_the_alt_text_into_the_page_and_gives_the_same_bytes_twice(dis
     assert image.get("alt") == alt
     kind, data = image.get("src").split(",")
     assert kind == "data:image/png;base64"
-    assert base64.b64decode(data).startswith(b"\x89PNG")
+    drawn = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert (drawn.format, drawn.size) == ("PNG", (960, 540))  # 6.4 x 3.6 inches at 150 dpi
+    assert (image.get("width"), image.get("style")) == ("640", "max-width: 100%; height: auto")
+    assert drawn.convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 255)
     with pytest.raises(ValueError, match="at least 40 characters, got 6"):
         plots.show(curve(), alt="a plot")
 
