@@ -1,4 +1,4 @@
-"""The command line, a thin dispatcher: `python -m rlhf_helpers <assistant|study|notebooks|train> --help`."""
+"""The command line, a thin dispatcher: `python -m rlhf_helpers --help` lists its commands."""
 
 import argparse
 import ast
@@ -6,6 +6,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,25 @@ def _notebooks(arguments: argparse.Namespace) -> int:
     return int(arguments.check and bool(changed))
 
 
+def _student(arguments: argparse.Namespace) -> int:
+    from rlhf_helpers.lab.classroom.edition import write_student_edition
+
+    for path in write_student_edition(arguments.out, nbgrader=arguments.nbgrader, answers=arguments.answers):
+        print(f"written: {path}")
+    return 0
+
+
+def _grade(arguments: argparse.Namespace) -> int:
+    from rlhf_helpers.lab.classroom.grading import grade, mistakes_figure
+
+    grades = grade(arguments.folder, due=arguments.due)
+    grades.to_csv(arguments.out, index=False)
+    print(grades.groupby(["learner", "lesson"])["points"].agg(["sum", "count"]).to_string())
+    if arguments.picture:
+        mistakes_figure(grades).savefig(arguments.picture)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     program = "python -m rlhf_helpers"
     parser = argparse.ArgumentParser(prog=program, description="Commands behind the lessons.")
@@ -143,6 +163,21 @@ def _parser() -> argparse.ArgumentParser:
     notebooks.add_argument("paths", nargs="*", type=Path, help="default: every notebook of notebooks/")
     notebooks.add_argument("--check", action="store_true", help="write nothing; exit 1 on a difference")
     notebooks.set_defaults(run=_notebooks)
+
+    student = commands.add_parser("student", help="write the lessons without answers, for a class")
+    student.add_argument("--out", type=Path, required=True, help="folder to write to")
+    student.add_argument("--nbgrader", action="store_true", help="lay it out as a course of nbgrader")
+    student.add_argument("--answers", action="store_true", help="keep the answers: your own working copy")
+    student.set_defaults(run=_student)
+
+    grade = commands.add_parser("grade", help="grade what a class handed in, each exercise in a sandbox")
+    grade.add_argument("folder", type=Path, help="holds one folder per learner")
+    grade.add_argument("--out", type=Path, required=True, help="the table of grades, a CSV file")
+    grade.add_argument(
+        "--due", type=datetime.fromisoformat, help="2026-12-01T12:00; what comes later is late"
+    )
+    grade.add_argument("--picture", type=Path, help="PNG file: how often each mistake was made")
+    grade.set_defaults(run=_grade)
 
     commands.add_parser("train", help="train your own model on your own data")  # see main
     return parser

@@ -8,6 +8,7 @@ stealing is sent here, above all no expected value. Run by path, without site pa
 
 import contextlib
 import errno
+import importlib
 import io
 import json
 import os
@@ -288,8 +289,17 @@ def unguarded(request: dict[str, Any]) -> None:
     print(b"".join(lines).decode(), end="", flush=True)
 
 
+def preload(folders: list[str], modules: list[str]) -> None:
+    """Import once what every program may use: they are forked from here and find it in memory."""
+    sys.path += folders
+    list(map(importlib.import_module, modules))
+    print("null", flush=True)
+
+
 def main() -> None:
     """Serve requests until the parent closes the pipe."""
+    if len(sys.argv) > 1:
+        preload(**json.loads(sys.argv[1]))
     os.environ.clear()
     for line in sys.stdin:
         request = json.loads(line)

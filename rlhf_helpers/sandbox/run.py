@@ -115,11 +115,14 @@ def run_programs(
     workers: int | None = None,
     timeout: float = 2.0,
     memory_mb: int = 256,
+    preload: Sequence[str] = (),
 ) -> list[SandboxResult]:
     """run_code for many programs, each in a sandbox of its own, `workers` (all cores) at a time.
 
     calls: the same for every program; or calls_per_code: a list for each. Identical programs with identical
-    calls run once. Raises as run_code does. Lesson 4.
+    calls run once. preload: modules, of the installed packages too, that each worker imports once and every
+    program can use, with one thread; they are trusted. Raises as run_code does, and ImportError for a module
+    that cannot be imported. Lesson 4.
     """
     require_number("timeout", timeout, above=0)
     require_number("memory_mb", memory_mb, at_least=64)
@@ -131,7 +134,9 @@ def run_programs(
         raise ValueError(f"calls_per_code has {len(every)} lists for {len(codes)} programs")
     sent = [[[name, wire.encode(tuple(args))] for name, args in some] for some in every]
     keys = [json.dumps([code, some]) for code, some in zip(codes, sent, strict=True)]
-    options = {"timeout": timeout, "memory_mb": memory_mb, "readable": _readable()}
+    installed = [os.path.realpath(folder) for folder in sys.path if os.path.isdir(folder)] if preload else []
+    readable = sorted({*_readable(), *installed})
+    options = {"timeout": timeout, "memory_mb": memory_mb, "readable": readable}
     # The kernel counts whole seconds of CPU.
     options |= {"cpu_seconds": math.ceil(timeout), "without": sorted(_WITHOUT)}
     programs = list(dict.fromkeys(keys))
@@ -140,7 +145,7 @@ def run_programs(
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(workers) as pool:
         idle = SimpleQueue()
         for _ in range(workers):
-            idle.put(stack.enter_context(contextlib.closing(_Child())))
+            idle.put(stack.enter_context(contextlib.closing(_Child(installed, preload))))
 
         def run_one(key: str) -> SandboxResult:
             child = idle.get()
@@ -164,6 +169,10 @@ class _Child:
     """A child process that runs programs one after another; started anew when it had to be killed."""
 
     thread: threading.Thread
+
+    def __init__(self, folders: Sequence[str], modules: Sequence[str]) -> None:
+        """Note what the child imports, and from which folders, before it takes programs."""
+        self.preload = {"folders": list(folders), "modules": list(modules)}
 
     def close(self) -> None:
         """Kill the child, if there is one."""
@@ -216,7 +225,11 @@ class _Child:
         # -I without its -E, for the one variable that there is: sets of strings iterate alike in every run.
         command = [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", str(_CHILD)]
         kept = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}  # Windows needs it
-        return subprocess.Popen(
+        if self.preload["modules"]:
+            command.append(json.dumps(self.preload))
+            # A program may start no thread, and a thread does not survive the fork.
+            kept |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -225,6 +238,11 @@ class _Child:
             cwd=tempfile.gettempdir(),
             start_new_session=True,
         )
+        if self.preload["modules"] and process.stdout.readline() != b"null\n":
+            with process:  # waits for it and closes its pipes
+                process.kill()
+            raise ImportError(f"the sandbox could not import {', '.join(self.preload['modules'])}")
+        return process
 
 
 def _text(text: Any, most: int) -> str:

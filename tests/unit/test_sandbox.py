@@ -301,6 +301,19 @@ def test_how_often_identical_programs_run(monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_preloaded_module_is_there_without_an_import_of_its_own():
+    code = "import numpy\ndef mean(x):\n    return float(numpy.mean(x))"
+    (result,) = run_programs([code], calls=[("mean", ([1.0, 3.0],))], memory_mb=2048, preload=["numpy"])
+    assert result.values == (2.0,)
+    plain = run_code(code, calls=[("mean", ([1.0, 3.0],))])
+    assert (plain.verdict, plain.error) == ("error", "ModuleNotFoundError: No module named 'numpy'")
+
+
+def test_a_module_that_cannot_be_preloaded_is_named():
+    with pytest.raises(ImportError, match="no_such_module"):
+        run_programs([ADD], calls=[], preload=["no_such_module"])
+
+
 def test_bad_programs_harm_no_others():
     bad = [
         "while True: pass", "import os\nos._exit(1)", "x = [0] * 10**10", "import os\nos.fork()", "def f(:",

@@ -1,0 +1,1 @@
+"""For teachers: lessons without answers, and grades for what a class hands in."""
