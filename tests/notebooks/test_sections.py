@@ -1,0 +1,88 @@
+"""Each section of a lesson runs to its end after the setup cell and its preparation alone.
+
+    python -m pytest -m nightly -s tests/notebooks/test_sections.py -k holds
+
+prints the seconds of each preparation and of each section; the aim for a preparation is 60 s.
+"""
+
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from rlhf_helpers.lab.stages import code_cells
+
+FOLDER = Path(__file__).parents[2] / "notebooks"
+LESSONS = sorted(FOLDER.glob("*.ipynb"))
+CELL_TIMEOUT_S = 600
+PREPARE = """
+import time
+from rlhf_helpers.lab.stages import stage
+started = time.perf_counter()
+stage({lesson!r}, {anchor!r})
+print(f"prepared in {{time.perf_counter() - started:.0f}} s")
+started = time.perf_counter()
+"""
+CLOSE = 'print(f"the section took {time.perf_counter() - started:.0f} s")'
+
+
+def sections_with_code():
+    for path in LESSONS:
+        sections, cells = code_cells(path)
+        with_code = {title for title, _ in cells}
+        yield from ((path.stem, anchor) for anchor, title in sections.items() if title in with_code)
+
+
+def section_alone(path, anchor, before=()):
+    """The setup cell, cells to put in front of the section, its preparation and its own code cells."""
+    sections, cells = code_cells(path)
+    own = [source for title, source in cells if title == sections[anchor]]
+    prepare = PREPARE.format(lesson=path.stem, anchor=anchor)
+    sources = [cells[0][1], *before, prepare, *own, CLOSE]
+    return new_notebook(cells=[new_code_cell(source) for source in sources])
+
+
+def run(notebook, folder):
+    """Execute in `folder` with a learner's environment and no progress file."""
+    resources = {"metadata": {"path": str(folder)}}
+    client = NotebookClient(notebook, kernel_name="python3", timeout=CELL_TIMEOUT_S, resources=resources)
+    plain = {name: value for name, value in os.environ.items() if name not in ("RLHF_MODEL", "RLHF_DATA")}
+    client.execute(env={**plain, "HF_HUB_OFFLINE": "1", "RLHF_PROGRESS": ""})
+    return notebook
+
+
+def printed_by(cell):
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.parametrize("section", list(sections_with_code()), ids="-".join)
+def test_a_section_runs_after_the_setup_cell(section):
+    lesson, anchor = section
+    notebook = run(section_alone(FOLDER / f"{lesson}.ipynb", anchor), FOLDER)
+    print(f"\n{lesson} {anchor}:", printed_by(notebook.cells[1]), printed_by(notebook.cells[-1]))
+
+
+def test_every_section_of_the_contents_can_be_prepared():
+    assert len(list(sections_with_code())) >= 60
+
+
+@pytest.mark.slow
+def test_the_section_alone_is_cut_out(tmp_path):
+    sources = [
+        "base = 1",
+        '## 1\n<a id="one"></a>',
+        "x = base\nunused = 1",
+        '## 2\n<a id="two"></a>',
+        "y = x",
+    ]
+    cells = [new_markdown_cell(s) if s.startswith("#") else new_code_cell(s) for s in sources]
+    path = tmp_path / "lesson.ipynb"
+    nbformat.write(new_notebook(cells=cells), path)
+    notebook = run(section_alone(path, "two"), tmp_path)
+    assert [cell.source for cell in notebook.cells[2:-1]] == ["y = x"]
+    assert "that make them: 1." in printed_by(notebook.cells[1])
