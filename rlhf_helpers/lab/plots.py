@@ -50,7 +50,7 @@ _SAME_METHOD = {
 BEFORE, AFTER = METHOD_COLORS["base"], METHOD_COLORS["RLOO"]
 OTHER_COLOR = "#44546a"  # bars and dots that stand for no method
 FIGURE_WIDTH = 7.0  # inches: 700 pixels on the page, no picture is wider
-_STYLE = {
+STYLE = {
     **sns.axes_style("whitegrid"),
     "figure.figsize": (6.4, 3.6),
     "figure.dpi": 100,
@@ -108,7 +108,7 @@ def axes(*, xlabel: str, ylabel: str, title: str = "") -> Iterator[tuple[Figure,
     """Give a figure and its axes in the house style; both labels name quantity and unit, or ValueError."""
     _require_unit("xlabel", xlabel)
     _require_unit("ylabel", ylabel)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(layout="constrained")  # no pyplot: nothing is shown twice, nothing stays open
         axis = figure.add_subplot()
         axis.set(xlabel=xlabel, ylabel=ylabel)
@@ -125,17 +125,11 @@ def _require_unit(name: str, label: str) -> None:
 Limits = tuple[float | None, float | None]  # lowest and highest possible value; None where there is none
 
 
-def _bounds(limits: Limits) -> tuple[float, float]:
-    low, high = limits
-    return -np.inf if low is None else low, np.inf if high is None else high
-
-
-def _keep_inside(axis: Axes, limits: Limits, side: str) -> None:
+def _keep_inside(axis: Axes, side: str, limits: Limits) -> None:
     """Show no more than a thin margin of what is impossible."""
-    low, high = getattr(axis, f"get_{side}lim")()
-    margin = 0.03 * (high - low)
-    least, most = _bounds(limits)
-    getattr(axis, f"set_{side}lim")(max(low, least - margin), min(high, most + margin))
+    low, high = np.clip(getattr(axis, f"get_{side}lim")(), *limits)
+    margin = 0.02 * (high - low)
+    axis.set(**{f"{side}lim": (low - margin, high + margin)})
 
 
 def _spread_end_labels(figure: Figure) -> None:
@@ -210,11 +204,11 @@ def line_plot(
                 x, values, color=used[name], marker=MARKERS[index], markevery=every, markersize=5, label=name
             )
             if bands and name in bands:
-                low, high = np.clip(np.asarray(bands[name], dtype=float), *_bounds(limits))
+                low, high = np.clip(np.asarray(bands[name], dtype=float), *limits)
                 axis.fill_between(x, low, high, color=used[name], alpha=0.2, linewidth=0)
             if label_ends:
                 _label_end(axis, x, values, name, used[name])
-        _keep_inside(axis, limits, "y")
+        _keep_inside(axis, "y", limits)
         if label_ends:
             _spread_end_labels(figure)
         else:
@@ -246,7 +240,7 @@ def bar_with_intervals(
             raise ValueError(
                 f"{name!r} needs an interval (low, high) around {value}, got {intervals.get(name)}"
             )
-    low, high = np.clip(np.array([intervals[name] for name in values], dtype=float), *_bounds(limits)).T
+    low, high = np.clip(np.array([intervals[name] for name in values], dtype=float), *limits).T
     heights = np.array(list(values.values()), dtype=float)
     used = {name: method_color(name, OTHER_COLOR) for name in values} | dict(colors or {})
     with axes(xlabel=xlabel, ylabel=ylabel, title=title) as (figure, axis):
@@ -259,7 +253,7 @@ def bar_with_intervals(
         if reference is not None:
             axis.axhline(reference, color="black", linestyle="--", linewidth=1)
         axis.grid(axis="x", visible=False)
-        _keep_inside(axis, limits, "y")
+        _keep_inside(axis, "y", limits)
     return figure
 
 
@@ -303,14 +297,14 @@ def interval_panels(
     columns = min(3, len(labels))
     rows = -(-len(labels) // columns)
     size = (min(FIGURE_WIDTH, 1.6 + width * columns), rows * (0.9 + 0.24 * len(groups)) + 0.3)
-    with mpl.rc_context(_STYLE | {"font.size": 10}):
+    with mpl.rc_context(STYLE | {"font.size": 10}):
         figure = Figure(layout="constrained", figsize=size)
         panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
         for axis, (column, label) in zip(panels, labels.items(), strict=False):
             means = [mean_interval(frame.loc[frame[by] == group, column].tolist()) for group in groups]
             possible = (limits or {}).get(column, (None, None))
             middle, low, high = np.array(means).T
-            low, high = np.clip([low, high], *_bounds(possible))
+            low, high = np.clip([low, high], *possible)
             places = np.arange(len(groups))
             axis.errorbar(
                 middle,
@@ -324,7 +318,7 @@ def interval_panels(
             for place, color in enumerate(used):
                 axis.plot(middle[place], place, "o", color=color, markersize=5, zorder=3)
             axis.set(xlabel=textwrap.fill(label, 24), yticks=places, yticklabels=shown)
-            _keep_inside(axis, possible, "x")
+            _keep_inside(axis, "x", possible)
         for axis in panels[len(labels) :]:
             axis.remove()
         panels[0].set_ylim(len(groups) - 0.5, -0.5)

@@ -52,7 +52,7 @@ CEILINGS = {
     "chatbot_rlhf": 6_250,
     "summarization_rl": 4_200,
     "code_generation": 3_700,
-    "lab": 12_550,
+    "lab": 13_550,
     "lab/classroom": 3_200,
     "lab/exercises": 20_800,
     "lab/studies": 18_000,
