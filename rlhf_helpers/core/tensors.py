@@ -6,7 +6,7 @@ too: it changes neither a value nor a gradient. Axes: B batch, T tokens, V vocab
 
 import math
 from collections.abc import Iterable, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from operator import ge, gt, le, lt
 
 import torch
@@ -43,8 +43,9 @@ def require_number(
     at_least: float | None = None,
     below: float | None = None,
     at_most: float | None = None,
+    whole: bool = False,
 ) -> None:
-    """Refuse a scalar setting that is no finite number or lies outside its range.
+    """Refuse a scalar setting that is not a finite number, lies outside its range or should be whole.
 
     Raises ValueError that names the setting, its rule and the value.
     """
@@ -54,6 +55,8 @@ def require_number(
     if not (number and all(holds(value, limit) for _, holds, limit in rules)):
         rule = " and ".join(f"{sign} {limit}" for sign, _, limit in rules)
         raise ValueError(f"{name} must be a finite number {rule}".rstrip() + f", got {value!r}")
+    if whole and not isinstance(value, Integral):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
 
 
 def as_bool_mask(mask: Shaped[Tensor, "*shape"], name: str = "mask") -> Bool[Tensor, "*shape"]:

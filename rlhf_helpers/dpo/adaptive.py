@@ -7,7 +7,7 @@ from torch import nn
 
 from rlhf_helpers.core.training import History
 from rlhf_helpers.dpo.data import Data
-from rlhf_helpers.dpo.training import DPOTrainer
+from rlhf_helpers.dpo.trainer import DPOTrainer
 
 
 class AdaptiveDPO:
@@ -42,7 +42,7 @@ class AdaptiveDPO:
     @property
     def beta(self) -> float:
         """The present beta."""
-        return self.trainer.beta
+        return self.trainer.run.beta_controller.value
 
     def train_step(
         self, prompts: Sequence[str], chosen: Sequence[str], rejected: Sequence[str]

@@ -114,6 +114,10 @@ class DPODataset(Dataset):
             return row | {"ref_chosen_logps": known[0], "ref_rejected_logps": known[1]}
         return row | {"ref_logps": known[0] if self.kind == "unpaired" else known} if known else row
 
+    def answers(self, indices: Collection[int], number: int) -> list[Pair]:
+        """Token ids of prompt and one answer of some rows: of a pair, number 0 is chosen, 1 rejected."""
+        return [self.sequences[index][number] for index in indices]
+
     def ref_logps_of(self, indices: Collection[int], device: torch.device) -> Float[Tensor, "B K"]:
         """Log-probs under the reference, in nats, of the K sequences of each of some rows."""
         return torch.stack([self.ref_logps[index] for index in indices]).to(device)  # pyright: ignore[reportOptionalSubscript]

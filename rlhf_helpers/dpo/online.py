@@ -19,7 +19,8 @@ from rlhf_helpers.core.training.distributed import full_weights, load_full_weigh
 from rlhf_helpers.core.training.settings import require_fields
 from rlhf_helpers.dpo.data import DPODataset, fingerprint
 from rlhf_helpers.dpo.objectives import OBJECTIVES, LossFn
-from rlhf_helpers.dpo.training import DPOSettings, dpo_update
+from rlhf_helpers.dpo.settings import DPOSettings
+from rlhf_helpers.dpo.training import dpo_update
 
 
 @dataclass(frozen=True)

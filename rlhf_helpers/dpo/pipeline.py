@@ -6,7 +6,7 @@ from typing import Any
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.training import History
 from rlhf_helpers.dpo.data import Data
-from rlhf_helpers.dpo.training import DPOTrainer
+from rlhf_helpers.dpo.trainer import DPOTrainer
 
 
 class DPOPipeline:

@@ -85,7 +85,7 @@ def best_of_n_curve(
     before = stats.rankdata(ranked, "min", axis=1).astype(int) - 1
     rows = []
     for n in ns:
-        require_number("n", n, at_least=1, at_most=size)
+        require_number("n", n, at_least=1, at_most=size, whole=True)
         # within[k] = C(k, n) / C(N, n): the chance that all n of a subset are among the k lowest.
         within = stats.hypergeom.pmf(n, size, np.arange(size + 1), n)
         weights = (within[last] - within[before]) / (last - before)
@@ -101,7 +101,7 @@ def best_of_n_kl(n: int) -> float:
     with six outcomes 1.311 against 3.175 for n = 64 (`best_of_n_exact_kl`). Hilton 2023; Beirami et al. 2024.
     Lessons 1 and 2. Raises ValueError unless n is a whole number >= 1.
     """
-    _require_whole(n)
+    require_number("n", n, at_least=1, whole=True)
     return math.log(n) - (n - 1) / n
 
 
@@ -115,7 +115,7 @@ def best_of_n_shares(rewards: Float[Tensor, "K"], probabilities: Float[Tensor, "
     sum to 1 and n is a whole number >= 1.
     """
     require_shapes("K", rewards=rewards, probabilities=probabilities)
-    _require_whole(n)
+    require_number("n", n, at_least=1, whole=True)
     chances = probabilities.double()
     if not (rewards.isfinite().all() and (chances >= 0).all() and abs(chances.sum() - 1) < 1e-4):
         raise ValueError(
@@ -141,9 +141,3 @@ def best_of_n_exact_kl(rewards: Float[Tensor, "P N"], ns: Sequence[int]) -> Floa
     even = torch.full(rewards.shape[1:], 1 / rewards.shape[1], dtype=torch.float64, device=rewards.device)
     shares = torch.stack([torch.stack([best_of_n_shares(row, even, n) for row in rewards]) for n in ns])
     return torch.special.xlogy(shares, shares / even).sum(-1).mean(-1).clamp(min=0)
-
-
-def _require_whole(n: int) -> None:
-    require_number("n", n, at_least=1)
-    if n != int(n):
-        raise ValueError(f"n must be a whole number of samples, got {n!r}")

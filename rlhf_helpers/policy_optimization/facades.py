@@ -1,7 +1,7 @@
 """PPO under the hands-on guide's names: a class that keeps its state from call to call."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,8 +10,15 @@ from torch import Tensor
 from rlhf_helpers.core.generation import Rollout, rollout_from_text
 from rlhf_helpers.core.models import RewardFn, tokenizer_for
 from rlhf_helpers.core.training import History
-from rlhf_helpers.policy_optimization.on_policy import PolicyRun, log_step, make_batch, start_run
+from rlhf_helpers.policy_optimization.on_policy import (
+    Batch,
+    PolicyRun,
+    log_step,
+    make_batch,
+    start_run,
+)
 from rlhf_helpers.policy_optimization.ppo import (
+    KLController,
     PPOSettings,
     kl_controller,
     new_value_head,
@@ -50,22 +57,27 @@ class PPOTrainer:
             ValueError: a bad value.
         """
         self.settings = PPOSettings(learning_rate=learning_rate, cliprange=clip_epsilon, **changes)
-        self.model, self.ref_model = model, ref_model
-        self.reward_model: Any = reward_model
+        self.model = model
         self.tokenizer = tokenizer or tokenizer_for(model)
+        self.reward_model: Any = reward_model
         self.value_head = new_value_head(model)
         self.controller = kl_controller(self.settings)
-        self._run: PolicyRun | None = None  # of `train_step`: its optimizer lasts from call to call
+        self._options = {"ref_model": ref_model, "value_head": self.value_head}
 
     def train(self, prompts: Sequence[str], *, steps: int | None = None, **options: Any) -> History:
         """Run `ppo` on prompts, `steps` turns; options: loss_fn, ptx_rows and those of `RunOptions`.
 
         With fewer prompts than prompts_per_step all of them are taken in each turn.
         """
-        fewer = min(self.settings.prompts_per_step, max(1, len(prompts)))
-        settings = replace(self.settings, steps=steps or self.settings.steps, prompts_per_step=fewer)
-        options = {"ref_model": self.ref_model, "value_head": self.value_head, **options}
+        settings = self.settings.for_prompts(prompts, steps=steps or self.settings.steps)
+        options |= self._options
         return ppo(self.model, self.tokenizer, prompts, self.reward_model, settings, **options)
+
+    @cached_property
+    def _run(self) -> PolicyRun:
+        """What `train_step` keeps from call to call, its optimizer included."""
+        settings = self.settings.for_single_steps()
+        return start_run(self.model, self.tokenizer, None, self.reward_model, settings, **self._options)
 
     def train_step(
         self,
@@ -87,34 +99,44 @@ class PPOTrainer:
         Raises:
             ValueError: not as many responses and rewards as prompts, or fewer than two tokens in all.
         """
-        if self._run is None:
-            options = {"value_head": self.value_head, "ref_model": self.ref_model}
-            settings = self.settings.for_single_steps()
-            self._run = start_run(self.model, self.tokenizer, None, None, settings, **options)
-        run = self._run
-        if isinstance(prompts, Rollout):
-            rollout = prompts
-        else:
-            limits = {"temperature": self.settings.temperature, "max_length": self.settings.max_length}
-            rollout = rollout_from_text(self.model, self.tokenizer, prompts, responses or [], **limits)
-        if rewards is None and self.reward_model is None:
-            raise ValueError("there is no reward_model: give one to PPOTrainer, or rewards to train_step")
-        if rewards is None:
-            scores = score(self.reward_model, rollout)
-        else:
-            scores = torch.as_tensor(rewards, dtype=torch.float32, device=run.engine.device)
-        if scores.shape != (len(rollout),) or not scores.isfinite().all():
-            raise ValueError(
-                f"rewards must be {len(rollout)} finite numbers, one per response, got {rewards!r}"
-            )
-        batch = make_batch(run, rollout, scores, list(range(len(rollout))))
-        targets = ppo_targets(run, batch, self.value_head, kl_coef=self.controller.value)
-        metrics = ppo_update(run, batch, targets, self.value_head)
-        metrics["objective/kl_coef"] = self.controller.value
-        log_step(run, batch, targets.kl_shaped_rewards.sum(-1), metrics)
-        self.controller.update(run.engine.history[-1]["objective/kl"], len(rollout))
-        run.engine.step += 1  # another order of minibatches next time
-        return dict(run.engine.history[-1])
+        batch = given_batch(self._run, prompts, responses, rewards)
+        return ppo_step(self._run, batch, self.value_head, self.controller)
+
+
+def given_batch(
+    run: PolicyRun,
+    prompts: Sequence[str] | Rollout,
+    responses: Sequence[str] | None,
+    rewards: Sequence[float] | Tensor | None,
+) -> Batch:
+    """Make a batch of responses that were not sampled by `sample_batch`; see `PPOTrainer.train_step`."""
+    settings, rollout = run.settings, prompts
+    if not isinstance(rollout, Rollout):
+        limits = {"temperature": settings.temperature, "max_length": settings.max_length}
+        rollout = rollout_from_text(run.policy, run.tokenizer, rollout, responses or [], **limits)
+    if rewards is not None:
+        scores = torch.as_tensor(rewards, dtype=torch.float32, device=run.engine.device)
+    elif run.reward_fn is not None:
+        scores = score(run.reward_fn, rollout)
+    else:
+        raise ValueError("there is no reward_model: give one to PPOTrainer, or rewards to train_step")
+    if scores.shape != (len(rollout),) or not scores.isfinite().all():
+        raise ValueError(f"rewards must be {len(rollout)} finite numbers, one per response, got {rewards!r}")
+    return make_batch(run, rollout, scores, list(range(len(rollout))))
+
+
+def ppo_step(
+    run: PolicyRun, batch: Batch, value_head: torch.nn.Module, controller: KLController
+) -> dict[str, float]:
+    """Make the step of `ppo` that follows the sampling; return its row."""
+    targets = ppo_targets(run, batch, value_head, kl_coef=controller.value)
+    metrics = ppo_update(run, batch, targets, value_head)
+    metrics["objective/kl_coef"] = controller.value
+    log_step(run, batch, targets.kl_shaped_rewards.sum(-1), metrics)
+    row = run.engine.history[-1]
+    controller.update(row["objective/kl"], len(batch.rollout))
+    run.engine.step += 1  # another order of minibatches next time
+    return dict(row)
 
 
 def robust_ppo_training(

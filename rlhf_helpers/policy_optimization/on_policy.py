@@ -6,8 +6,8 @@ A loop reads: `start_run`; per step `sample_batch`, advantages, the loop's own u
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, TypedDict
 
 import numpy as np
 import torch
@@ -74,6 +74,11 @@ class OnPolicySettings(TrainingSettings):
         require_fields(self, "temperature", above=0)
         require_fields(self, "kl_coef", "entropy_coef", "missing_eos_penalty", "length_penalty", at_least=0)
         require_even_split(self, processes=1)
+
+    def for_prompts(self, prompts: Sequence[str], **changes: Any) -> Self:
+        """Return these settings for so many prompts: where they are few, a step takes all of them."""
+        fewer = min(self.prompts_per_step, max(1, len(prompts)))
+        return replace(self, prompts_per_step=fewer, **changes)
 
 
 def require_even_split(settings: OnPolicySettings, *, processes: int) -> None:

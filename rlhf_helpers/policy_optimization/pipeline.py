@@ -1,7 +1,6 @@
 """Provide one interface to all methods, under the hands-on guide's names."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
@@ -60,12 +59,8 @@ class PolicyOptimizationPipeline:
         With fewer prompts than prompts_per_step all of them are taken each turn. A further call goes on with
         the model (and value head) as they are, with other samples and a fresh optimizer. Raises as the loop.
         """
-        settings = replace(
-            self.settings,
-            steps=num_iterations,
-            seed=self.settings.seed + self.done,
-            prompts_per_step=min(self.settings.prompts_per_step, max(1, len(prompts))),
-        )
+        seed = self.settings.seed + self.done
+        settings = self.settings.for_prompts(prompts, steps=num_iterations, seed=seed)
         options = {"ref_model": self.ref_model, **self._kept, **options}  # pyright: ignore[reportAssignmentType]
         history = self.loop(self.model, self.tokenizer, prompts, self.reward_model, settings, **options)
         self.done += num_iterations

@@ -42,6 +42,8 @@ from rlhf_helpers.policy_optimization.on_policy import (
 )
 from rlhf_helpers.policy_optimization.reinforce import PolicyLoss
 
+KLController = AdaptiveKLController | FixedKLController
+
 
 @dataclass(frozen=True)
 class PPOSettings(OnPolicySettings):
@@ -233,7 +235,7 @@ def ppo_update(
     return metrics.row() | {"val/explained_variance": explained}
 
 
-def kl_controller(settings: PPOSettings) -> AdaptiveKLController | FixedKLController:
+def kl_controller(settings: PPOSettings) -> KLController:
     """Return what holds kl_coef: fixed, or moved towards settings.kl_target."""
     if settings.kl_target is None:
         return FixedKLController(settings.kl_coef)

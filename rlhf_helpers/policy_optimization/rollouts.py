@@ -66,20 +66,14 @@ def policy_logps(
 
 
 def policy_outputs(
-    model: torch.nn.Module,
-    rollout: Rollout,
-    *,
-    temperature: float,
-    value_head: torch.nn.Module | None = None,
-    entropy_gradient: bool = False,
+    model: torch.nn.Module, rollout: Rollout, *, temperature: float, **wanted: Any
 ) -> tuple[Float[Tensor, "B T"], ...]:
-    """Log-probs and entropies of the sampled tokens, with a value_head their values too: each (B, T).
+    """Log-probs and entropies of the sampled tokens, with value_head= their values too: each (B, T).
 
     V_t is read where y_t is about to be chosen: it has seen the prompt and y_<t. Entropies in nats, without
-    gradient unless asked for. All are 0 on padding.
+    gradient unless entropy_gradient=True. All are 0 on padding.
     """
-    asked = {"entropies": True, "entropy_gradient": entropy_gradient, "value_head": value_head}
-    return tuple(rollout_outputs(model, rollout, temperature=temperature, **asked))
+    return tuple(rollout_outputs(model, rollout, temperature=temperature, entropies=True, **wanted))
 
 
 def sequence_kl(rollout: Rollout, ref_logps: Float[Tensor, "B T"]) -> Float[Tensor, "B"]:

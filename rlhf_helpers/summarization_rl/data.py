@@ -111,9 +111,7 @@ def _drawn(count: int, wanted: int | None, rng: random.Random) -> list[int]:
     """Row numbers: all in order, or `wanted` of them, each again only when all have been drawn."""
     if wanted is None:
         return list(range(count))
-    require_number("num_samples", wanted, at_least=1)
-    if wanted != int(wanted):
-        raise ValueError(f"num_samples must be a whole number of rows, got {wanted!r}")
+    require_number("num_samples", wanted, at_least=1, whole=True)
     if wanted > count:
         print(f"{wanted} rows of {count} articles: {wanted - count} rows repeat an article")
     drawn: list[int] = []

@@ -52,8 +52,7 @@ from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import TINY, frozen_copy, load_model
 from rlhf_helpers.core.shared_prompts import Pair
 from rlhf_helpers.core.text import encode_pair, to_messages
-from rlhf_helpers.dpo import DPODataset, DPOSettings
-from rlhf_helpers.dpo.training import train_dpo
+from rlhf_helpers.dpo import DPODataset, DPOSettings, DPOTrainer
 from rlhf_helpers.policy_optimization import (
     GRPOSettings,
     PPOSettings,
@@ -147,7 +146,8 @@ def our_dpo(task: Task, meter: Meter, *, loss: str = "dpo", precomputed: bool = 
         data.add_reference(reference)
     meter.start()
     data.add_reference(reference)
-    return [row["loss"] for row in train_dpo(model, data, settings, reference, tokenizer)]
+    trainer = DPOTrainer(model, reference, tokenizer, settings=settings)
+    return [row["loss"] for row in trainer.train(data)]
 
 
 def our_reward(task: Task, meter: Meter) -> list[float]:

@@ -253,8 +253,8 @@ def test_loss_and_metrics_of_dpo_from_token_ids(tiny_llama_dir):
 
 def test_loss_reference_point_and_metrics_of_kto_from_token_ids(tiny_llama_dir):
     trainer, fused = moved_policy(tiny_llama_dir, loss="kto", undesirable_weight=1.5)
-    data = DPODataset(UNPAIRED, trainer.tokenizer)
-    data.add_reference(trainer.ref_model)
+    data = DPODataset(UNPAIRED, trainer.run.tokenizer)
+    data.add_reference(trainer.run.ref_model)
     inputs = padded([row[0] for row in data.sequences]) | padded([row[1] for row in data.sequences], "KL_")
     refs = torch.stack(data.ref_logps)
     inputs |= {"ref_logps": refs[:, 0], "ref_KL_logps": refs[:, 1]}

@@ -204,7 +204,7 @@ def test_dpo_compares_with_the_model_without_its_adapters(tiny):
     model, tokenizer = tiny
     base, before = base_weights(model), logps(model, tokenizer).sum(-1)
     trainer = DPOTrainer(model, learning_rate=1e-2, batch_size=4, **QUIET)
-    assert isinstance(trainer.ref_model, WithoutAdapter)
+    assert isinstance(trainer.run.ref_model, WithoutAdapter)
     history = trainer.train(ROWS, epochs=10)
     assert history[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
     assert history[-1]["loss"] < 0.5

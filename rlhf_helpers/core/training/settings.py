@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -134,11 +134,7 @@ def set_seed(seed: int) -> int:
     return rank_seed
 
 
-def require_fields(settings: TrainingSettings, *names: str, whole: bool = False, **limits: float) -> None:
-    """Refuse fields outside their limits (see `require_number`), or not whole; ValueError names the field."""
+def require_fields(settings: TrainingSettings, *names: str, **rule: Any) -> None:
+    """Refuse fields that break a rule of `require_number`; ValueError names the field."""
     for name in names:
-        value = getattr(settings, name)
-        field = f"{type(settings).__name__}.{name}"
-        require_number(field, value, **limits)
-        if whole and not isinstance(value, int):
-            raise ValueError(f"{field} must be a whole number, got {value!r}")
+        require_number(f"{type(settings).__name__}.{name}", getattr(settings, name), **rule)
