@@ -16,7 +16,55 @@ CHOICES = ("a", "b", "tie")
 _BOX = "flex:1;border:1px solid #767676;border-radius:4px;padding:6px;white-space:pre-wrap"
 
 
-class PairRater(anywidget.AnyWidget):
+class Form(anywidget.AnyWidget):
+    """A form whose stored output is a static page: what a reader without a kernel sees."""
+
+    _css = "[class^=rlhf] button:focus-visible { outline: 2px solid currentColor; outline-offset: 1px }"
+    shown = traitlets.Dict().tag(sync=True)
+
+    def _static_html(self) -> str:
+        raise NotImplementedError
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        bundle = super()._repr_mimebundle_(**kwargs)
+        if bundle is not None:
+            bundle[0]["text/html"] = self._static_html()
+        return bundle
+
+
+class Choices(Form):
+    """A title over a list of buttons; what a click means is up to `click` of the class below.
+
+    The page (assets/choices.js) draws `shown`: the title, a label and a mark for each button, and a message
+    that a screen reader reads out. It sends {"index": 0}.
+    """
+
+    _esm = Path(__file__).parents[1] / "assets" / "choices.js"
+
+    def __init__(self, title: str, labels: Sequence[str], marks: Sequence[str]) -> None:
+        """Show the buttons with their first marks and no message."""
+        shown = {"title": title, "labels": list(labels), "marks": list(marks), "message": ""}
+        super().__init__(shown=shown)
+        self.on_msg(self._receive)
+
+    def click(self, index: int) -> None:
+        """Answer a click on the button `index` with `show`."""
+        raise NotImplementedError
+
+    def show(self, marks: Sequence[str], message: str) -> None:
+        """Replace the marks and the message on the page."""
+        self.shown = {**self.shown, "marks": list(marks), "message": message}
+
+    def _receive(self, _widget: Any, content: Mapping[str, Any], _buffers: Any) -> None:
+        if content.get("index") in range(len(self.shown["labels"])):
+            self.click(content["index"])
+
+    def __repr__(self) -> str:
+        """Name the form by its title, with no address: a lesson stores the same text in every run."""
+        return f"{type(self).__name__}: {self.shown['title']}"
+
+
+class PairRater(Form):
     """Shows pairs side by side and collects clicks; `.rows` always holds one choice per pair.
 
     A row has prompt, a, b, choice ("a", "b" or "tie") and by ("person" or "stored").
@@ -28,8 +76,6 @@ class PairRater(anywidget.AnyWidget):
     """
 
     _esm = Path(__file__).parents[1] / "assets" / "pair_rater.js"
-    _css = ".rlhf-rater button:focus-visible { outline: 2px solid currentColor; outline-offset: 1px }"
-    shown = traitlets.Dict().tag(sync=True)
 
     def __init__(
         self, pairs: Sequence[Mapping[str, str]], *, stored: Sequence[str], path: Path | None
@@ -87,14 +133,8 @@ class PairRater(anywidget.AnyWidget):
         rated = sum(row["by"] == "person" for row in self.rows)
         return f"PairRater: {rated} of {len(self.rows)} pairs rated by a person"
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """Add what a page without a kernel shows: the first pair, and who chose."""
-        bundle = super()._repr_mimebundle_(**kwargs)
-        if bundle is not None:
-            bundle[0]["text/html"] = self._static_html()
-        return bundle
-
     def _static_html(self) -> str:
+        """Show the first pair, and who chose."""
         pair = {key: html.escape(str(text)) for key, text in self.rows[0].items()}
         return (
             f"<p>Pair 1 of {len(self.rows)}. <b>{pair['prompt']}</b></p>"

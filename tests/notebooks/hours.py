@@ -36,10 +36,11 @@ def exercise_minutes(source: str) -> float:
 
 
 def picture_minutes(cell: dict[str, Any]) -> float:
-    """A minute for each figure and each table among a cell's outputs."""
+    """A minute for each figure and each table among a cell's outputs; a verdict is none."""
     shown = [output.get("data", {}) for output in cell["outputs"]]
-    pictures = [data for data in shown if {"image/png", "text/html"} & set(data)]
-    return MINUTES_PER_PICTURE * len(pictures)
+    pages = ["".join(data["text/html"]) for data in shown if "text/html" in data]
+    pictures = [data for data in shown if "image/png" in data]
+    return MINUTES_PER_PICTURE * len(pictures + [page for page in pages if "rlhf-verdict" not in page])
 
 
 def cell_minutes(cell: dict[str, Any]) -> float:

@@ -35,7 +35,9 @@ def test_code_is_read_at_12_lines_per_minute_and_a_hidden_cell_counts_half():
     table = {"output_type": "execute_result", "data": {"text/html": "<table></table>"}}
     assert cell_minutes(code(lines)) == pytest.approx(1)
     assert cell_minutes(code(lines, hidden=True)) == pytest.approx(0.5)
+    verdict = {"output_type": "display_data", "data": {"text/html": ["<p class='rlhf-verdict'>", "open</p>"]}}
     assert cell_minutes(code(lines, outputs=[table])) == pytest.approx(2)
+    assert cell_minutes(code(lines, outputs=[verdict])) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("difficulty, minutes", [("easy", 8), ("medium", 15), ("hard", 25)])

@@ -101,7 +101,10 @@ def run(notebook, folder):
 
 
 def printed_by(cell):
-    return "".join(output.get("text", "") for output in cell.outputs)
+    """What a cell prints, and its verdicts as text."""
+    return "".join(
+        output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in cell.outputs
+    )
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rlhf_helpers.lab import checks
 from rlhf_helpers.lab.checks import check, judge, progress
 from rlhf_helpers.lab.exercises import EXERCISES, LESSONS
 
@@ -19,7 +18,7 @@ from rlhf_helpers.lab.exercises import EXERCISES, LESSONS
 def progress_file(tmp_path, monkeypatch):
     path = tmp_path / "progress.json"
     monkeypatch.setenv("RLHF_PROGRESS", str(path))
-    monkeypatch.setattr(checks, "_unsaved", {})
+    monkeypatch.setattr("rlhf_helpers.lab.progress._unsaved", {})
     return path
 
 
@@ -388,7 +387,7 @@ def test_progress_survives_a_restart_and_solved_stays_solved(monkeypatch, progre
     assert states() == untouched
     check("bradley_terry", RIGHT["bradley_terry"][0])
     check("last_token", WRONG["last_token"][0][0])
-    monkeypatch.setattr(checks, "_unsaved", {})  # a new kernel knows only the file
+    monkeypatch.setattr("rlhf_helpers.lab.progress._unsaved", {})  # a new kernel knows only the file
     assert states() == untouched | {"bradley_terry": "solved", "last_token": "tried"}
     check("bradley_terry", WRONG["bradley_terry"][0][0])
     assert states()["bradley_terry"] == "solved"

@@ -261,7 +261,7 @@ def test_show_source_prints_the_function_with_or_without_docstring(displayed):
 
 
 def test_quiz_folds_the_answer_away():
-    form = quizzes.quiz("baseline_effect").data
+    form = quizzes.quiz("baseline_effect")._repr_mimebundle_()[0]["text/html"]
     item = quizzes.questions()["baseline_effect"]
     right = f"{item['answer'] + 1}. The variance of the gradient"
     assert form.index("What does a baseline change?") < form.index("<details") < form.index(right)
@@ -277,6 +277,10 @@ def test_every_quiz_is_sound_and_the_answers_do_not_share_one_position():
         assert 0 <= item["answer"] < len(item["options"])
         assert item["question"].endswith("?")
         assert item["explanation"].endswith((".", ")"))
+        for index, why in enumerate(item["why_not"]):
+            assert bool(why) == (index != item["answer"])
+            assert item["options"][item["answer"]].lower() not in why.lower()
+            assert not why or why.endswith((".", "?"))
     positions = Counter(item["answer"] for item in items)
     assert max(positions.values()) < len(items) / 2
 

@@ -157,4 +157,4 @@ def test_the_script_keeps_keys_from_the_notebook_and_sets_text_only():
 
 
 def test_a_quiz_keeps_keys_from_the_notebook():
-    assert "<summary data-lm-suppress-shortcuts='true'>" in quizzes.quiz("baseline_effect").data
+    assert "<summary data-lm-suppress-shortcuts='true'>" in quizzes.quiz("baseline_effect")._static_html()

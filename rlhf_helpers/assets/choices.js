@@ -1,0 +1,57 @@
+// Draws the buttons that Python shows and sends each click back. What a click means is in lab/quizzes.py and
+// lab/progress.py.
+function add(parent, tag, style = "") {
+  const node = document.createElement(tag);
+  node.style.cssText = style;
+  parent.append(node);
+  return node;
+}
+
+// JupyterLab looks for this attribute from the focused element upward, and reads a key as a command of the
+// notebook ("a" inserts a cell, "dd" deletes one) if the element matches first. So it stands on the root
+// and on everything that can have the focus.
+function keepKeys(node) {
+  node.setAttribute("data-lm-suppress-shortcuts", "true");
+}
+
+function render({ model, el }) {
+  const root = add(el, "div");
+  keepKeys(root);
+  root.className = "rlhf-choices";
+  root.setAttribute("role", "group");
+  root.setAttribute("aria-label", model.get("shown").title);
+  add(add(root, "p"), "b").textContent = model.get("shown").title;
+
+  const list = add(root, "div", "display: flex; flex-direction: column; gap: 6px");
+  const buttons = model.get("shown").labels.map((label, index) => {
+    const button = add(
+      list,
+      "button",
+      "width: auto; height: auto; text-align: left; white-space: normal; padding: 4px 8px; line-height: 1.4"
+    );
+    button.type = "button";
+    button.className = "jupyter-button";
+    keepKeys(button);
+    button.addEventListener("click", () => model.send({ index }));
+    return button;
+  });
+
+  // A live region must stay in the page, so that a screen reader reads out what changes inside it.
+  const message = add(root, "p");
+  message.setAttribute("role", "status");
+
+  // Only texts change: the button that was clicked stays in the page and keeps the focus.
+  function draw() {
+    const shown = model.get("shown");
+    buttons.forEach((button, index) => {
+      button.textContent = `${shown.marks[index]} ${shown.labels[index]}`;
+    });
+    message.textContent = shown.message;
+  }
+
+  draw();
+  model.on("change:shown", draw);
+  return () => model.off("change:shown", draw);
+}
+
+export default { render };
