@@ -100,6 +100,7 @@ def test_learning_curve_smooths_and_names_missing_keys():
         ("RLOO,\nbest of 4, guard", "RLOO"),
         ("RLHF", "RLOO"),
         ("DPO from the base", "DPO"),
+        ("cDPO", "DPO"),
         ("untrained,\nbest of 4, guard", "best of n"),
         ("best-of-n", "best of n"),
         ("SFT on people's summaries", "SFT"),
@@ -172,6 +173,13 @@ def test_nothing_is_drawn_outside_what_is_possible():
     (segment,) = figure.axes[0].collections[0].get_segments()
     assert segment[:, 1].tolist() == pytest.approx([0.7, 1.0])
     assert to_hex(figure.axes[0].patches[0].get_facecolor()) == plots.METHOD_COLORS["SFT"]
+    figure = plots.bar_with_intervals(
+        {"a": 0.6}, {"a": (0.5, 0.7)}, reference=0.5, reference_name="chance", **labels
+    )
+    figure.draw_without_rendering()
+    (name,) = figure.axes[0].texts
+    assert (name.get_text(), name.xy) == ("chance", (1, 0.5))
+    assert name.get_window_extent().x1 <= figure.bbox.x1
 
 
 def test_panels_wrap_and_carry_human_names():
@@ -224,7 +232,7 @@ def test_show_puts_the_alt_text_into_the_page_and_gives_the_same_bytes_twice(dis
     drawn = Image.open(io.BytesIO(base64.b64decode(data)))
     assert (drawn.format, drawn.size) == ("PNG", (960, 540))  # 6.4 x 3.6 inches at 150 dpi
     assert (image.get("width"), image.get("style")) == ("640", "max-width: 100%; height: auto")
-    assert drawn.convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 255)
+    assert drawn.convert("RGBA").getpixel((0, 0)) == pytest.approx((255, 255, 255, 255), abs=1)
     with pytest.raises(ValueError, match="at least 40 characters, got 6"):
         plots.show(curve(), alt="a plot")
 
