@@ -103,6 +103,12 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _notebooks(arguments: argparse.Namespace) -> int:
+    if arguments.export:
+        from rlhf_helpers.lab.export import export_notebooks
+
+        for path in export_notebooks(arguments.paths, kind=arguments.export, out=arguments.out):
+            print(f"written: {path}")
+        return 0
     from rlhf_helpers.lab.notebooks import run_notebooks
 
     changed = run_notebooks(arguments.paths, check=arguments.check)
@@ -159,9 +165,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     study.set_defaults(run=_study)
 
-    notebooks = commands.add_parser("notebooks", help="clear and re-execute lessons in place")
+    notebooks = commands.add_parser("notebooks", help="re-execute lessons in place, or export them")
     notebooks.add_argument("paths", nargs="*", type=Path, help="default: every notebook of notebooks/")
     notebooks.add_argument("--check", action="store_true", help="write nothing; exit 1 on a difference")
+    notebooks.add_argument(
+        "--export", choices=("html", "slides", "pdf"), help="run nothing; write each lesson in this form"
+    )
+    notebooks.add_argument("--out", type=Path, default=Path("export"), help="folder for --export")
     notebooks.set_defaults(run=_notebooks)
 
     student = commands.add_parser("student", help="write the lessons without answers, for a class")

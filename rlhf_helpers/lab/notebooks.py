@@ -15,18 +15,23 @@ _WIDGET = "application/vnd.jupyter.widget-view+json"
 _CELL_TIMEOUT_S = 600
 
 
+def find_notebooks(paths: Sequence[str | Path] = ()) -> list[Path]:
+    """Return the notebooks (default: all of notebooks/); raise FileNotFoundError for one that is missing."""
+    found = [Path(path) for path in paths] or sorted(Path("notebooks").glob("*.ipynb"))
+    missing = [str(path) for path in found if not path.is_file()] if found else ["notebooks/*.ipynb"]
+    if missing:
+        raise FileNotFoundError(f"no such notebook: {', '.join(missing)} (run this at the root)")
+    return found
+
+
 def run_notebooks(paths: Sequence[str | Path] = (), *, check: bool = False) -> list[Path]:
     """Re-execute notebooks (default: all of notebooks/) in place; with `check`, write nothing and compare.
 
     Returns the notebooks whose stored form changed (with `check`: differs). A failing cell raises nbclient's
     CellExecutionError and leaves the file as it was; no notebook found raises FileNotFoundError.
     """
-    found = [Path(path) for path in paths] or sorted(Path("notebooks").glob("*.ipynb"))
-    missing = [str(path) for path in found if not path.is_file()] if found else ["notebooks/*.ipynb"]
-    if missing:
-        raise FileNotFoundError(f"no such notebook: {', '.join(missing)} (run this at the root)")
     changed = []
-    for path in found:
+    for path in find_notebooks(paths):
         new = nbformat.writes(execute(nbformat.read(path, as_version=4), path.parent)) + "\n"
         if new != path.read_text(encoding="utf8"):
             changed.append(path)
@@ -73,6 +78,8 @@ def _tidy(output: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode 
         return output
     if "data" in output:
         if output.data.pop(_WIDGET, None) is not None and "text/html" not in output.data:
+            return None
+        if not output.data:  # a progress bar that was taken away at its end
             return None
         for kind in set(output.data) & {"text/plain", "text/html", "text/markdown"}:
             output.data[kind] = _without_paths(output.data[kind], folder)
