@@ -29,8 +29,8 @@ class PreferenceGroup:
     """
 
     sequences: list[list[int]]
-    pairs: list[tuple[int, int]]
-    columns: list[int]
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+    columns: list[int] = field(default_factory=list)
     numbers: list[float] = field(default_factory=list)
 
 
@@ -43,55 +43,73 @@ def encode_groups(model: RewardModel, rows: Rows, objective: str = "pairwise") -
         ValueError: As `as_rows`; a multi-objective model finds no judgment to learn from; two answers of a
             row are the same tokens after the cut at max_length. Names the row.
     """
-    rows, objectives = as_rows(rows, objective), getattr(model, "objectives", None)
-    if objectives and objective != "pairwise":
+    rows = as_rows(rows, objective)
+    if hasattr(model, "objectives") and objective != "pairwise":
         raise ValueError(f"a multi-objective model learns from 'pairwise' rows, not from {objective!r}")
-    compared = "chosen" in COLUMNS[objective]  # else every row is a group of its own
-    groups = []
-    for _, same in groupby(range(len(rows)), key=lambda index: rows[index]["prompt"] if compared else index):
-        run = list(same)
-        for start in range(0, len(run), MAX_PAIRS):
-            part = {index: rows[index] for index in run[start : start + MAX_PAIRS]}
-            groups.append(_encoded(model, part, objective))
+    if objective == "ranking":
+        groups = [_ranking_group(model, index, row) for index, row in enumerate(rows)]
+    elif objective == "rating":
+        groups = [_rating_group(model, index, row) for index, row in enumerate(rows)]
+    else:
+        groups = []
+        for _, same_prompt in groupby(enumerate(rows), key=lambda numbered: numbered[1]["prompt"]):
+            run = list(same_prompt)
+            for start in range(0, len(run), MAX_PAIRS):
+                groups.append(_pair_group(model, run[start : start + MAX_PAIRS], objective))
     every = chain.from_iterable(group.sequences for group in groups)
     warn_of_lost_ends(model.tokenizer, every, model.max_length)
     return groups
 
 
-def _encoded(model: RewardModel, run: Mapping[int, Mapping[str, Any]], objective: str) -> PreferenceGroup:
-    """Encode rows that share their prompt, each distinct answer once."""
-    names = [name for name in COLUMNS[objective][1:] if name not in _KINDS]
-    answers = {i: row["responses"] if not names else [row[k] for k in names] for i, row in run.items()}
-    texts = list(dict.fromkeys(chain.from_iterable(answers.values())))
-    first = next(iter(run))
+def _pair_group(
+    model: RewardModel, run: Sequence[tuple[int, Mapping[str, Any]]], objective: str
+) -> PreferenceGroup:
+    """Encode numbered pairs that share their prompt, each distinct answer once."""
+    first, first_row = run[0]
+    texts = list(dict.fromkeys(row[side] for _, row in run for side in ("chosen", "rejected")))
     with naming(f"row {first}"):
-        group = PreferenceGroup(model.encode_answers(run[first]["prompt"], texts), [], [])
-    for index, row in run.items():
-        indices = [texts.index(text) for text in answers[index]]
+        group = PreferenceGroup(model.encode_answers(first_row["prompt"], texts))
+    for index, row in run:
+        chosen, rejected = texts.index(row["chosen"]), texts.index(row["rejected"])
         with naming(f"row {index}"):
-            require_distinct([group.sequences[i] for i in indices], model.max_length)
-        if objective == "rating":
-            group.numbers.append(row["rating"])
-        for column, sign in _verdicts(row, index, getattr(model, "objectives", None)):
-            for pair in combinations(indices, 2):
-                group.pairs.append(pair[::sign])  # pyright: ignore[reportArgumentType]
-                group.columns.append(column)
-                group.numbers.append(row["margin"] if objective == "margin" else 0.0)
+            require_distinct([group.sequences[chosen], group.sequences[rejected]], model.max_length)
+        for column, chosen_is_better in _verdicts(row, index, getattr(model, "objectives", None)):
+            group.pairs.append((chosen, rejected) if chosen_is_better else (rejected, chosen))
+            group.columns.append(column)
+        if objective == "margin":
+            group.numbers.append(row["margin"])
     return group
 
 
-def _verdicts(row: Mapping[str, Any], index: int, objectives: Sequence[str] | None) -> list[tuple[int, int]]:
-    """(column of the head, 1 or -1 for chosen or rejected better) of each judgment in a row."""
+def _ranking_group(model: RewardModel, index: int, row: Mapping[str, Any]) -> PreferenceGroup:
+    with naming(f"row {index}"):
+        group = PreferenceGroup(model.encode_answers(row["prompt"], row["responses"]))
+        require_distinct(group.sequences, model.max_length)
+    # Best first, so of any two answers the earlier one is the better.
+    group.pairs.extend(combinations(range(len(group.sequences)), 2))
+    group.columns.extend([0] * len(group.pairs))
+    return group
+
+
+def _rating_group(model: RewardModel, index: int, row: Mapping[str, Any]) -> PreferenceGroup:
+    with naming(f"row {index}"):
+        return PreferenceGroup(
+            model.encode_answers(row["prompt"], [row["response"]]), numbers=[row["rating"]]
+        )
+
+
+def _verdicts(row: Mapping[str, Any], index: int, objectives: Sequence[str] | None) -> list[tuple[int, bool]]:
+    """(column of the head, whether chosen is the better) of each judgment in a row."""
     if objectives is None:
-        return [(0, 1)]
+        return [(0, True)]
     labels: Any = row.get("objective_labels")
     known = isinstance(labels, Mapping) and set(labels) <= set(objectives)
-    verdicts = [(k, labels[name]) for k, name in enumerate(objectives) if labels.get(name)] if known else []
+    verdicts = [(k, labels[name] > 0) for k, name in enumerate(objectives) if known and labels.get(name)]
     if not verdicts:
         raise ValueError(
             f"row {index}: objective_labels must give some of {objectives} a number but 0, got {labels!r}"
         )
-    return [(column, 1 if label > 0 else -1) for column, label in verdicts]
+    return verdicts
 
 
 def as_rows(rows: Rows, objective: str = "pairwise") -> list[Mapping[str, Any]]:

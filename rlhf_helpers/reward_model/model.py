@@ -4,7 +4,7 @@ r(x, y) = w . h + b, with h the hidden state at the last real token (causal trun
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,16 +182,6 @@ class RewardModel(nn.Module):
         Responses to the same prompt are cut together if it is too long (`encode_answers`). What
         `core.models.as_reward_fn` calls. Raises ValueError for unequal numbers or batch_size < 1.
         """
-        return self._scores(self.rewards_of, prompts, responses, batch_size)
-
-    def _scores(
-        self,
-        read: Callable[[Sequence[list[int]]], Tensor],
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        batch_size: int,
-    ) -> Tensor:
-        """What `read` says of every row, in their order."""
         if len(prompts) != len(responses) or batch_size < 1:
             raise ValueError(
                 f"need as many prompts as responses and batch_size >= 1; got {len(prompts)} prompts, "
@@ -214,7 +204,7 @@ class RewardModel(nn.Module):
         # By the longest answer to their prompt, so that answers to one prompt stay together.
         batches = batches_by_length(longest, batch_size)
         with eval_mode(self):
-            parts = [read([sequences[row] for row in batch]) for batch in batches]
+            parts = [self.rewards_of([sequences[row] for row in batch]) for batch in batches]
         return torch.cat(parts)[torch.tensor([row for batch in batches for row in batch]).argsort()]
 
     def save_pretrained(self, folder: str | Path, *, merge: bool = False) -> None:

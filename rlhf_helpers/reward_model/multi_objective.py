@@ -105,14 +105,6 @@ class MultiObjectiveRewardModel(RewardModel):
         )  # through `forward`, where a sharded model is gathered
         return torch.stack(list(by_objective.values()), 1)
 
-    @torch.no_grad()
-    def objective_scores(
-        self, prompts: Sequence[str], responses: Sequence[str], *, batch_size: int = 64
-    ) -> dict[str, Float[Tensor, "B"]]:
-        """Like `score`, for each objective separately."""
-        rewards = self._scores(self.objective_rewards_of, prompts, responses, batch_size)
-        return dict(zip(self.objectives, rewards.reshape(-1, len(self.objectives)).unbind(1), strict=True))
-
 
 def label_objectives(
     rows: Sequence[Mapping[str, Any]], annotators: Mapping[str, Annotator], *, seed: int = 0

@@ -1,14 +1,13 @@
-"""From a batch of judgments to a loss per group: one short function per kind of judgment.
+"""From a batch of judgments to a loss: one short function per kind of judgment, Bradley-Terry first.
 
-A group holds the answers to one prompt, each encoded once, and the judgments on them (`elements`). The loss
-of a group of pairs is the mean over them, so the group counts once however many pairs it holds. The loss of a
-ranking is Plackett-Luce's sum over the ranks, not a mean: ln K! where all K rewards are equal, so a longer
-ranking weighs more.
+A group holds the answers to one prompt, each encoded once, and the judgments on them (`elements`). Each
+function returns the losses, already multiplied by their weights, whose sum over a batch is that of the losses
+of its groups, and the metrics. The formulas are in `core.preference_losses`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,7 +20,8 @@ from rlhf_helpers.reward_model.metrics import pair_metrics
 from rlhf_helpers.reward_model.model import RewardModel
 
 LossFn = Callable[..., Tensor]
-LossesAndMetrics = tuple[Float[Tensor, "B"], dict[str, Tensor]]  # the loss of each group, and its metrics
+# The losses (N,) of a batch times their weights, and its metrics: (name -> values (N,), weights (N,)).
+LossesAndMetrics = tuple[Float[Tensor, "N"], list[tuple[Mapping[str, Tensor], Tensor]]]
 
 
 def pairwise_losses(
@@ -31,14 +31,19 @@ def pairwise_losses(
     **options: Tensor,
 ) -> LossesAndMetrics:
     """Bradley-Terry: -log sigmoid(r_chosen - r_rejected), the mean over the pairs of each group."""
-    chosen_rewards, rejected_rewards, owner = pair_rewards(model, groups)
+    # One forward pass reads every answer once, however many pairs it is in.
+    rewards = answer_rewards(model, groups)
+    chosen, rejected, weights = pair_indices(groups, columns=len(rewards[0]))
+    chosen_rewards = rewards.flatten()[chosen]
+    rejected_rewards = rewards.flatten()[rejected]
 
     losses = loss_fn(chosen_rewards, rejected_rewards, **options)
 
     require_shapes("B", chosen_rewards=chosen_rewards, loss=losses)
-    metrics = pair_metrics(chosen_rewards, rejected_rewards)
-    means = {name: mean_per_group(value, owner, len(groups)) for name, value in metrics.items()}
-    return mean_per_group(losses, owner, len(groups)), means
+    # The pairs of a group share one unit of weight: a prompt with many answers counts no more than another.
+    weights = weights.to(losses.device)
+    metrics = {"loss": losses, **pair_metrics(chosen_rewards, rejected_rewards)}
+    return weights * losses, [(metrics, weights)]
 
 
 def margin_losses(
@@ -52,27 +57,34 @@ def margin_losses(
 def ranking_losses(
     model: RewardModel, groups: Sequence[PreferenceGroup], loss_fn: LossFn = plackett_luce_loss
 ) -> LossesAndMetrics:
-    """Plackett-Luce on whole rankings, best answer first: a sum over the ranks, which is not normalized."""
-    sizes = [len(group.sequences) for group in groups]
-    rewards = model.rewards_of([ids for group in groups for ids in group.sequences])
-    ranked = pad_sequence(list(rewards.split(sizes)), batch_first=True)  # (B, K)
-    mask = pad_sequence([torch.ones(size) for size in sizes], batch_first=True).to(rewards.device)
+    """Plackett-Luce on whole rankings, best answer first: a sum over the ranks, which is not normalized.
+
+    It is ln K! where all K rewards are equal, so a longer ranking weighs more.
+    """
+    rewards = answer_rewards(model, groups).squeeze(-1)
+    rankings = rewards.split([len(group.sequences) for group in groups])
+    ranked = pad_sequence(list(rankings), batch_first=True)  # (B, K)
+    mask = pad_sequence([torch.ones_like(ranking) for ranking in rankings], batch_first=True)
+
     losses = loss_fn(ranked, mask=mask)
+
     require_shapes("B", rewards=ranked[:, 0], loss=losses)
-    better, worse, _, owner = pair_indices(groups)
-    metrics = pair_metrics(rewards[better], rewards[worse])
-    return losses, {name: mean_per_group(value, owner, len(groups)) for name, value in metrics.items()}
+    better, worse, weights = pair_indices(groups)
+    of_pairs = pair_metrics(rewards[better], rewards[worse])
+    return losses, [({"loss": losses}, torch.ones_like(losses)), (of_pairs, weights.to(losses.device))]
 
 
 def rating_losses(
     model: RewardModel, groups: Sequence[PreferenceGroup], loss_fn: LossFn = rating_loss
 ) -> LossesAndMetrics:
     """Squared error: (r - rating)^2."""
-    rewards = model.rewards_of([group.sequences[0] for group in groups])
+    rewards = answer_rewards(model, groups).squeeze(-1)
     ratings = rewards.new_tensor([group.numbers[0] for group in groups])
+
     losses = loss_fn(rewards, ratings)
+
     require_shapes("B", rewards=rewards, loss=losses)
-    return losses, {}
+    return losses, [({"loss": losses}, torch.ones_like(losses))]
 
 
 OBJECTIVES: dict[str, Callable[..., LossesAndMetrics]] = {
@@ -83,32 +95,26 @@ OBJECTIVES: dict[str, Callable[..., LossesAndMetrics]] = {
 }
 
 
-def pair_rewards(
-    model: RewardModel, groups: Sequence[PreferenceGroup]
-) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"], list[int]]:
-    """Return rewards of the N chosen and rejected answers, from one forward, and the group of each pair."""
+def answer_rewards(model: RewardModel, groups: Sequence[PreferenceGroup]) -> Float[Tensor, "N K"]:
+    """Return the rewards of all answers of some groups, one column per objective of the model."""
     read = getattr(model, "objective_rewards_of", model.rewards_of)
-    sequences = [ids for group in groups for ids in group.sequences]
-    rewards = read(sequences).reshape(len(sequences), -1)  # a column per objective
-    better, worse, columns, owner = pair_indices(groups)
-    return rewards[better, columns], rewards[worse, columns], owner
+    sequences = list(chain.from_iterable(group.sequences for group in groups))
+    return read(sequences).view(len(sequences), -1)
 
 
-def pair_indices(groups: Sequence[PreferenceGroup]) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Return, per pair: the index of the better and of the worse answer, the objective, the group."""
-    starts = np.cumsum([0, *(len(group.sequences) for group in groups)]).tolist()
-    better, worse, columns, owner = [], [], [], []
-    for number, group in enumerate(groups):
+def pair_indices(
+    groups: Sequence[PreferenceGroup], columns: int = 1
+) -> tuple[list[int], list[int], Float[Tensor, "N"]]:
+    """Return, per pair, where the rewards of its better and worse answer stand, and its weight.
+
+    The places count the entries of `answer_rewards` row by row. The weight is 1 / (pairs of its group).
+    """
+    better, worse, weights = [], [], []
+    start = 0
+    for group in groups:
         for (first, second), column in zip(group.pairs, group.columns, strict=True):
-            better.append(starts[number] + first)
-            worse.append(starts[number] + second)
-            columns.append(column)
-            owner.append(number)
-    return better, worse, columns, owner
-
-
-def mean_per_group(values: Float[Tensor, "N"], owner: Sequence[int], count: int) -> Float[Tensor, "B"]:
-    """Average the values of the pairs of each group."""
-    index = torch.tensor(owner, device=values.device)
-    sums = values.new_zeros(count).index_add(0, index, values)
-    return sums / torch.bincount(index, minlength=count)
+            better.append((start + first) * columns + column)
+            worse.append((start + second) * columns + column)
+            weights.append(1 / len(group.pairs))
+        start += len(group.sequences)
+    return better, worse, torch.tensor(weights)

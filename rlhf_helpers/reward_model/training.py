@@ -1,10 +1,13 @@
 """Training a reward model on comparisons, rankings or ratings: one forward for all answers of a batch.
 
+Bradley-Terry: the person preferred `chosen` with probability sigmoid(r_chosen - r_rejected), so the loss of a
+pair is -log sigmoid(r_chosen - r_rejected).
+
     train_reward_model    the loop: for each batch one `reward_update`, now and then `evaluate_reward_model`
     reward_update         the loss of a batch, backward, one optimizer step
+    pairwise_losses       in `objectives`: from the rewards of a batch of pairs to that loss and the metrics
 
-From the groups of a batch to their losses: `objectives`. `RewardModelTrainer` calls these functions and
-keeps model and optimizer from call to call.
+`RewardModelTrainer` calls these functions and keeps model and optimizer from call to call.
 """
 
 import math
@@ -143,13 +146,14 @@ def reward_update(
     """
     metrics = MeanMetrics()
     for local, row_weight in micro_batches(engine, indices):
-        # One forward for all answers of these groups; each answer is read once, whatever its pairs.
-        losses, group_metrics = objective_fn(engine.model, [groups[index] for index in local])  # pyright: ignore[reportArgumentType]
+        # For pairs `pairwise_losses`: one forward pass, then -log sigmoid(r_chosen - r_rejected).
+        losses, batch_metrics = objective_fn(engine.model, [groups[index] for index in local])  # pyright: ignore[reportArgumentType]
         # Gradients of micro-batches and processes are summed, so each part is divided by the whole batch.
         # row_weight is 0 on a process that has no group of its own here and computes only to stay in sync.
         loss = row_weight * losses.sum() / len(indices)
         engine.backward(loss, rows=indices.tolist())
-        metrics.add({"loss": losses, **group_metrics}, row_weight * torch.ones_like(losses))
+        for values, weights in batch_metrics:
+            metrics.add(values, row_weight * weights)
     engine.optimizer_step()
     return metrics.means(engine)
 
@@ -171,8 +175,9 @@ def evaluate_reward_model(
     """Return loss and metrics as in training, on groups that are not trained on; names start with eval_."""
     metrics = MeanMetrics()
     for indices in batches_by_length(group_lengths(groups), batch_size):
-        losses, group_metrics = objective_fn(model, [groups[index] for index in indices])
-        metrics.add({"loss": losses, **group_metrics}, torch.ones_like(losses))
+        _, batch_metrics = objective_fn(model, [groups[index] for index in indices])
+        for values, weights in batch_metrics:
+            metrics.add(values, weights)
     return {f"eval_{name}": value for name, value in metrics.means().items()}
 
 
