@@ -80,6 +80,18 @@ def mean_interval(values: ArrayLike) -> tuple[float, float, float]:
     return float(mean), float(mean - half), float(mean + half)
 
 
+def prediction_interval(values: ArrayLike) -> tuple[float, float]:
+    """Predict where one further run falls: mean -+ t_(n-1) s sqrt(1 + 1/n) of n independent runs (N,).
+
+    Wider than the interval of the mean, which says nothing about a single run. Raises what `mean_interval`
+    does.
+    """
+    mean, low, _ = mean_interval(values)
+    # mean - low is t s / sqrt(n).
+    reach = (mean - low) * math.sqrt(len(numbers(values)) + 1)
+    return mean - reach, mean + reach
+
+
 def score_interval(values: ArrayLike) -> Estimate:
     """Estimate the mean of independent scores (N,), N >= 2, with `mean_interval`. Lesson 3.
 

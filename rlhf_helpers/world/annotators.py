@@ -144,10 +144,12 @@ VALUE_GROUPS = {
 
 def draw_two(prompt: Prompt, rng: random.Random) -> tuple[str, str]:
     """Two different answers to one prompt: as the unaligned assistant writes, or of a set quality."""
-    first = second = sample_answer(prompt, rng, rng.choice((None, None, "high")))
-    while second == first:
+    first = sample_answer(prompt, rng, rng.choice((None, None, "high")))
+    for _ in range(1000):  # some prompts of debates have one answer only
         second = sample_answer(prompt, rng, rng.choice((None, None, "medium", "low")))
-    return (first, second) if rng.random() < 0.5 else (second, first)
+        if second != first:
+            return (first, second) if rng.random() < 0.5 else (second, first)
+    raise ValueError(f"{prompt.text!r} has one answer only: leave out its family, {prompt.family!r}")
 
 
 def make_pairs(
@@ -160,7 +162,8 @@ def make_pairs(
 ) -> list[dict[str, object]]:
     """`n` compared pairs: rows with prompt, chosen, rejected, and both gold rewards, for evaluation alone.
 
-    Families weigh alike, then prompts of a family. Raises ValueError for n < 1 or an unknown family or split.
+    Families weigh alike, then prompts of a family. Raises ValueError for n < 1, an unknown family or split,
+    or a prompt that has one answer only.
     """
     if n < 1:
         raise ValueError(f"n={n} pairs: ask for at least one")
@@ -169,7 +172,7 @@ def make_pairs(
     drawn = [rng.choice(by_family[rng.choice(list(families))]) for _ in range(n)]
     answers = [draw_two(p, rng) for p in drawn]
     prompts = [p.text for p in drawn]
-    first, second = [a for a, _ in answers], [b for _, b in answers]
+    first, second = map(list, zip(*answers, strict=True))
     golds = zip(gold_reward(prompts, first).tolist(), gold_reward(prompts, second).tolist(), strict=True)
     wins = annotator.compare(prompts, first, second, seed=seed)
     rows = []

@@ -35,6 +35,14 @@ def test_an_interval_holds_its_value_to_the_last_bit():
         assert wilson_interval(n / 2, n)[0] < 0.5 < wilson_interval(n / 2, n)[1]
 
 
+def test_prediction_interval_of_one_more_run():
+    # mean 2, s = 1, t_(0.975; 2) = 4.3027: 2 -+ 4.3027 sqrt(1 + 1/3) = 2 -+ 4.9683
+    assert stats.prediction_interval([1.0, 2.0, 3.0]) == pytest.approx((-2.9683, 6.9683), abs=1e-3)
+    assert stats.prediction_interval([0.5, 0.5]) == (0.5, 0.5), "equal runs predict the same again"
+    with pytest.raises(ValueError, match="N >= 2"):
+        stats.prediction_interval([1.0])
+
+
 def test_scores_stay_in_their_range():
     found = score_interval([0.8, 1.0, 0.8, 1.0])
     assert (found.value, found.low) == pytest.approx(mean_interval([0.8, 1.0, 0.8, 1.0])[:2])

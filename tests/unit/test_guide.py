@@ -54,8 +54,9 @@ REJECTED = ["No idea.", "Read a book."]
 COLUMNS = {"prompt": PROMPTS, "chosen": CHOSEN, "rejected": REJECTED}
 PAIRS = [dict(zip(COLUMNS, row, strict=True)) for row in zip(*COLUMNS.values(), strict=True)]
 
-REWARD_RATES = {"tiny": 3e-4, "tiny_gpt2_dir": 3e-3, "tiny_distilbert_dir": 3e-3}  # 1e-5 is for large models
-DPO_RATES = {"tiny": 1e-4, "tiny_gpt2_dir": 1e-3, "tiny_qwen_dir": 1e-3}  # 1e-5 is for large models
+# The guide's rate of 1e-5 is for large models.
+REWARD_RATES = {"tiny": 3e-4, "tiny_gpt2_dir": 3e-3, "tiny_distilbert_dir": 3e-3}
+DPO_RATES = {"tiny": 1e-4, "tiny_gpt2_dir": 1e-3, "tiny_qwen_dir": 1e-3}
 PREFERENCES = [
     {
         "prompt": "What is the capital of France?",
@@ -121,9 +122,22 @@ def path_of(request, name):
     return name if name == "tiny" else str(request.getfixturevalue(name))
 
 
-@pytest.fixture(params=["tiny", "tiny_gpt2_dir", "tiny_llama_dir"])
+def pytest_generate_tests(metafunc):
+    """Run each test that takes `name` on the shapes of its class."""
+    if "name" in metafunc.fixturenames:
+        shapes = getattr(metafunc.cls, "RATES", ["tiny", "tiny_gpt2_dir", "tiny_llama_dir"])
+        metafunc.parametrize("name", shapes, indirect=True)
+
+
+@pytest.fixture
 def name(request):
     return path_of(request, request.param)
+
+
+@pytest.fixture
+def rate(request, name):
+    """The learning rate that a class gives for the model of `name`."""
+    return request.cls.RATES[request.node.callspec.params["name"]]
 
 
 @pytest.fixture(scope="module")
@@ -142,13 +156,7 @@ def counts_letters(prompts, responses):
 class TestRewardModeling:
     """Activities 1.1, 1.3, 1.4, 1.5 and the first remedy, with an encoder among the shapes."""
 
-    @pytest.fixture(params=REWARD_RATES)
-    def name(self, request):
-        return path_of(request, request.param)
-
-    @pytest.fixture
-    def rate(self, request, name):
-        return REWARD_RATES[request.node.callspec.params["name"]]
+    RATES = REWARD_RATES
 
     @pytest.fixture
     def reward_model(self, name):
@@ -396,13 +404,7 @@ class TestPolicyOptimization:
 class TestDPO:
     """Activities 2.2 and 2.4, and the third remedy, with grouped-query attention among the shapes."""
 
-    @pytest.fixture(params=DPO_RATES)
-    def name(self, request):
-        return path_of(request, request.param)
-
-    @pytest.fixture
-    def rate(self, request, name):
-        return DPO_RATES[request.node.callspec.params["name"]]
+    RATES = DPO_RATES
 
     def test_the_pipeline(self, name, rate):
         dpo_pipeline = DPOPipeline(model_name=name, beta=0.1, learning_rate=rate)
@@ -702,11 +704,11 @@ class TestTechniqueNames:
     """Every name that the description of alignment techniques lists under "Implementation" exists."""
 
     @pytest.mark.parametrize(
-        "module, name", [(module, name) for module in TECHNIQUES for name in TECHNIQUES[module]]
+        "module, path", [(module, path) for module in TECHNIQUES for path in TECHNIQUES[module]]
     )
-    def test_the_name_exists(self, module, name):
+    def test_the_name_exists(self, module, path):
         found = importlib.import_module(f"rlhf_helpers.{module}")
-        for part in name.split("."):
+        for part in path.split("."):
             found = getattr(found, part)
         assert callable(found)
         assert found.__doc__, "and says what it does"

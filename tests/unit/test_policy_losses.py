@@ -406,21 +406,11 @@ def test_controllers_resume_where_they_were_through_json():
     assert second.value == whole.value != 0.1
 
 
-def test_fixed_controller_stays_and_refuses_another_runs_state():
+def test_fixed_controller_stays():
     controller = FixedKLController(0.05)
     controller.update(1e6, 512)
     assert controller.value == 0.05
     controller.load_state_dict(controller.state_dict())
-    with pytest.raises(ValueError, match=r"saved run has kl_coef 0\.2, this one 0\.05"):
-        controller.load_state_dict({"value": 0.2})
-
-
-@pytest.mark.parametrize("state", [{}, {"value": 0.1, "beta": 1}, {"value": -0.1}, {"value": NAN}])
-@pytest.mark.parametrize("controller", [AdaptiveKLController(0.1, 6.0, 100), FixedKLController(0.1)])
-def test_damaged_controller_state_is_refused(controller, state):
-    with pytest.raises(ValueError, match="value"):
-        controller.load_state_dict(state)
-    assert controller.value == 0.1
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from rlhf_helpers.__main__ import STUDIES, main
-from rlhf_helpers.lab.studies import lesson1, load_study, prediction_interval, record
+from rlhf_helpers.lab.studies import lesson1, load_study, record
 from rlhf_helpers.lab.studies.real_preferences import real_preferences
 from rlhf_helpers.reward_model import RewardSettings
 from rlhf_helpers.world.annotators import make_pairs
@@ -63,13 +63,6 @@ class TestRecord:
         table = pd.DataFrame({"a": [1]})
         assert record.write_study(None, "mine", table) is table
         assert not list(tmp_path.iterdir())
-
-    def test_prediction_interval_of_one_more_run(self):
-        # mean 2, s = 1, t_(0.975; 2) = 4.3027: 2 -+ 4.3027 sqrt(1 + 1/3) = 2 -+ 4.9683
-        assert prediction_interval([1.0, 2.0, 3.0]) == pytest.approx((-2.9683, 6.9683), abs=1e-3)
-        assert prediction_interval([0.5, 0.5]) == (0.5, 0.5), "equal runs predict the same again"
-        with pytest.raises(ValueError, match="at least two runs"):
-            prediction_interval([1.0])
 
 
 @functools.partial(record.study, seeds=(1, 2))

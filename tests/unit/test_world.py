@@ -401,3 +401,8 @@ def test_the_reference_program_is_the_meaning_of_a_specification():
     assert programs.reference(("all", "neg", "list"))(numbers) == [3, 0, -1, -2]
     assert programs.expected(("even", "square", "sum"), [numbers]) == [(numbers, 4)]
     assert not programs.is_defined(("large", "same", "max"), numbers)
+
+
+def test_pairs_of_prompts_with_one_answer_are_refused():
+    with pytest.raises(ValueError, match="one answer only: leave out its family, 'debate'"):
+        make_pairs(8, families=("debate",))

@@ -10,10 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 
 Row = dict[str, Any]
 Rows = Iterator[Row]
@@ -101,19 +99,3 @@ def load_study(name: str, folder: Path = STORED) -> pd.DataFrame:
     table = pd.read_csv(file)
     table.attrs = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
     return table
-
-
-def prediction_interval(values: Any) -> tuple[float, float]:
-    """Predict (95 %) where one further run falls: mean -+ t_(n-1) s sqrt(1 + 1/n) of n independent runs.
-
-    Wider than the interval of the mean, which says nothing about a single run.
-
-    Raises:
-        ValueError: There are fewer than two values.
-    """
-    runs = np.asarray(values, dtype=float)
-    if runs.size < 2:
-        raise ValueError(f"a prediction interval needs at least two runs, got {runs.size}")
-    # Not t.interval: that is NaN where all runs are the same.
-    half = stats.t.ppf(0.975, runs.size - 1) * runs.std(ddof=1) * np.sqrt(1 + 1 / runs.size)
-    return float(runs.mean() - half), float(runs.mean() + half)
