@@ -35,12 +35,12 @@ def sections_with_code():
         yield from ((path.stem, anchor) for anchor, title in sections.items() if title in with_code)
 
 
-def section_alone(path, anchor, before=()):
-    """The setup cell, cells to put in front of the section, its preparation and its own code cells."""
+def section_alone(path, anchor, after=()):
+    """The setup cell, the preparation of the section, cells to put `after` that, and the section's own."""
     sections, cells = code_cells(path)
     own = [source for title, source in cells if title == sections[anchor]]
     prepare = PREPARE.format(lesson=path.stem, anchor=anchor)
-    sources = [cells[0][1], *before, prepare, *own]
+    sources = [cells[0][1], prepare, *after, *own]
     return new_notebook(cells=[new_code_cell(source) for source in sources])
 
 

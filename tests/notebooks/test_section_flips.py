@@ -1,0 +1,218 @@
+"""With one sign flipped, an assert of each section fails, although only this section runs.
+
+    python -m pytest -m nightly tests/notebooks/test_section_flips.py -k bradley-terry
+
+The section is prepared unharmed. Then one function is turned wherever it is known, and the cells of the
+section run. test_sections.py runs the same section unharmed, so a failure here is the flip's doing.
+"""
+
+import ast
+
+import nbformat
+import pytest
+from nbclient.exceptions import CellExecutionError
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from rlhf_helpers.lab.stages import code_cells
+from tests.notebooks.test_sections import LESSONS, run, section_alone
+
+# Runs inside the kernel. Booleans are turned, numbers change their sign, also inside of what holds them.
+FLIP = """
+def flip(module, name, turn):
+    import dataclasses, functools, importlib, sys
+    import numpy, pandas, torch
+
+    def turned(value):
+        if isinstance(value, bool | numpy.bool_):
+            return not value
+        if isinstance(value, torch.Tensor) and value.dtype == torch.bool:
+            return ~value
+        if isinstance(value, int | float | numpy.number | numpy.ndarray | torch.Tensor):
+            return turn(value)
+        if isinstance(value, pandas.DataFrame):
+            return value.assign(**{str(c): turn(value[c]) for c in value.select_dtypes("number")})
+        if isinstance(value, pandas.Series):
+            return turn(value)
+        if dataclasses.is_dataclass(value):
+            kept = {f.name: turned(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+            return dataclasses.replace(value, **kept)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(turned, value))
+        if isinstance(value, tuple | list):
+            return type(value)(map(turned, value))
+        return {key: turned(v) for key, v in value.items()} if isinstance(value, dict) else value
+
+    kept = getattr(importlib.import_module(module), name)
+
+    @functools.wraps(kept)
+    def flipped(*args, **kwargs):
+        return turned(kept(*args, **kwargs))
+
+    for known in list(sys.modules.values()):
+        if known.__name__.startswith("rlhf_helpers") or known.__name__ == "__main__":
+            for key, value in list(vars(known).items()):
+                if value is kept:
+                    setattr(known, key, flipped)
+
+"""
+GOLD = "rlhf_helpers.world.gold_judge:gold_reward"
+AIMS = "rlhf_helpers.world.gold_judge:gold_scores"
+INTERVAL = "rlhf_helpers.lab.reports:mean_interval"
+PREDICTED = "rlhf_helpers.lab.studies:prediction_interval"
+# lesson -> section -> the function whose sign is flipped ("1 -": a share or a probability is turned round)
+FLIPS = {
+    "01_reward_modeling": {
+        "problem": GOLD,
+        "imitate": GOLD,
+        "data": GOLD,
+        "bradley-terry": "rlhf_helpers.core.preference_losses:bradley_terry_loss",
+        "train": "rlhf_helpers.core.preference_losses:bradley_terry_loss",
+        "holds": "rlhf_helpers.reward_model:score_pairs",
+        "bias": "rlhf_helpers.preference_data:length_bias",
+        "best-of-n": INTERVAL,
+        "labels": "rlhf_helpers.preference_data:length_bias",
+        "wording": "1 - rlhf_helpers.reward_model:robustness",
+        "choices": PREDICTED,
+        "attribution": INTERVAL,
+        "people": "rlhf_helpers.lab.reports:wilson_interval",
+    },
+    "02_policy_optimization": {
+        "gradient": "rlhf_helpers.policy_optimization:policy_logps",
+        "baselines": "rlhf_helpers.core.policy_losses:rloo_advantages",
+        "ppo": "rlhf_helpers.core.policy_losses:explained_variance",
+        "grpo": "rlhf_helpers.core.policy_losses:group_advantages",
+        "kl": "rlhf_helpers.core.policy_losses:kl_estimate",
+        "over-optimization": PREDICTED,
+        "dpo": "rlhf_helpers.core.preference_losses:dpo_loss",
+        "variants": "rlhf_helpers.core.preference_losses:ipo_loss",
+        "methods": INTERVAL,
+        "text": GOLD,
+        "diagnose": GOLD,
+        "noise": "rlhf_helpers.policy_optimization:policy_logps",
+        "value-loss": "rlhf_helpers.core.policy_losses:clip_fraction",
+        "trpo": "rlhf_helpers.policy_optimization:conjugate_gradient",
+        "shared-prompts": "rlhf_helpers.policy_optimization:policy_logps",
+        "more-kl": "rlhf_helpers.core.policy_losses:kl_estimate",
+        "exploration": INTERVAL,
+        "reward-design": INTERVAL,
+        "limits": INTERVAL,
+        "losses": "rlhf_helpers.core.preference_losses:ipo_loss",
+        "fits": INTERVAL,
+        "tax": INTERVAL,
+        "frontier": "rlhf_helpers.policy_optimization:best_of_n_kl",
+        "taste": INTERVAL,
+        "sizes": INTERVAL,
+        "more-diagnosis": GOLD,
+    },
+    "03_alignment_and_safety": {
+        "aims": AIMS,
+        "constitution": "rlhf_helpers.constitutional_ai:follow_scores",
+        "own-revisions": PREDICTED,
+        "red-team": INTERVAL,
+        "guards": "rlhf_helpers.lab.reports:wilson_interval",
+        "tax": "rlhf_helpers.safety_alignment:next_multiplier",
+        "table": INTERVAL,
+        "constitutions": INTERVAL,
+        "soft-labels": "rlhf_helpers.constitutional_ai:soft_preference_loss",
+        "red-team-more": AIMS,
+        "attacker": "rlhf_helpers.red_teaming:similarity",
+        "gradient-attacks": "rlhf_helpers.red_teaming.gradient:suffix_loss",
+        "metrics": "rlhf_helpers.alignment_eval:bbq_bias_score",
+        "pareto": INTERVAL,
+        "values": AIMS,
+        "debate": "rlhf_helpers.debate:quotes_truly",
+        "interpretability": "rlhf_helpers.interpretability:attention_maps",
+        "running": "rlhf_helpers.alignment_eval:win_rate",
+        "activities": GOLD,
+    },
+    "04_applications": {
+        "chatbot": "rlhf_helpers.world.gold_judge:gold_scores",
+        "summaries": "rlhf_helpers.summarization_rl:fact_scores",
+        "programs": "rlhf_helpers.code_generation:unit_test_reward",
+        "pipeline": "rlhf_helpers.alignment_eval:distinct_n",
+        "rouge": "rlhf_helpers.summarization_rl:rouge_l",
+        "personalities": "rlhf_helpers.alignment_eval:mean_interval",
+        "judges": "rlhf_helpers.code_generation:safety_verdicts",
+        "project-methods": GOLD,
+        "project-pictures": "rlhf_helpers.core.policy_losses:rloo_advantages",
+        "project-domain": "rlhf_helpers.alignment_eval:mean_interval",
+        "three-tasks": "rlhf_helpers.alignment_eval:mean_interval",
+        "memory": "rlhf_helpers.chatbot_rlhf:kept_turns",
+        "no-template": GOLD,
+    },
+}
+WITHOUT = {  # sections with asserts in which no sign can be wrong
+    ("01_reward_modeling", "number"): "asserts at which position a number is read",
+    ("04_applications", "own-articles"): "asserts the columns of a data set",
+    ("04_applications", "next-steps"): "asserts that every exercise is listed",
+}
+
+
+def asserts(source):
+    """Say whether a cell asserts something, itself or through a helper of the lesson."""
+    calls = {"claim", "assert_same", "torch.testing.assert_close", "np.testing.assert_allclose"}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assert) or (isinstance(node, ast.Call) and ast.unparse(node.func) in calls):
+            return True
+    return False
+
+
+def flip_cell(function):
+    place = function.removeprefix("1 - ")
+    module, name = place.split(":")
+    return FLIP + f"flip({module!r}, {name!r}, lambda x: {'1 - x' if place != function else '-x'})"
+
+
+def failure_of(path, anchor, function, folder):
+    """(exception, source of the cell) at which the prepared section stops, or None."""
+    notebook = section_alone(path, anchor, after=[flip_cell(function)])
+    try:
+        run(notebook, folder)
+    except CellExecutionError as error:
+        cell = next(c for c in notebook.cells if any(o.output_type == "error" for o in c.get("outputs", [])))
+        return error.ename, cell.source
+    return None
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.name)
+def test_every_section_with_an_assert_has_its_flip(path):
+    sections, cells = code_cells(path)
+    with_assert = {title for title, source in cells if asserts(source)}
+    anchors = {anchor for anchor, title in sections.items() if title in with_assert}
+    without = {anchor for lesson, anchor in WITHOUT if lesson == path.stem}
+    assert anchors - without == set(FLIPS[path.stem])
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "lesson, anchor, function",
+    [
+        pytest.param(lesson, anchor, function, id=f"{lesson}-{anchor}")
+        for lesson, functions in FLIPS.items()
+        for anchor, function in functions.items()
+    ],
+)
+def test_a_flipped_sign_stops_an_assert_of_the_section(lesson, anchor, function):
+    path = next(path for path in LESSONS if path.stem == lesson)
+    found = failure_of(path, anchor, function, path.parent)
+    assert found is not None, f"{lesson}, {anchor} runs through with {function} flipped"
+    assert found[0] == "AssertionError", f"stopped by {found[0]}, not by an assert, at:\n{found[1]}"
+
+
+LOSS = "rlhf_helpers.core.preference_losses:bradley_terry_loss"
+IMPORT = "import torch\nfrom rlhf_helpers.core.preference_losses import bradley_terry_loss"
+VALUE = "loss = bradley_terry_loss(torch.tensor([2.0]), torch.tensor([0.0]))"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last, expected", [("assert loss > 0", "AssertionError"), ("loss", None)])
+def test_the_flip_itself(last, expected, tmp_path):
+    sources = [IMPORT, '## 1\n<a id="one"></a>', VALUE, last]
+    cells = [new_markdown_cell(s) if s.startswith("#") else new_code_cell(s) for s in sources]
+    path = tmp_path / "lesson.ipynb"
+    nbformat.write(new_notebook(cells=cells), path)
+    found = failure_of(path, "one", LOSS, tmp_path)
+    assert (found and found[0]) == expected
