@@ -25,6 +25,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from datasets import Dataset
 from torch import nn
 
+from rlhf_helpers import preference_data
 from rlhf_helpers.core.models import SMOLLM2, RewardFn, as_reward_fn, load_model
 from rlhf_helpers.core.training import History, TrainingSettings, sft
 from rlhf_helpers.core.training.checkpoints import checkpoints
@@ -40,14 +41,7 @@ from rlhf_helpers.policy_optimization import (
     ppo,
     rloo,
 )
-from rlhf_helpers.preference_data import (
-    leaked_prompts,
-    read_demonstrations,
-    read_preferences,
-    read_prompts,
-    read_unpaired,
-    split_by_prompt,
-)
+from rlhf_helpers.preference_data import READERS, leaked_prompts, split_by_prompt
 from rlhf_helpers.preference_data.tidying import COLUMNS
 from rlhf_helpers.reward_model import (
     RewardModel,
@@ -83,7 +77,7 @@ def train_sft(model_name: str, rows: Dataset, settings: SFTSettings, **options: 
 
 
 def train_reward(model_name: str, rows: Dataset, settings: RewardSettings, **options: Any) -> Trained:
-    """Train a reward model on comparisons."""
+    """Train a reward model; options besides: objective, as in `train_reward_model`."""
     model = create_reward_model(base_model_name=model_name, seed=settings.seed)
     return model, train_reward_model(model, rows, settings, **options)
 
@@ -168,25 +162,29 @@ class Task:
     summary: str
     settings: type[TrainingSettings]
     train: Callable[..., Trained]
-    data: str  # a key of READERS
+    data: str  # a key of `preference_data.READERS`
     fixed: dict[str, Any] = field(default_factory=dict)  # settings that make the task what it is
 
 
-READERS = {
-    "demonstrations": read_demonstrations,
-    "pairs": read_preferences,
-    "labels": read_unpaired,
-    "prompts": read_prompts,
-}
-_preference_task = partial(Task, settings=DPOSettings, train=train_on_preferences)
+def _reward_task(summary: str, data: str, objective: str) -> Task:
+    return Task(summary, RewardSettings, partial(train_reward, objective=objective), data)
+
+
+def _preference_task(summary: str, data: str, **fixed: str) -> Task:
+    return Task(summary, DPOSettings, train_on_preferences, data, fixed)
+
+
 TASKS = {
     "sft": Task("Imitate given answers", SFTSettings, train_sft, "demonstrations"),
-    "reward": Task("Train a reward model on pairs", RewardSettings, train_reward, "pairs"),
-    "dpo": _preference_task("Learn from pairs by DPO, or by another --loss", data="pairs"),
-    "ipo": _preference_task("Learn from pairs by IPO", data="pairs", fixed={"loss": "ipo"}),
-    "kto": _preference_task("Learn from labeled answers by KTO", data="labels", fixed={"loss": "kto"}),
-    "orpo": _preference_task("Learn from pairs by ORPO", data="pairs", fixed={"loss": "orpo"}),
-    "simpo": _preference_task("Learn from pairs by SimPO", data="pairs", fixed={"loss": "simpo"}),
+    "reward": _reward_task("Train a reward model on pairs", "pairs", "pairwise"),
+    "reward-ranking": _reward_task("Train a reward model on rankings", "rankings", "ranking"),
+    "reward-rating": _reward_task("Train a reward model on ratings", "ratings", "rating"),
+    "dpo": _preference_task("Learn from pairs by DPO, or by another --loss", "pairs"),
+    "ipo": _preference_task("Learn from pairs by IPO", "pairs", loss="ipo"),
+    "kto": _preference_task("Learn from labeled answers by KTO", "labels", loss="kto"),
+    "orpo": _preference_task("Learn from pairs by ORPO", "pairs", loss="orpo"),
+    "simpo": _preference_task("Learn from pairs by SimPO", "pairs", loss="simpo"),
+    "listwise": _preference_task("Learn from rankings by listwise DPO", "rankings", loss="listwise"),
     "rloo": Task("Raise a reward by RLOO", RLOOSettings, partial(train_policy, rloo), "prompts"),
     "grpo": Task("Raise a reward by GRPO", GRPOSettings, partial(train_policy, grpo), "prompts"),
     "ppo": Task("Raise a reward by PPO", PPOSettings, partial(train_policy, ppo), "prompts"),
@@ -220,7 +218,7 @@ def run(task: Task, settings: TrainingSettings, arguments: argparse.Namespace) -
     is_first = process_state().is_main_process and not arguments.resume
     if is_first and out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty: continue its run with --resume, or name another --out")
-    read = READERS[task.data]
+    read = getattr(preference_data, READERS[task.data])
     rows, report = read(arguments.data, split=arguments.split, limit=arguments.limit)
     say(report)
     eval_rows = None

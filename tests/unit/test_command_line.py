@@ -54,6 +54,10 @@ ROWS = {
     "labels": [
         {"prompt": f"What is {n}?", "completion": f"It is {n}.", "label": n % 2 == 0} for n in range(12)
     ],
+    "rankings": [
+        {"prompt": f"What is {n}?", "responses": [f"It is {n}.", "It is.", "No idea."]} for n in range(12)
+    ],
+    "ratings": [{"prompt": f"What is {n}?", "response": f"It is {n}.", "rating": n % 5} for n in range(12)],
     "prompts": [{"prompt": f"What is {n}?", "length": n} for n in range(12)],
 }
 
@@ -130,14 +134,13 @@ def test_every_task_trains_and_evaluates_every_shape(task, shape, folder, reques
     measured = {name for name in rows[-1] if name.startswith("eval_")}
     assert measured >= ({"eval_score/mean"} if task in POLICY_TASKS else {"eval_loss"})
     assert "3 steps; the model is in out\non the held-out rows: {'eval_" in said
-    trained, _ = (load_reward_model("out"), None) if task == "reward" else load_model("out")
-    before = load_reward_model("out") if task == "reward" else load_model(model)[0]
-    if task == "reward":
-        assert f"train rloo --model {model} --data pairs.jsonl --reward out --out out-rloo" in said
-        assert trained.score(["What is 1?"], ["It is 1."]).shape == (1,)
+    if task.startswith("reward"):
+        data = f"{TASKS[task].data}.jsonl"
+        assert f"train rloo --model {model} --data {data} --reward out --out out-rloo" in said
+        assert load_reward_model("out").score(["What is 1?"], ["It is 1."]).shape == (1,)
     else:
-        old, new = before.get_input_embeddings().weight, trained.get_input_embeddings().weight
-        assert not torch.equal(old, new)
+        before, trained = (load_model(place)[0].get_input_embeddings().weight for place in (model, "out"))
+        assert not torch.equal(before, trained)
 
 
 @pytest.mark.slow
