@@ -132,7 +132,9 @@ def missing_parts(parts: Sequence[Part], section: str, namespace: Mapping[str, A
     while readers:
         reader = readers.pop()
         for name in parts[reader].needs:
-            maker = max((i for i in range(reader) if name in parts[i].binds), default=None)
+            makers = [i for i in range(inside[-1]) if name in parts[i].binds]
+            # A function may read what is bound below it, because it is called still further down.
+            maker = max((i for i in makers if i < reader), default=min(makers, default=None))
             if maker is None or maker in todo or parts[maker].binds <= namespace.keys():
                 continue
             changers = [i for i in range(maker + 1, reader) if name in parts[i].changes]
@@ -172,12 +174,17 @@ class _Names(ast.NodeVisitor):
     def visit_Name(self, node: ast.Name) -> None:
         if isinstance(node.ctx, ast.Load):
             self.needs |= {node.id} - self.binds
-        else:
+        elif isinstance(node.ctx, ast.Store):
             self.binds.add(node.id)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
         self.needs |= {name.id for name in ast.walk(node.target) if isinstance(name, ast.Name)} - self.binds
         self.generic_visit(node)
+
+    def visit_ExceptHandler(self, node: ast.ExceptHandler) -> None:
+        before = set(self.needs)
+        self.generic_visit(node)
+        self.needs -= {node.name} - before  # bound here, and gone behind the handler
 
     def visit_alias(self, node: ast.alias) -> None:
         self.binds.add((node.asname or node.name).split(".")[0])

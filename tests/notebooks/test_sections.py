@@ -13,7 +13,7 @@ import pytest
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from rlhf_helpers.lab.stages import code_cells
+from rlhf_helpers.lab.stages import code_cells, missing_parts, read_lesson, split_cell
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 LESSONS = sorted(FOLDER.glob("*.ipynb"))
@@ -66,8 +66,18 @@ def test_a_section_runs_after_the_setup_cell(section):
     print(f"\n{lesson} {anchor}:", printed_by(notebook.cells[1]))
 
 
-def test_every_section_of_the_contents_can_be_prepared():
-    assert len(list(sections_with_code())) >= 60
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.name)
+def test_every_name_that_a_section_reads_is_made_for_it(path):
+    _, cells = code_cells(path)
+    sections, parts = read_lesson(path)
+    setup = set().union(*(part.binds for part in split_cell(cells[0][1])))
+    unknown = {}
+    for anchor, title in sections.items():
+        own = [part for part in parts if part.section == title]
+        ran = missing_parts(parts, title, dict.fromkeys(setup)) if own else []
+        made = setup.union(*(part.binds for part in ran + own))
+        unknown[anchor] = set().union(*(part.needs for part in ran + own)) - made - {"display", "get_ipython"}
+    assert {anchor: names for anchor, names in unknown.items() if names} == {}
 
 
 @pytest.mark.slow

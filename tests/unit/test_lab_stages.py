@@ -64,7 +64,7 @@ def shell(tmp_path, monkeypatch):
         ("def f():\n    return g()\ndef g():\n    return f()", set(), {"f", "g"}),
         ("f = lambda x: x + shift", {"shift"}, {"f"}),
         ("class A(Base):\n    size = n\n    def f(self):\n        return m", {"Base", "n", "m"}, {"A"}),
-        ("try:\n    x = 1\nexcept KeyError as error:\n    print(error)", {"error"}, {"x"}),
+        ("try:\n    x = 1\nexcept KeyError as error:\n    print(error)", set(), {"x"}),
         ("if (n := len(rows)) > 3:\n    print(n)", {"rows"}, {"n"}),
         ("print(f'{value:.{digits}f}')", {"value", "digits"}, set()),
         ("%matplotlib inline\nx = y", {"y"}, {"x"}),
@@ -158,6 +158,15 @@ def test_a_name_of_several_cells_does_not_tell_which_of_them_ran(tmp_path):
     missing = missing_parts(parts, "3", {"x": 0, "rng": 1, "a": 1})
     assert [part.source for part in missing] == [sources[4]]
     assert missing_parts(parts, "3", {"x": 0, "rng": 1, "b": 2}) == []
+
+
+def test_a_function_may_read_what_stands_below_it(tmp_path):
+    cell = "def twice():\n    return 2 * start\n\nstart = 4"
+    sources = ["x = 0", "## 1", cell, "later = 1", "## 2", "print(twice())", "## 3", "start = 5"]
+    _, parts = read_lesson(write_lesson(tmp_path, sources))
+    missing = [part.source for part in missing_parts(parts, "2", {"x": 0})]
+    assert missing == ["def twice():\n    return 2 * start", cell]
+    assert missing_parts(parts, "2", {"x": 0, "twice": 0, "start": 4}) == []
 
 
 def test_errors_name_lesson_anchor_and_fix(shell, monkeypatch):
