@@ -29,6 +29,9 @@ def polite_pairs(count):
 # what a row of a study may leave open: nobody who argued, no labels before there is training, ...
 MAY_BE_EMPTY = {
     "real_model": {"ended"},  # best-of-n keeps texts alone
+    # their rows are of several kinds, named in the column `part`, and each kind has columns of its own
+    "real_safety": {"kind", "value", "low", "high", "n", "prompt", "response", "refused", "unchanged"},
+    "real_chatbot": {"value", "low", "high", "n", "prompt", "raw", "response", "latency", "finish_reason"},
     "constitutional_training": {"labels_right"},
     "red_team_policy": {"kl_coef"},
     "gradient_attacks": {
@@ -116,7 +119,7 @@ class TestStored:
         assert table.attrs["command"] == f"python -m rlhf_helpers study {name}"
         if "seeds" in table.attrs:
             few = {"clip_and_kl": [0, 1, 2], "ability_tax": [0, 1, 2], "method_tuning": [100, 101]}
-            few["real_model"] = [0]
+            few |= {"real_model": [0], "real_safety": [0], "real_chatbot": [0]}
             seeds = few.get(name, [0, 1, 2, 3, 4])
             assert sorted(table.seed.unique()) == table.attrs["seeds"] == seeds
         assert "/" not in json.dumps(table.attrs.get("data", ""))  # a name, never somebody's path

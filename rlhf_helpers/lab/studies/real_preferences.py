@@ -5,8 +5,6 @@
 Text of real preference sets is never printed or stored: aggregates only.
 """
 
-import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from rlhf_helpers.core.models import load_encoder
-from rlhf_helpers.lab.studies.record import write_study
+from rlhf_helpers.lab.studies.record import file_facts, write_study
 from rlhf_helpers.preference_data import prompt_folds, read_preferences
 from rlhf_helpers.reward_model import (
     RewardModel,
@@ -95,18 +93,8 @@ def real_preferences(
         max_length=max_length,
         pooling=POOLING,
         context=CONTEXT,
-        **_file_facts(data),
+        **file_facts(data),
     )
-
-
-def _file_facts(data: Any) -> dict[str, Any]:
-    """Name and fingerprint a data file, so that a rerun can tell whether it reads the same data."""
-    if not isinstance(data, (str, os.PathLike)):
-        return {}
-    path = Path(data)
-    contents = [file.read_bytes() for file in (path, *sorted(path.rglob("*"))) if file.is_file()]
-    digest = hashlib.sha256(b"".join(contents)).hexdigest() if contents else None
-    return {"data": path.name, "sha256": digest}
 
 
 def shorter_answer(train: Rows, test: Rows, seed: int) -> Tensor:

@@ -1,8 +1,10 @@
 """One runner for all studies, and their records: a table as CSV, and a manifest that says how it was made."""
 
 import functools
+import hashlib
 import inspect
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +50,9 @@ def study(rows: Callable[..., Rows], seeds: Sequence[int] = SEEDS) -> Callable[.
         bound = inspect.signature(rows).bind(None, **changes)
         bound.apply_defaults()
         _, *settings = bound.arguments.items()
-        return write_study(out, rows.__name__, pd.DataFrame(table), seeds=seeds, **dict(settings))
+        facts = dict(settings)
+        facts |= file_facts(facts.pop("data", None))  # a file of preferences: named, without its folder
+        return write_study(out, rows.__name__, pd.DataFrame(table), seeds=seeds, **facts)
 
     return run
 
@@ -80,6 +84,16 @@ def write_study(out: str | Path | None, name: str, table: pd.DataFrame, **facts:
     text = json.dumps(manifest, indent=1, default=vars)
     (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     return table
+
+
+def file_facts(data: Any) -> dict[str, Any]:
+    """Name and fingerprint a data file, so that a rerun can tell whether it reads the same data."""
+    if not isinstance(data, (str, os.PathLike)):
+        return {}
+    path = Path(data)
+    contents = [file.read_bytes() for file in (path, *sorted(path.rglob("*"))) if file.is_file()]
+    digest = hashlib.sha256(b"".join(contents)).hexdigest() if contents else None
+    return {"data": path.name, "sha256": digest}
 
 
 def load_study(name: str, folder: Path = STORED) -> pd.DataFrame:
