@@ -4,7 +4,7 @@ import ast
 import builtins
 import re
 import symtable
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from IPython import get_ipython
 from IPython.core.inputtransformer2 import TransformerManager
 from IPython.utils.capture import capture_output
 
-_HEADING = re.compile(r"##? (.+)")
 _SECTION = re.compile(r'^## (.+)\s+<a id="([^"]+)">', re.MULTILINE)
 _running = False  # a cell that runs for another section may begin with a call of its own
 
@@ -87,8 +86,6 @@ def code_cells(path: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
         elif marked := _SECTION.search(cell.source):
             title, anchor = marked.groups()
             sections[anchor] = title
-        elif heading := _HEADING.match(cell.source):
-            title = heading[1]
     return sections, cells
 
 
@@ -157,10 +154,8 @@ class _Names(ast.NodeVisitor):
     """Collects the names of a cell in the order in which Python comes to them."""
 
     def __init__(self) -> None:
-        self.needs: set[str] = set()
-        self.later: set[str] = set()  # read when a function is called: perhaps bound further down
-        self.binds: set[str] = set()
-        self.changes: set[str] = set()
+        self.needs, self.binds, self.changes = set(), set(), set()
+        self.later = set()  # read when a function is called: perhaps bound further down
 
     def generic_visit(self, node: ast.AST) -> None:
         """Visit the value before the target that receives it."""
@@ -189,17 +184,17 @@ class _Names(ast.NodeVisitor):
     def visit_alias(self, node: ast.alias) -> None:
         self.binds.add((node.asname or node.name).split(".")[0])
 
+    def visit_Lambda(self, node: ast.Lambda | ast.FunctionDef | ast.ClassDef) -> None:
+        self.later |= _outer_names(node)
+
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.ClassDef) -> None:
-        self.later |= set(_outer_names(node))
+        self.visit_Lambda(node)
         self.binds.add(node.name)
 
     visit_ClassDef = visit_AsyncFunctionDef = visit_FunctionDef
 
-    def visit_Lambda(self, node: ast.Lambda) -> None:
-        self.later |= set(_outer_names(node))
-
     def visit_ListComp(self, node: ast.expr) -> None:
-        self.needs |= set(_outer_names(node)) - self.binds
+        self.needs |= _outer_names(node) - self.binds
 
     visit_SetComp = visit_DictComp = visit_GeneratorExp = visit_ListComp
 
@@ -223,13 +218,13 @@ class _Names(ast.NodeVisitor):
             self.changes.add(node.id)
 
 
-def _outer_names(node: ast.stmt | ast.expr) -> Iterator[str]:
+def _outer_names(node: ast.AST) -> set[str]:
     """Names that a function, a class or a comprehension reads from outside itself."""
-    tables = [symtable.symtable(ast.unparse(node), "cell", "exec")]
-    top = tables[0]
-    while tables:
-        table = tables.pop()
-        tables += table.get_children()
-        for symbol in table.get_symbols():
-            if symbol.is_referenced() if table is top else symbol.is_global():
-                yield symbol.get_name()
+    top = symtable.symtable(ast.unparse(node), "cell", "exec")
+    names = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_referenced()}
+    inner = top.get_children()
+    while inner:
+        table = inner.pop()
+        inner += table.get_children()
+        names |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
+    return names

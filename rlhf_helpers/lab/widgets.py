@@ -17,13 +17,10 @@ _BOX = "flex:1;border:1px solid #767676;border-radius:4px;padding:6px;white-spac
 
 
 class Form(anywidget.AnyWidget):
-    """A form whose stored output is a static page: what a reader without a kernel sees."""
+    """A form whose stored output is `_static_html()`: what a reader without a kernel sees."""
 
     _css = "[class^=rlhf] button:focus-visible { outline: 2px solid currentColor; outline-offset: 1px }"
     shown = traitlets.Dict().tag(sync=True)
-
-    def _static_html(self) -> str:
-        raise NotImplementedError
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
         bundle = super()._repr_mimebundle_(**kwargs)
@@ -46,10 +43,6 @@ class Choices(Form):
         shown = {"title": title, "labels": list(labels), "marks": list(marks), "message": ""}
         super().__init__(shown=shown)
         self.on_msg(self._receive)
-
-    def click(self, index: int) -> None:
-        """Answer a click on the button `index` with `show`."""
-        raise NotImplementedError
 
     def show(self, marks: Sequence[str], message: str) -> None:
         """Replace the marks and the message on the page."""

@@ -28,6 +28,9 @@ CELLS = [
 ]
 
 
+ONE, TWO, THREE = ([f'## {n}\n<a id="section-{n}"></a>'] for n in (1, 2, 3))
+
+
 def write_lesson(folder, sources=CELLS):
     cells = [new_markdown_cell(s) if s.startswith("#") else new_code_cell(s) for s in sources]
     path = folder / "lesson.ipynb"
@@ -153,16 +156,16 @@ def test_a_cell_that_runs_for_another_section_prepares_nothing(shell, tmp_path):
 
 
 def test_a_name_of_several_cells_does_not_tell_which_of_them_ran(tmp_path):
-    sources = ["x = 0", "## 1", "rng, a = 1, 1", "## 2", "rng, b = 2, 2", "## 3", "print(rng)"]
+    sources = ["x = 0", *ONE, "rng, a = 1, 1", *TWO, "rng, b = 2, 2", *THREE, "print(rng)"]
     _, parts = read_lesson(write_lesson(tmp_path, sources))
     missing = missing_parts(parts, "3", {"x": 0, "rng": 1, "a": 1})
-    assert [part.source for part in missing] == [sources[4]]
+    assert [part.source for part in missing] == ["rng, b = 2, 2"]
     assert missing_parts(parts, "3", {"x": 0, "rng": 1, "b": 2}) == []
 
 
 def test_a_function_may_read_what_stands_below_it(tmp_path):
     cell = "def twice():\n    return 2 * start\n\nstart = 4"
-    sources = ["x = 0", "## 1", cell, "later = 1", "## 2", "print(twice())", "## 3", "start = 5"]
+    sources = ["x = 0", *ONE, cell, "later = 1", *TWO, "print(twice())", *THREE, "start = 5"]
     _, parts = read_lesson(write_lesson(tmp_path, sources))
     missing = [part.source for part in missing_parts(parts, "2", {"x": 0})]
     assert missing == ["def twice():\n    return 2 * start", cell]
