@@ -199,6 +199,33 @@ def test_documents_link_to_files_that_exist():
             assert (document.parent / target).exists(), f"{name} links to {target}"
 
 
+def test_the_picture_of_the_readme_is_small():
+    assert (ROOT / ".github" / "result.png").stat().st_size <= 100_000
+
+
+def test_the_readme_quotes_stored_answers():
+    from rlhf_helpers.lab.studies import load_study
+
+    stored = load_study("real_model")
+    text = (ROOT / "README.md").read_text(encoding="utf8")
+    methods = ("base", "RLOO, KL coefficient 0.05", "RLOO, KL coefficient 0.01")
+    (table,) = re.findall(r"\n\| prompt \| before training .*\n\|[-|]+\|\n((?:\|.*\n)+)", text)
+    for line in table.splitlines():
+        prompt, *quotes = (cell.strip() for cell in line.strip("|").split("|"))
+        for method, quote in zip(methods, quotes, strict=True):
+            (answer,) = stored[(stored.method == method) & (stored.prompt == prompt)].response
+            assert answer == quote or answer.startswith(quote.removesuffix("…")), (prompt, method)
+
+
+def test_the_readme_names_what_trl_has():
+    text = (ROOT / "README.md").read_text(encoding="utf8")
+    table = text[text.index("### From here to TRL") : text.index("Stay here to understand")]
+    for module, name in re.findall(
+        r"`(?:(trl\.[\w.]+)\.)?(\w+Trainer)`", table.replace("RewardModelTrainer", "")
+    ):
+        assert hasattr(importlib.import_module(module or "trl"), name), name
+
+
 def test_the_package_of_the_real_model_has_one_version_everywhere():
     from rlhf_helpers.core import smollm2
 
