@@ -9,8 +9,8 @@ The way of one record through the files of this folder, here line 7 of a file gi
     pairs.jsonl, line 7             {"prompt": [{"role": "user", "content": "2 + 2?"}], "chosen": [...], ...}
     reading      read_records       ("pairs.jsonl:7", {...}): the record with its place
     formats      detect_format      the format of most records, here "TRL conversational", is used for all
-    formats      Format.examples    [{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}], or none and the
-                                    problems with their fixes; an OASST tree gives several
+    formats      Format.examples    [{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}], or an error with
+                                    the problems and their fixes; an OASST tree gives several
     conversions  CONVERSIONS        only for examples of another unit (rankings, where pairs are read)
     tidying      clean_rows         the example is kept, or dropped and counted under its reason
     tidying      to_dataset         row of the `datasets.Dataset`; the counts go into the LoadReport (report)
@@ -132,6 +132,7 @@ def read_prompts(source: Source, *, split: str | None = None, limit: int | None 
 def _read(source: Source, split: str | None, limit: int | None, unit: str) -> Reading:
     """Read, parse in the format that is found in most records, convert to `unit` and clean."""
     name, records, faults = read_records(source, split=split, limit=limit)
+    # One format for all records: the one that most of them have.
     formats = Counter(form for form in (detect_format(value, unit) for _, value in records) if form)
     form = formats.most_common(1)[0][0] if formats else None
     conversions = CONVERSIONS.get(unit, {})
@@ -144,20 +145,26 @@ def _read(source: Source, split: str | None, limit: int | None, unit: str) -> Re
         wanted = " or ".join((unit, *conversions))
         fix = f"read it with {READERS[form.unit]}"
         faults.append(f"{name}: holds {form.unit} ('{form.name}'), not {wanted}; {fix}")
-    rows: list[Row | None] = []
+    # Every fault of every record is collected: a person repairs a file once.
+    rows: list[Row] = []
+    unshared = 0  # pairs without a turn that both sides answer
     noted = Counter()
     for place, value in records if form else []:
         try:
-            rows += form.examples(value, noted)
+            examples = form.examples(value, noted)
         except ValueError as error:
             faults += [f"{place}: {fault}" for fault in error.args]
+        else:
+            rows += examples
+            unshared += form.unit == "pairs" and not examples
     if faults:
         raise PreferenceDataError(name, faults)
     if form.unit != unit:
-        noted[form.unit] = len(rows)
-        unshared = [row for row in rows if row is None]
-        rows = [*conversions[form.unit]([row for row in rows if row], noted), *unshared]
+        noted[form.unit] = len(rows) + unshared
+        rows = conversions[form.unit](rows, noted)
     kept, dropped, noticed = clean_rows(rows, unit)
-    counts = len(records), len(rows), len(kept), dropped, {**noted, **noticed}
+    if unshared:
+        dropped["unshared"] = unshared
+    counts = len(records), len(rows) + unshared, len(kept), dropped, {**noted, **noticed}
     report = LoadReport(name, form.name, unit, *counts)
     return to_dataset(report, kept), report

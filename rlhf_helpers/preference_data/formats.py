@@ -3,9 +3,9 @@
 `FORMATS`, at the end, lists the columns by which each format is recognized.
 
 A format names the columns that a record needs, with their types, and a parser from one record to its
-examples. A parser gives None for a pair that shares no turn to answer, and None as the text of a
-conversation that the text form cannot hold. Whatever is structurally wrong is raised as a ValueError whose
-arguments are the faults, each "problem; fix".
+examples, one function per format. A parser gives no example for a pair that shares no turn to answer, and
+None as the text of a conversation that the text form cannot hold. Whatever is structurally wrong is raised as
+a ValueError whose arguments are the faults, each "problem; fix".
 """
 
 import math
@@ -21,7 +21,7 @@ from rlhf_helpers.core.text import to_text
 Row = dict[str, Any]
 Messages = list[dict[str, str]]
 Column = tuple[tuple[type, ...], str]  # what a value may be, and the words for it
-Examples = list[Row | None]
+Examples = list[Row]
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 TREE_ROLES = {"prompter": "user", "assistant": "assistant"}
@@ -68,9 +68,10 @@ class Format:
         if str(record.get("system") or "").strip():
             fix = "write it into the prompt, as 'System: ...', a blank line and 'User: ...'"
             raise ValueError(f"'system' stands beside the prompt, so no model would read it; {fix}")
-        others = {key: value for key, value in record.items() if key not in self.columns}
         examples = self.parse(record, noted) if self.parse else [_texts(record, *self.columns)]
-        return [example and {**example, **others, **example} for example in examples]
+        # Further columns are kept, behind the example's own, which win over others of the same name.
+        others = {key: value for key, value in record.items() if key not in self.columns}
+        return [{**example, **others, **example} for example in examples]
 
 
 def _require(row: Row, columns: Mapping[str, Column]) -> None:
@@ -162,8 +163,9 @@ def _implicit(row: Row, noted: Counter) -> Examples:
     """Prompt = what both texts begin with, back to a word's end; the white space between is left out."""
     words = re.match(r"(?s)(.*\S)\s+", os.path.commonprefix([row["chosen"], row["rejected"]]))  # noqa: RUF071
     if words is None:
-        return [None]
-    return [{"prompt": words[1], **{key: row[key].removeprefix(words[0]) for key in ("chosen", "rejected")}}]
+        return []
+    sides = {key: row[key].removeprefix(words[0]) for key in ("chosen", "rejected")}
+    return [{"prompt": words[1], **sides}]
 
 
 def _conversational(row: Row, noted: Counter) -> Examples:
@@ -172,7 +174,7 @@ def _conversational(row: Row, noted: Counter) -> Examples:
     split = split_at_last_shared_turn(chosen, rejected)
     whole = any(side and side[0]["role"] != "assistant" for side in (chosen, rejected))
     if whole or (split and "prompt" not in row):
-        return [split]
+        return [split] if split else []
     _require(row, {"prompt": EITHER})
     return [_texts(row, "prompt", "chosen", "rejected")]
 
@@ -182,7 +184,8 @@ def _transcripts(row: Row, noted: Counter) -> Examples:
     if None in sides:
         key = ("chosen", "rejected")[sides.index(None)]
         raise ValueError(rf"'{key}' does not begin with a turn; begin it with '\n\nHuman: '")
-    return [split_at_last_shared_turn(*sides)]
+    split = split_at_last_shared_turn(*sides)
+    return [split] if split else []
 
 
 def _comparison(row: Row, noted: Counter) -> Examples:

@@ -22,9 +22,7 @@ COLUMNS = {
 REASONS = {"pairs": ("identical", "unshared"), "rankings": ("with fewer than two responses",)}
 
 
-def _why_dropped(row: Row | None, unit: str) -> str | None:
-    if row is None:
-        return "unshared"
+def _why_dropped(row: Row, unit: str) -> str | None:
     values = [row[key] for key in COLUMNS[unit]]
     if unit == "rankings":
         values += row["responses"]
@@ -37,7 +35,7 @@ def _why_dropped(row: Row | None, unit: str) -> str | None:
     return "with fewer than two responses" if unit == "rankings" and len(row["responses"]) < 2 else None
 
 
-def clean_rows(rows: list[Row | None], unit: str) -> tuple[list[Row], Counter, Counter]:
+def clean_rows(rows: list[Row], unit: str) -> tuple[list[Row], Counter, Counter]:
     """Return the rows to keep, the dropped counted by reason, and counts of what was noticed in the kept.
 
     Dropped as empty: with a blank prompt or response. Identical: the responses differ in outer white space

@@ -35,15 +35,15 @@ TOP_LEVEL |= {".gitignore", ".gitattributes"}
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 50
 # Code tokens that a part of the package may have. A ceiling is lowered when something goes, never raised.
 CEILINGS = {
-    "core": 26_100,
+    "core": 26_060,
     "world": 13_500,
     "preference_data": 9_700,
     "sandbox": 6_850,
     "guards": 3_050,
     "alignment_eval": 12_200,
-    "reward_model": 11_500,
+    "reward_model": 11_300,
     "policy_optimization": 11_150,
-    "dpo": 8_100,
+    "dpo": 8_000,
     "constitutional_ai": 3_950,
     "red_teaming": 7_900,
     "safety_alignment": 5_350,
