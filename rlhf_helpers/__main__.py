@@ -17,6 +17,7 @@ STUDIES = {
     "label_formats": "lesson1",
     "label_budget": "lesson1",
     "reward_ensembles": "lesson1",
+    "length_candidates": "lesson1",
     "real_preferences": "real_preferences",
     "method_tuning": "lesson2.methods",
     "methods": "lesson2.methods",

@@ -57,7 +57,7 @@ def verdict(
     if _is_stub(mine[0]):
         return Verdict("open", "not attempted yet.")
     probes = exercise.probes
-    expected = [_outcome(exercise.reference, probe) for probe in probes]
+    expected = [_outcome(exercise.on_probes(exercise.reference), probe) for probe in probes]
     wrong_at = [i for i, (got, want) in enumerate(zip(mine, expected, strict=True)) if not same(got, want)]
     if not wrong_at:
         faults = faults + _gradient_faults(exercise, gradients_of)
@@ -65,7 +65,8 @@ def verdict(
             return Verdict("wrong", f"not right yet: the values are right, but {faults[0]}.")
         return Verdict("solved", "right. Well done!")
     for mistake in exercise.mistakes:
-        if all(same(got, _outcome(mistake.wrong, probe)) for got, probe in zip(mine, probes, strict=True)):
+        wrong = exercise.on_probes(mistake.wrong)
+        if all(same(got, _outcome(wrong, probe)) for got, probe in zip(mine, probes, strict=True)):
             return Verdict("wrong", f"not right yet: {mistake.message}.")
     first = wrong_at[0]
     difference = _difference(_names(exercise), probes[first], mine[first], expected[first])
@@ -73,7 +74,7 @@ def verdict(
 
 
 def _names(exercise: Exercise) -> list[str]:
-    return list(inspect.signature(exercise.reference).parameters)
+    return list(inspect.signature(exercise.on_probes(exercise.reference)).parameters)
 
 
 def _is_stub(outcome: Any) -> bool:
@@ -89,7 +90,7 @@ def attempt(exercise: Exercise, my_fn: Function) -> tuple[list[Any], list[str]]:
     probes, names = exercise.probes, _names(exercise)
     for probe in probes:
         args = copy.deepcopy(probe)
-        outcome, settings = call(my_fn, *args)
+        outcome, settings = call(exercise.on_probes(my_fn), *args)
         outcomes.append(outcome)
         for name, arg, original in zip(names, args, probe, strict=False):
             if not same(arg, original):
@@ -164,7 +165,7 @@ def _gradient_faults(exercise: Exercise, gradients_of: Callable[[Probe], Any]) -
     """Say what is wrong with the gradient of a function whose values are right."""
     faults: list[str] = []
     for probe in exercise.probes:
-        if not any(map(is_floating, probe)):
+        if exercise.trial or not any(map(is_floating, probe)):
             continue  # nothing to differentiate by; the reference may even refuse this probe
         wanted = gradients(exercise.reference, probe)
         if all(want is None for want in wanted):

@@ -71,6 +71,7 @@ FLIPS = {
         "bias": "rlhf_helpers.preference_data:length_bias",
         "best-of-n": INTERVAL,
         "labels": "rlhf_helpers.preference_data:length_bias",
+        "convergence": "rlhf_helpers.core.preference_losses:bradley_terry_loss",
         "wording": "1 - rlhf_helpers.reward_model:robustness",
         "choices": PREDICTED,
         "attribution": INTERVAL,

@@ -7,11 +7,19 @@ import torch
 from sklearn.metrics import cohen_kappa_score
 
 from rlhf_helpers.lab.exercises import EXERCISES
-from rlhf_helpers.reward_model import RewardEnsemble
+from rlhf_helpers.reward_model import RewardModelTrainer, create_reward_model
+from rlhf_helpers.world.annotators import make_pairs
 
-sft_labels, cohen_kappa, calibration_error, pessimistic, best_of_n_gold = (
+sft_labels, cohen_kappa, calibration_error, best_of_n_gold, reward_step, pair_loss = (
     EXERCISES[name].reference
-    for name in ("sft_labels", "cohen_kappa", "calibration_error", "pessimistic", "best_of_n_gold")
+    for name in (
+        "sft_labels",
+        "cohen_kappa",
+        "calibration_error",
+        "best_of_n_gold",
+        "reward_step",
+        "pair_loss",
+    )
 )
 
 
@@ -43,11 +51,32 @@ def test_calibration_error_by_hand():
     assert calibration_error(confidence, correct, 1).item() == value(abs(0.825 - 0.75))
 
 
-def test_pessimistic_by_hand_and_as_the_ensemble():
-    rewards = torch.tensor([[1.0, 2.0], [3.0, 2.0], [5.0, 2.0]])
-    assert pessimistic(rewards, 0.75).tolist() == value([3 - 0.75 * 8 / 3, 2.0])
-    ensemble = RewardEnsemble([torch.nn.Identity()] * 3, aggregate="variance", penalty=0.75)
-    torch.testing.assert_close(pessimistic(rewards, 0.75), ensemble.combine(rewards))
+def encoded(model, rows):
+    return [[model.encode(row["prompt"], row[side]) for row in rows] for side in ("chosen", "rejected")]
+
+
+@pytest.mark.slow
+def test_a_step_in_parts_is_the_trainers_step():
+    rows, new = make_pairs(8, seed=0), make_pairs(20, seed=1)
+    mine, trainers = (create_reward_model(seed=0) for _ in range(2))
+    optimizer = torch.optim.AdamW(mine.parameters(), lr=1e-3, weight_decay=0.0)
+    loss = reward_step(mine.rewards_of, optimizer, *encoded(mine, rows), 3)
+    trainer = RewardModelTrainer(model=trainers, learning_rate=1e-3, max_grad_norm=None, progress=False)
+    assert loss == pytest.approx(trainer.train_step(rows), abs=1e-5)
+    for side in encoded(mine, new):
+        torch.testing.assert_close(mine.rewards_of(side), trainers.rewards_of(side), atol=1e-3, rtol=0)
+
+
+@pytest.mark.slow
+def test_the_loss_of_pairs_is_the_trainers():
+    rows, model = make_pairs(6, seed=0), create_reward_model(seed=0)
+
+    def values_of(ids):
+        return model.head(model.trunk(input_ids=ids).last_hidden_state)[..., None]
+
+    wanted = RewardModelTrainer(model=model).evaluate(rows)["eval_loss"]
+    loss = pair_loss(values_of, *encoded(model, rows), model.tokenizer.eos_token_id)
+    assert loss.item() == pytest.approx(wanted, abs=1e-4)
 
 
 def test_best_of_n_gold_by_hand():
@@ -67,7 +96,6 @@ def test_best_of_n_gold_by_hand():
         (lambda: cohen_kappa(torch.tensor([0, 1]), torch.tensor([0, 2])), "second must hold .* got 2"),
         (lambda: calibration_error(torch.tensor([1.2]), torch.ones(1), 5), r"confidence.*1\.2"),
         (lambda: calibration_error(torch.ones(2), torch.ones(2), 0), "bins.*0"),
-        (lambda: pessimistic(torch.ones(3), 0.5), r"rewards must have shape \(M, B\)"),
         (lambda: best_of_n_gold(torch.ones(3), torch.ones(3), 4), "n .*4"),
     ],
 )

@@ -74,6 +74,105 @@ def weighted(values, n, *, first=1, partners=1, subsets=math.comb):
     return total
 
 
+def step_by_index(rewards_of, optimizer, chosen, rejected, part_size):
+    """As `reward_step`, written pair by pair with means that are weighted by hand."""
+    optimizer.zero_grad()
+    losses = []
+    while len(losses) < len(chosen):
+        rows = range(len(losses), min(len(losses) + part_size, len(chosen)))
+        gap = rewards_of([chosen[i] for i in rows]) - rewards_of([rejected[i] for i in rows])
+        part = F.softplus(-gap)
+        (part.mean() * len(rows) / len(chosen)).backward()
+        losses += part.tolist()
+    optimizer.step()
+    return sum(losses) / len(losses)
+
+
+def step_read_together(rewards_of, optimizer, chosen, rejected, part_size):
+    """Both answers of a part in one forward; the gradients are scaled at the end."""
+    loss_sum = torch.zeros(())
+    optimizer.zero_grad(set_to_none=False)
+    for start in range(0, len(chosen), part_size):
+        a, b = chosen[start : start + part_size], rejected[start : start + part_size]
+        better, worse = rewards_of(a + b).chunk(2)
+        part = -F.logsigmoid(better - worse).sum()
+        part.backward()
+        loss_sum += part.detach()
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            weight.grad /= len(chosen)
+    optimizer.step()
+    return float(loss_sum / len(chosen))
+
+
+def step_slip(before="", each="", scale="", after="optimizer.step()", last="", back="total / len(chosen)"):
+    """A training step as a beginner writes it, with the lines that slip put in as text."""
+    lines = [
+        "def step(rewards_of, optimizer, chosen, rejected, part_size):",
+        "    total = 0.0",
+        f"    {before or 'optimizer.zero_grad()'}",
+        "    for i in range(0, len(chosen), part_size):",
+        "        c, r = rewards_of(chosen[i:i + part_size]), rewards_of(rejected[i:i + part_size])",
+        "        loss = -F.logsigmoid(c - r)",
+        f"        {each or 'pass'}",
+        f"        ({scale or 'loss.sum() / len(chosen)'}).backward()",
+        "        total += loss.sum().item()",
+        f"        {last or 'pass'}",
+        f"    {after}",
+        f"    return {back}",
+    ]
+    space = {"F": F, "torch": torch}
+    exec("\n".join(lines), space)
+    return space["step"]
+
+
+def ends_of(rows):
+    return torch.tensor([len(row) - 1 for row in rows])
+
+
+def padded(rows, pad_id):
+    return torch.tensor([row + [pad_id] * (max(map(len, rows)) - len(row)) for row in rows])
+
+
+def loss_of_pairs(values_of, chosen, rejected, pad_id, at=None, across=False, loss=F.logsigmoid):
+    sides = []
+    for rows in (chosen, rejected):
+        ids = padded(rows, pad_id)
+        columns = ends_of(rows) if at is None else at(rows, ids)
+        sides.append(values_of(ids)[torch.arange(len(rows)), columns].squeeze(-1))
+    better, worse = sides
+    return -loss((better[:, None] if across else better) - worse).mean()
+
+
+def loss_pair_by_pair(values_of, chosen, rejected, pad_id):
+    losses = []
+    for good, bad in zip(chosen, rejected, strict=True):
+        gap = values_of(torch.tensor([good]))[0, -1, 0] - values_of(torch.tensor([bad]))[0, -1, 0]
+        losses.append(F.softplus(-gap))
+    return torch.stack(losses).mean()
+
+
+def loss_by_gather(values_of, chosen, rejected, pad_id):
+    ids = padded([*chosen, *rejected], pad_id)
+    rewards = values_of(ids).squeeze(-1).gather(1, ends_of([*chosen, *rejected])[:, None]).squeeze(1)
+    better, worse = rewards.chunk(2)
+    return F.binary_cross_entropy_with_logits(better - worse, torch.ones(len(chosen)))
+
+
+def last_column(rows, ids):
+    return torch.full((len(rows),), ids.shape[1] - 1)
+
+
+def before_padding(pad_id):
+    return lambda rows, ids: (ids != pad_id).sum(1) - 1
+
+
+def slope_taken_out(rewards, words):
+    """Take out what words explain within the prompts, by least squares."""
+    r, w = (x - x.mean(1, keepdim=True) for x in (rewards, words))
+    return rewards - (r * w).sum() / w.square().sum() * words
+
+
 RIGHT = {
     "bradley_terry": [
         lambda c, r: -F.logsigmoid(c - r),
@@ -92,10 +191,12 @@ RIGHT = {
         lambda ids, mask: ids * mask + -100 * (mask == 0),
         sft_by_rows,
     ],
-    "plackett_luce": [
-        lambda r: sum(r[:, k:].logsumexp(1) - r[:, k] for k in range(r.shape[1])),
-        lambda r: (r.flip(1).logcumsumexp(1).flip(1) - r).sum(1),
-        lambda r: -torch.stack([r[:, k:].log_softmax(1)[:, 0] for k in range(r.shape[1] - 1)]).sum(0),
+    "reward_step": [step_by_index, step_read_together, step_slip()],
+    "pair_loss": [loss_of_pairs, loss_pair_by_pair, loss_by_gather],
+    "length_correction": [
+        slope_taken_out,
+        lambda rewards, words: rewards - 0.15 * words,
+        lambda rewards, words: rewards - 0.2 * (words - words.mean(1, keepdim=True)),
     ],
     "cohen_kappa": [
         kappa_from_table,
@@ -111,11 +212,6 @@ RIGHT = {
             )
             / len(p)
         ),
-    ],
-    "pessimistic": [
-        lambda r, penalty: r.mean(0) - penalty * r.var(0, unbiased=False),
-        lambda r, penalty: r.mean(0) - penalty * ((r**2).mean(0) - r.mean(0) ** 2),
-        lambda r, penalty: r.mean(0) - penalty * r.std(0, correction=0) ** 2,
     ],
     "best_of_n_gold": [
         best_of_every_subset,
@@ -173,7 +269,7 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda c, r: F.softplus(-c), "rejected answer never enters"),
         (lambda c, r: F.softplus(-c) + F.softplus(r), "judged alone"),
         (lambda c, r: torch.clamp(1 - c + r, min=0), "hinge"),
-        (lambda c, r: 0 * c, "zero for every pair"),
+        (lambda c, r: 0 * c, "expected .* got"),
         (lambda c, r: torch.full_like(c, math.log(2)), "expected .* got"),
         (lambda c, r: -F.logsigmoid(c - r) * 1.01, "expected .* got"),
         (lambda c, r: -F.logsigmoid(c - r) + 5e-3, "expected .* got"),
@@ -194,11 +290,11 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda v, m: v[range(len(v)), m.argmax(1)], "FIRST token"),
         (lambda v, m: v.mul(m).sum(1).div(m.sum(1)), "averaged over the real tokens"),
         (lambda v, m: v.mean(dim=-1), "averaged over ALL"),
-        (lambda v, m: (v * m).sum(-1), "summed over the real tokens"),
-        (lambda v, m: v.where(m.bool(), torch.tensor(-1e9)).amax(1), "LARGEST"),
+        (lambda v, m: (v * m).sum(-1), "expected .* got"),
+        (lambda v, m: v.where(m.bool(), torch.tensor(-1e9)).amax(1), "expected .* got"),
         (lambda v, m: v.mul(m)[:, -1], "only zeroes the padding"),
-        (lambda v, m: v[:, m[0].sum() - 1], "first row's length"),
-        (lambda v, m: v[:, m.sum(1).max() - 1], "longest row's length"),
+        (lambda v, m: v[:, m[0].sum() - 1], "expected .* got"),
+        (lambda v, m: v[:, m.sum(1).max() - 1], "expected .* got"),
         (lambda v, m: v[:, m.sum(1) - 1], "shape \\(B, B\\)"),
         (lambda v, m: m.sum(1) - 1, "index of the last token was returned"),
         (lambda v, m: v.gather(1, m.sum(1, True) - 1), "squeeze"),
@@ -218,36 +314,51 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (sft_result_lost, "nothing is masked"),
         (lambda ids, mask: torch.where(ids == 0, -100, ids), "only the padding"),
         (sft_by_prompt_length, "only what comes before"),
-        (lambda ids, mask: mask.to(ids.dtype), "this is the mask"),
+        (lambda ids, mask: mask.to(ids.dtype), "expected .* got"),
         (lambda ids, mask: torch.masked_select(ids, mask), "keep the shape"),
         (lambda ids, mask: torch.where(mask, ids, -1), "expected .* got"),
         (lambda ids, mask: torch.where(mask, ids.float(), -100.0), "expected .* got"),
         (lambda ids, mask: ids.masked_fill(1 - mask, -100), "raised RuntimeError"),
     ],
-    "plackett_luce": [
-        (lambda r: sum(r[:, : k + 1].logsumexp(1) - r[:, k] for k in range(r.shape[1])), "backwards"),
-        (lambda r: sum(r.logsumexp(1) - r[:, k] for k in range(r.shape[1])), "still competes"),
-        (lambda r: sum(r[:, k + 1 :].logsumexp(1) - r[:, k] for k in range(r.shape[1] - 1)), "own place"),
-        (
-            lambda r: torch.stack([r[:, k:].logsumexp(1) - r[:, k] for k in range(r.shape[1])]).mean(0),
-            "places were averaged",
-        ),
-        (lambda r: F.cross_entropy(r, r.new_zeros(len(r)).long(), reduction="none"), "only the first place"),
-        (
-            lambda r: torch.stack(
-                [F.softplus(r[:, j] - r[:, i]) for i in range(r.shape[1]) for j in range(i + 1, r.shape[1])]
-            ).sum(0),
-            "over all pairs",
-        ),
-        (lambda r: F.softplus(r.diff(dim=1)).sum(1), "neighbors"),
-        (lambda r: sum(r[:, k] - r[:, k:].logsumexp(1) for k in range(r.shape[1])), "minus is missing"),
-        (lambda r: -sum(r[:, k:].softmax(0)[:, 0].log() for k in range(r.shape[1])), "over the batch"),
-        (lambda r: sum(r[:, k:].logsumexp(1) - r[:, k] for k in range(r.shape[1])).mean(), "expected .* got"),
-        (lambda r: sum(r[:, k:].logsumexp(1).detach() - r[:, k] for k in range(3)), "not right yet"),
-        (
-            lambda r: sum(r[:, k:].logsumexp(1).detach() - r[:, k] for k in range(r.shape[1])),
-            "gradient with respect to rewards",
-        ),
+    "reward_step": [
+        (step_slip(before="pass"), "last step is still there"),
+        (step_slip(each="optimizer.zero_grad()"), "for each part"),
+        (step_slip(after="optimizer.zero_grad(); optimizer.step()"), "did not move"),
+        (step_slip(after="pass"), "did not move"),
+        (step_slip(last="optimizer.step()", after="pass"), "a step after each part"),
+        (step_slip(scale="loss.mean()"), "means of the parts were added up"),
+        (step_slip(scale="loss.mean() / -(-len(chosen) // part_size)"), "same weight"),
+        (step_slip(back="loss.mean().item()"), "ALL pairs"),
+        (step_slip(back="torch.tensor(total / len(chosen))"), "a Python number"),
+        (step_slip(before="optimizer.zero_grad(); chosen, rejected = rejected, chosen"), "swapped"),
+        (step_slip(before="optimizer.zero_grad(); part_size = 99"), "read at once"),
+        (step_slip(scale="loss.sum()"), "expected .* got"),
+        (step_slip(back="None"), "expected .* got"),
+        (step_slip(scale="(c - r).mean()"), "expected .* got"),
+        (step_slip(scale="loss.detach().sum()"), "raised RuntimeError"),
+    ],
+    "pair_loss": [
+        (lambda v, c, r, p: loss_of_pairs(v, c, r, p, at=last_column), "last column"),
+        (lambda v, c, r, p: loss_of_pairs(v, c, r, p, across=True), "\\(B, B\\)"),
+        (lambda v, c, r, p: loss_of_pairs(v, c, r, p, at=last_column, across=True), "the broken function"),
+        (lambda v, c, r, p: loss_of_pairs(v, c, r, p, at=before_padding(p)), "found by pad_id"),
+        (lambda v, c, r, p: loss_of_pairs(v, c, r, p, at=lambda rows, _: ends_of(rows) - 1), "too early"),
+        (lambda v, c, r, p: loss_of_pairs(v, r, c, p), "sign is flipped"),
+        (lambda v, c, r, p: len(c) * loss_of_pairs(v, c, r, p), "summed"),
+        (lambda v, c, r, p: loss_of_pairs(v, c, r, p).detach(), "no gradient"),
+        (lambda v, c, r, p: loss_of_pairs(v, c, r, p).item(), "expected .* got"),
+        (lambda v, c, r, p: loss_of_pairs(v, c, r, p, at=lambda rows, _: ends_of(rows) + 1), "IndexError"),
+        (lambda v, c, r, p: loss_of_pairs(v, c, r, p, loss=torch.sigmoid), "expected .* got"),
+    ],
+    "length_correction": [
+        (lambda rewards, words: rewards, "too long"),
+        (lambda rewards, words: rewards - 0.2 * words / 10, "too long"),
+        (lambda rewards, words: rewards + 2 * words, "too long"),
+        (lambda rewards, words: rewards / words, "expected .* got|too"),
+        (lambda rewards, words: rewards - 2 * words, "too short"),
+        (lambda rewards, words: -words, "too short"),
+        (lambda rewards, words: rewards.argmax(1), "expected .* got"),
+        (lambda rewards, words: (rewards - 0.2 * words).numpy(), "expected .* got"),
     ],
     "cohen_kappa": [
         (lambda a, b: torch.eq(a, b).float().mean(), "raw agreement"),
@@ -260,7 +371,7 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda a, b: (a == b).float().mean() - chance(a, b), "denominator"),
         (
             lambda a, b: ((a == b).float().mean() - chance(a, b)) / (a != b).float().mean(),
-            "denominator",
+            "expected .* got",
         ),
         (lambda a, b: torch.corrcoef(torch.stack((a, b)).float())[1, 0], "correlation"),
         (lambda a, b: float(kappa_from_table(a, b)), "Python number"),
@@ -271,41 +382,26 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda p, y, bins: ece(p, y, bins, gap=lambda x: x), "cancel"),
         (lambda p, y, bins: ece(p, y, 1), "cancel"),
         (lambda p, y, bins: ece(p, y, bins, skip_empty=False), "0 / 0"),
-        (lambda p, y, bins: ece(p, y, bins, gap=torch.square), "squared"),
+        (lambda p, y, bins: ece(p, y, bins, gap=torch.square), "expected .* got"),
         (lambda p, y, bins: ece(p, y, bins, last_closed=False), "confidence 1 fell out"),
         (lambda p, y, bins: F.l1_loss(p, y), "bins are not used"),
         (largest_gap, "LARGEST"),
         (lambda p, y, bins: ece(p, y, bins).item(), "expected .* got"),
         (lambda p, y, bins: ece(p, y, 2 * bins), "expected .* got"),
     ],
-    "pessimistic": [
-        (lambda r, penalty: r.mean(dim=1) - penalty * r.var(dim=1), "wrong dimension"),
-        (lambda r, penalty: r.mean(dim=0) - penalty * r.std(dim=0), "standard deviation"),
-        (lambda r, penalty: r.mean(0) + penalty * (r - r.mean(0)).square().mean(0), "sign is flipped"),
-        (lambda r, penalty: r.min(dim=0).values, "smallest member"),
-        (lambda r, penalty: r.mean(0) - penalty * torch.var(r), "whole batch"),
-        (lambda r, penalty: penalty * (r.mean(0) - (r - r.mean(0)).square().mean(0)), "multiplies the mean"),
-        (
-            lambda r, penalty: r.mean(0) - penalty * (r - r.mean(0)).square().sum(0) / (len(r) - 1),
-            "sample variance",
-        ),
-        (lambda r, penalty: r.mean(0) - (r - r.mean(0)).square().mean(0), "penalty never enters"),
-        (lambda r, penalty: r.sum(0) / len(r), "plain mean"),
-        (lambda r, penalty: r.mean(0) - penalty * (r.amax(0) - r.amin(0)), "expected .* got"),
-    ],
     "best_of_n_gold": [
         (lambda p, g, n: weighted(g.sort().values, n), "gold chose"),
         (lambda p, g, n: max(g), "gold chose"),
         (lambda p, g, n: weighted(g[p.argsort(descending=True)], n), "descending"),
-        (lambda p, g, n: weighted(g[p.argsort()], n, partners=0), "off by one"),
+        (lambda p, g, n: weighted(g[p.argsort()], n, partners=0), "expected .* got"),
         (lambda p, g, n: weighted(g[p.argsort()], n, first=2), "off by one"),
         (lambda p, g, n: g[:n][torch.argmax(p[:n])], "only the first n"),
         (lambda p, g, n: g.sum() / len(g), "n never enters"),
         (lambda p, g, n: g[p.argsort()][-1], "n never enters"),
-        (lambda p, g, n: weighted(g[p.argsort()], n, subsets=pow), "not N\\^n"),
+        (lambda p, g, n: weighted(g[p.argsort()], n, subsets=pow), "expected .* got"),
         (lambda p, g, n: weighted(p.sort().values, n), "PROXY's value"),
         (lambda p, g, n: weighted(g, n), "old order"),
-        (lambda p, g, n: g[p.argsort()][-n:].mean(), "top n"),
+        (lambda p, g, n: g[p.argsort()][-n:].mean(), "expected .* got"),
         (lambda p, g, n: weighted(g[p.argsort()], n).item(), "expected .* got"),
         (lambda p, g, n: weighted(g[p.argsort()], n, first=0), "expected .* got"),
     ],

@@ -224,3 +224,33 @@ def test_the_first_gradient_that_is_wrong_is_shown():
     verdict = judge(exercise, half_a_gradient)
     assert "the gradient with respect to chosen_rewards is [-0.1772" in verdict.message
     assert "and should be [-0.3543" in verdict.message
+
+
+def double(x):
+    return x + x
+
+
+def test_a_mistake_may_be_an_edit_of_the_reference():
+    doubled = exercise(double, [(2,), (3,)], "that is four times x", ("x + x", "4 * x"))
+    assert judge(doubled, lambda x: x * 4).message == "not right yet: that is four times x."
+    with pytest.raises(ValueError, match="'y' does not occur in double"):
+        exercise(double, [(2,)], "no such text", ("y", "x"))
+
+
+def fill(box, x):
+    box.append(x)
+
+
+def test_an_answer_may_be_judged_by_what_it_leaves():
+    def contents(answer, x):
+        box = []
+        result = answer(box, x)
+        return result if result is ... else box
+
+    filled = exercise(
+        fill, [(1,), (2,)], "it is in there twice", ("(x)", "(x); box.append(x)"), trial=contents
+    )
+    assert judge(filled, lambda box, x: box.extend([x])).state == "solved"
+    assert "twice" in judge(filled, lambda box, x: box.extend([x, x])).message
+    assert "with x = 1 expected [1], got []" in judge(filled, lambda box, x: None).message
+    assert judge(filled, lambda box, x: ...).state == "open"

@@ -2,7 +2,6 @@
 
 import ast
 import copy
-import itertools
 import json
 import re
 from pathlib import Path
@@ -56,7 +55,7 @@ def test_our_own_functions_leave_probes_alone():
         before = copy.deepcopy(probes)
         for function in (exercise.reference, *(mistake.wrong for mistake in exercise.mistakes)):
             for probe in probes:
-                judging._outcome(function, probe)
+                judging._outcome(exercise.on_probes(function), probe)
         assert judging.same(probes, before)
 
 
@@ -64,7 +63,9 @@ def test_mistakes_name_only_what_there_is():
     """A name that is neither an argument nor a quantity raises KeyError."""
     for exercise in EXERCISES.values():
         for mistake in exercise.mistakes:
-            outcomes = [judging._outcome(mistake.wrong, probe) for probe in exercise.probes]
+            outcomes = [
+                judging._outcome(exercise.on_probes(mistake.wrong), probe) for probe in exercise.probes
+            ]
             kinds = [outcome.kind for outcome in outcomes if isinstance(outcome, judging.Raised)]
             assert "KeyError" not in kinds
 
@@ -79,9 +80,6 @@ def margins(logps, *refs):
 SWITCHES = {  # what a loss, written with max, abs or where, compares with 0
     "bradley_terry": lambda chosen, rejected: [chosen - rejected, chosen - rejected - 1],
     "last_token": lambda values, mask: [torch.ones(1)],
-    "plackett_luce": lambda rewards: [
-        rewards[:, i] - rewards[:, j] for i, j in itertools.combinations(range(rewards.shape[1]), 2)
-    ],
     "policy_gradient": lambda logps, advantages: [100 * logps, advantages],
     "clipped_loss": lambda logps, old, advantages, c: [
         advantages,

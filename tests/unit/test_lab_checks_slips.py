@@ -120,39 +120,6 @@ RIGHT["bradley_terry"] = [
 ]
 
 
-def ranking_loss(rewards, places):
-    return sum(rewards[:, k:].logsumexp(1) - rewards[:, k] for k in places)
-
-
-SLIPS["plackett_luce"] = {
-    "loop over the rankings": lambda r: ranking_loss(r, range(r.shape[0])),
-    "loop over the rankings + 1": lambda r: ranking_loss(r, range(r.shape[0] + 1)),
-    "three places": lambda r: ranking_loss(r, range(min(3, r.shape[1]))),
-    "four places": lambda r: ranking_loss(r, range(min(4, r.shape[1]))),
-    "exp overflows": lambda r: sum(
-        torch.log(torch.exp(r[:, k:]).sum(1)) - r[:, k] for k in range(r.shape[1])
-    ),
-    "the probability underflows": lambda r: (
-        -torch.log(torch.stack([r[:, k:].softmax(1)[:, 0] for k in range(r.shape[1])]).prod(0))
-    ),
-    "squeezed": lambda r: ranking_loss(r, range(r.shape[1])).squeeze(),
-}
-
-
-def ranking_loss_by_mask(rewards):
-    K = rewards.shape[1]
-    has_a_place = torch.ones(K, K).tril(-1).bool()  # [k, j]: answer j, at place k
-    left = rewards[:, None].expand(-1, K, -1).masked_fill(has_a_place, -math.inf)
-    return (left.logsumexp(2) - rewards).sum(1)
-
-
-RIGHT["plackett_luce"] = [
-    ranking_loss_by_mask,
-    lambda r: torch.stack([sum(row[k:].logsumexp(0) - row[k] for k in range(len(row))) for row in r]),
-    lambda r: -sum(r[:, k:].log_softmax(dim=-1)[:, 0] for k in range(r.shape[1])),
-]
-
-
 SLIPS["last_token"] = {
     "squeezed": lambda v, m: v.gather(1, m.sum(1, keepdim=True) - 1).squeeze(),
     "last value that is not 0": lambda v, m: torch.stack([row[row != 0][-1] for row in v * m]),
@@ -166,12 +133,120 @@ RIGHT["last_token"] = [
     lambda v, m: torch.stack([row[: int(n)][-1] for row, n in zip(v, m.sum(1), strict=True)]),
 ]
 
-RIGHT["pessimistic"] = [
-    lambda r, penalty: torch.tensor(np.mean(r.numpy(), 0) - penalty * np.var(r.numpy(), 0)),
-    lambda r, penalty: torch.stack([col.mean() - penalty * ((col - col.mean()) ** 2).mean() for col in r.T]),
-    lambda r, penalty: (
-        r.mean(0) - penalty * torch.einsum("mb,mb->b", r - r.mean(0), r - r.mean(0)) / r.shape[0]
+
+# ---- lesson 1: a step of training in parts, a loss that padding does not change, a correction for length
+
+
+def step_with(rewards_of, optimizer, chosen, rejected, part_size, loss_of):
+    """The parts by torch's own split, and one backward for each."""
+    optimizer.zero_grad()
+    rows = torch.arange(len(chosen)).split(part_size)
+    sums = []
+    for part in rows:
+        better = rewards_of([chosen[i] for i in part])
+        worse = rewards_of([rejected[i] for i in part])
+        loss = loss_of(better, worse) / len(chosen)
+        loss.backward()
+        sums.append(loss.item())
+    optimizer.step()
+    return sum(sums)
+
+
+def step_with_summed_graph(rewards_of, optimizer, chosen, rejected, part_size):
+    """The gradients of the parts by torch.autograd.grad, added up by hand."""
+    weights = [w for group in optimizer.param_groups for w in group["params"]]
+    found, loss_sum = [torch.zeros_like(w) for w in weights], 0.0
+    for i in range(0, len(chosen), part_size):
+        part = slice(i, i + part_size)
+        loss = F.softplus(rewards_of(rejected[part]) - rewards_of(chosen[part])).sum()
+        found = [g + new for g, new in zip(found, torch.autograd.grad(loss, weights), strict=True)]
+        loss_sum += loss.item()
+    for weight, gradient in zip(weights, found, strict=True):
+        weight.grad = gradient / len(chosen)
+    optimizer.step()
+    return loss_sum / len(chosen)
+
+
+SLIPS["reward_step"] = {
+    "the last pairs are dropped": lambda rewards_of, optimizer, chosen, rejected, part_size: step_with(
+        rewards_of,
+        optimizer,
+        chosen[: len(chosen) // part_size * part_size],
+        rejected[: len(chosen) // part_size * part_size],
+        part_size,
+        lambda better, worse: F.softplus(worse - better).sum(),
     ),
+    "all pairs of a side at once": lambda rewards_of, optimizer, chosen, rejected, part_size: step_with(
+        lambda rows: rewards_of(chosen + rejected)[: len(rows)],
+        optimizer,
+        chosen,
+        rejected,
+        part_size,
+        lambda better, worse: F.softplus(worse - better).sum(),
+    ),
+}
+RIGHT["reward_step"] = [
+    lambda *given: step_with(*given, loss_of=lambda better, worse: -F.logsigmoid(better - worse).sum()),
+    lambda *given: step_with(
+        *given, loss_of=lambda better, worse: F.softplus(worse - better).mean() * len(better)
+    ),
+    step_with_summed_graph,
+]
+
+
+def rewards_at_ends(values_of, rows, pad_id):
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id)
+    for row, target in zip(rows, ids, strict=True):
+        target[: len(row)] = torch.tensor(row)
+    values = values_of(ids)[..., 0]
+    return torch.stack([values[b, len(row) - 1] for b, row in enumerate(rows)])
+
+
+SLIPS["pair_loss"] = {
+    "the longest end of the batch": lambda values_of, chosen, rejected, pad_id: F.softplus(
+        values_of(torch.tensor([max(rejected, key=len)]))[0, -1, 0]
+        - rewards_at_ends(values_of, chosen, pad_id)
+    ).mean(),
+    "padded on the left, without a mask": lambda values_of, chosen, rejected, pad_id: F.softplus(
+        values_of(torch.tensor([[pad_id] * (9 - len(row)) + row for row in rejected]))[:, -1, 0]
+        - values_of(torch.tensor([[pad_id] * (9 - len(row)) + row for row in chosen]))[:, -1, 0]
+    ).mean(),
+}
+RIGHT["pair_loss"] = [
+    lambda values_of, chosen, rejected, pad_id: F.softplus(
+        rewards_at_ends(values_of, rejected, pad_id) - rewards_at_ends(values_of, chosen, pad_id)
+    ).mean(),
+    lambda values_of, chosen, rejected, pad_id: (
+        -torch.stack([rewards_at_ends(values_of, rows, pad_id) for rows in (chosen, rejected)], 1)
+        .log_softmax(1)[:, 0]
+        .mean()
+    ),
+    lambda values_of, chosen, rejected, pad_id: (
+        sum(
+            -F.logsigmoid(values_of(torch.tensor([a]))[0, -1, 0] - values_of(torch.tensor([b]))[0, -1, 0])
+            for a, b in zip(chosen, rejected, strict=True)
+        )
+        / len(chosen)
+    ),
+]
+
+
+def fitted_with_numpy(rewards, words):
+    slopes = [np.polyfit(w, r, 1)[0] for r, w in zip(rewards.numpy(), words.numpy(), strict=True)]
+    return rewards - float(np.median(slopes)) * words
+
+
+SLIPS["length_correction"] = {
+    "per word, not per ten": lambda rewards, words: rewards - 2.0 * words,
+    "the same for every answer": lambda rewards, words: rewards - 2.0 * words.mean() / 10,
+    "the verdict itself": lambda rewards, words: "good",
+    "one number per prompt": lambda rewards, words: (rewards - 0.2 * words).amax(1),
+}
+RIGHT["length_correction"] = [
+    fitted_with_numpy,
+    lambda rewards, words: rewards - words / 6,
+    lambda rewards, words: (rewards - rewards.mean()) / rewards.std() - words / 16,
 ]
 
 

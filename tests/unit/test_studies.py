@@ -120,6 +120,7 @@ class TestStored:
         if "seeds" in table.attrs:
             few = {"clip_and_kl": [0, 1, 2], "ability_tax": [0, 1, 2], "method_tuning": [100, 101]}
             few |= {"real_model": [0], "real_safety": [0], "real_chatbot": [0]}
+            few |= {"length_candidates": [0, 1]}
             seeds = few.get(name, [0, 1, 2, 3, 4])
             assert sorted(table.seed.unique()) == table.attrs["seeds"] == seeds
         assert "/" not in json.dumps(table.attrs.get("data", ""))  # a name, never somebody's path
@@ -167,6 +168,12 @@ class TestSmall:
         table = lesson1.label_budget(seeds=(0,), budget=6, heldout=60).set_index("method").pairs
         # of 60 pairs: 6 labels by people; 3 and 3; 3 by people and 30 by the model; all 60 by the model
         assert table.to_dict() == {"random": 6, "active": 6, "assisted": 33, "AI alone": 60}
+
+    def test_a_candidate_has_a_reward_a_length_and_a_gold_reward(self):
+        table = lesson1.length_candidates(seeds=(0,), pairs=16, prompts=2, samples=3)
+        assert list(table.columns) == ["seed", "prompt", "reward", "words", "gold"]
+        assert table.prompt.tolist() == [0, 0, 0, 1, 1, 1]
+        assert table.gold.between(0, 1).all()
 
     def test_ensembles_share_their_samples(self):
         table = lesson1.reward_ensembles(seeds=(0,), pairs=16, members=2, prompts=3, samples=256)

@@ -12,10 +12,11 @@ NAMES = {  # of each lesson, in its order
         "cohen_kappa",
         "bradley_terry",
         "last_token",
+        "reward_step",
+        "pair_loss",
         "calibration_error",
         "best_of_n_gold",
-        "plackett_luce",
-        "pessimistic",
+        "length_correction",
     ),
     2: (
         "policy_gradient",

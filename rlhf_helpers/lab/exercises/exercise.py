@@ -29,16 +29,26 @@ class Exercise:
     reference: Function  # what `check` hands back when the learner's function is not right
     probes: list[Probe]  # positional arguments, which nothing may change
     mistakes: list[Mistake]
+    trial: Function | None = None  # where an answer is judged by its effects: trial(answer, *probe)
+
+    def on_probes(self, answer: Function) -> Function:
+        """Turn an answer into a function of a probe: itself, or its trial (a run of training, say)."""
+        return answer if self.trial is None else partial(self.trial, answer)
 
 
 def exercise(
-    reference: Function, probes: list[Probe], *parts: str | Function, **quantities: Function
+    reference: Function,
+    probes: list[Probe],
+    *parts: str | Function | tuple[str, ...],
+    trial: Function | None = None,
+    **quantities: Function,
 ) -> Exercise:
     """Make an exercise from a flat list of its mistakes: each message, then the wrong functions it is for.
 
     A wrong function names what it needs, as a test of pytest does: arguments of the reference, `right` (the
     right answer), or one of `quantities`, which are functions that name what they need in the same way. It
-    is called with these alone, and only what is named is computed.
+    is called with these alone, and only what is named is computed. A tuple (old, new, ...) stands for the
+    reference with some of its source text replaced: see `edited`.
     """
     mistakes: list[Mistake] = []
     message = ""
@@ -46,8 +56,22 @@ def exercise(
         if isinstance(part, str):
             message = part
         else:
-            mistakes.append(Mistake(message, partial(_call, part, reference, quantities)))
-    return Exercise(reference, probes, mistakes)
+            wrong = edited(reference, *part) if isinstance(part, tuple) else part
+            mistakes.append(Mistake(message, partial(_call, wrong, reference, quantities)))
+    return Exercise(reference, probes, mistakes, trial)
+
+
+def edited(function: Function, *texts: str) -> Function:
+    """Make a wrong function from a right one: its source, each old text replaced by the new one after it."""
+    function = inspect.unwrap(function)
+    source = inspect.getsource(function)
+    for old, new in zip(texts[::2], texts[1::2], strict=True):
+        if old not in source:
+            raise ValueError(f"{old!r} does not occur in {function.__name__}, so no mistake comes of it")
+        source = source.replace(old, new)
+    namespace = dict(function.__globals__)
+    exec(source, namespace)
+    return namespace[function.__name__]
 
 
 def _call(function: Function, reference: Function, quantities: dict[str, Function], *probe: Any) -> Any:

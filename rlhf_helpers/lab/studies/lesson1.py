@@ -1,7 +1,7 @@
 """Studies of lesson 1: how the labels and the kind of model decide how good a reward model is.
 
     python -m rlhf_helpers study NAME [--out FOLDER]
-    NAME: pairs_and_noise, model_kinds, label_formats, label_budget, reward_ensembles
+    NAME: pairs_and_noise, model_kinds, label_formats, label_budget, reward_ensembles, length_candidates
 
 The lesson runs a small slice of a study live, with a seed that is not stored.
 """
@@ -31,7 +31,7 @@ from rlhf_helpers.reward_model import (
     label_objectives,
     score_pairs,
 )
-from rlhf_helpers.world.annotators import STANDARD, VALUE_GROUPS, Annotator, make_pairs
+from rlhf_helpers.world.annotators import LENGTH_BIASED, STANDARD, VALUE_GROUPS, Annotator, make_pairs
 from rlhf_helpers.world.gold_judge import AXES, gold_reward, gold_scores
 from rlhf_helpers.world.prompts import CONVERSATION, load_prompts, sample_answer
 
@@ -224,6 +224,23 @@ def reward_ensembles(
         curve = best_of_n_curve(proxy.view(gold.shape), gold, COUNTS)
         for row in curve[["n", "proxy", "gold"]].to_dict("records"):
             yield {"method": method, **row}
+
+
+@functools.partial(study, seeds=(0, 1))
+def length_candidates(seed: int, pairs: int = 800, prompts: int = 24, samples: int = 64) -> Rows:
+    """Score sampled answers with a reward model that learned from a person who likes length.
+
+    Lesson 1 measures a correction of the reward on them. Columns: seed, prompt (index), reward, words, gold.
+    """
+    asked = random.Random(6).sample(prompt_texts(CONVERSATION), prompts)
+    rollout, gold = base_samples(tuple(asked), samples)
+    model = trained(make_pairs(pairs, annotator=LENGTH_BIASED, seed=seed), seed=seed)
+    columns = zip(
+        rollout.responses, scored_once(model.score, rollout).tolist(), gold.flatten().tolist(), strict=True
+    )
+    for row, (response, reward, truth) in enumerate(columns):
+        words = len(response.split())
+        yield {"prompt": row // samples, "reward": reward, "words": words, "gold": truth}
 
 
 def scored_once(reward: Callable[..., torch.Tensor], rollout: Rollout) -> torch.Tensor:

@@ -1,22 +1,16 @@
-"""How labels and rewards are measured: agreement, calibration, a cautious ensemble, best-of-n."""
+"""How labels and rewards are measured: agreement, calibration, best-of-n, a correction for length."""
 
 from math import comb
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, tensor
 
 from rlhf_helpers.core.tensors import as_bool_mask, require_number, require_shapes
-from rlhf_helpers.lab.exercises.exercise import exercise, table
-
-
-def _kappa(observed: Tensor, chance: Tensor | float) -> Tensor:
-    return (observed - chance) / (1 - chance)
-
-
-def _both(p: Tensor, q: Tensor) -> Tensor:
-    """Chance that two people with these shares of ones say the same."""
-    return p * q + (1 - p) * (1 - q)
+from rlhf_helpers.lab.exercises.exercise import Function, exercise, table
+from rlhf_helpers.lab.studies import load_study
+from rlhf_helpers.policy_optimization import best_of_n_curve
 
 
 def cohen_kappa(first: Tensor, second: Tensor) -> Tensor:
@@ -28,7 +22,9 @@ def cohen_kappa(first: Tensor, second: Tensor) -> Tensor:
     """
     require_shapes("N", first=first, second=second)
     first, second = as_bool_mask(first, "first").double(), as_bool_mask(second, "second").double()
-    return _kappa((first == second).double().mean(), _both(first.mean(), second.mean()))
+    p, q = first.mean(), second.mean()
+    chance = p * q + (1 - p) * (1 - q)
+    return ((first == second).double().mean() - chance) / (1 - chance)
 
 
 def _members(confidence: Tensor, bins: int) -> Tensor:
@@ -55,16 +51,26 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int) -> Tensor:
     return _mean_gap(correct - confidence, _members(confidence, bins))
 
 
-@torch.no_grad()
-def pessimistic(rewards: Tensor, penalty: float) -> Tensor:
-    """Reward of a cautious ensemble: mean - penalty * variance, both over the M members, both divided by M.
+def length_correction(rewards: Tensor, words: Tensor) -> Tensor:
+    """Take from rewards (P, N) what a reward model that likes length pays for words (P, N). Lesson 1."""
+    return rewards - 2.0 * words / 10
 
-    rewards (M, B); returns (B,) without gradient. Raises ValueError for another shape or a penalty that is
-    not finite. Coste 2023, uncertainty-weighted optimisation. Lesson 1.
+
+def _choice(correction: Function) -> Any:
+    """Choose the best of 32 among stored candidates by the corrected reward: "good" where gold reaches AIM.
+
+    Where it does not, say whether the best answers are longer or shorter than the candidates are on average.
     """
-    require_shapes("M B", rewards=rewards)
-    require_number("penalty", penalty)
-    return rewards.mean(0) - penalty * rewards.var(0, correction=0)
+    columns = load_study("length_candidates")[["reward", "words", "gold"]]
+    rewards, words, gold = tensor(columns.to_numpy().T.reshape(3, -1, 64), dtype=torch.float32)
+    corrected = correction(rewards.clone(), words.clone())
+    if not isinstance(corrected, Tensor):
+        return None if corrected is None else type(corrected).__name__  # never the word that is asked for
+    if corrected.shape != rewards.shape:
+        return corrected
+    if best_of_n_curve(corrected, gold, [32]).gold[0] >= AIM:
+        return "good"
+    return "long" if words.gather(1, corrected.argmax(1, keepdim=True)).mean() > words.mean() else "short"
 
 
 def _weighted(ranked: Tensor, n: int, *, below: int = 0, partners: int) -> Tensor:
@@ -86,7 +92,7 @@ def best_of_n_gold(proxy: Tensor, gold: Tensor, n: int) -> Tensor:
     return _weighted(gold[proxy.argsort()], n, partners=n - 1)
 
 
-REWARDS = tensor([[1.0, 0.2, -0.5, 2.5], [1.4, -0.9, -0.3, 1.0], [0.3, 0.8, -0.6, 4.1]])
+AIM = 0.80  # gold reward of the best of 32; without a correction it is 0.76
 
 PROXY = tensor([0.3, 1.9, -0.4, 1.2, 0.8, 2.6])
 GOLD = tensor([0.35, 0.9, 0.1, 0.6, 0.75, 0.2])  # the proxy's favourite is not the best
@@ -100,30 +106,24 @@ EXERCISES = {
             ([1, 1, 1, 1, 0, 1, 1, 0], [1, 0, 1, 1, 1, 1, 1, 1]),  # below chance
         ),
         "this is the raw agreement: two people who only guess agree as well, by chance",
-        lambda observed: observed,
+        ("p * q + (1 - p) * (1 - q)", "0"),
         "chance is not always 0.5: two people who nearly always say 1 agree by chance far more often",
-        lambda observed: _kappa(observed, 0.5),
+        ("p * q + (1 - p) * (1 - q)", "0.5"),
         "chance was computed from ONE annotator's labels: each of them has a share of ones",
-        lambda observed, p: _kappa(observed, _both(p, p)),
-        lambda observed, q: _kappa(observed, _both(q, q)),
+        ("second.mean()", "first.mean()"),
+        ("p, q = first.mean(), second.mean()", "p = q = second.mean()"),
         "both shares were pooled into one: that is Scott's pi; Cohen keeps each annotator's own",
-        lambda observed, p, q: _kappa(observed, _both((p + q) / 2, (p + q) / 2)),
+        ("p, q = first.mean(), second.mean()", "p = q = (first + second).mean() / 2"),
         "chance counts only both saying 1: both saying 0 is agreement too",
-        lambda observed, p, q: _kappa(observed, p * q),
+        ("p * q + (1 - p) * (1 - q)", "p * q"),
         "that is how often they DISAGREE by chance",
-        lambda observed, chance: _kappa(observed, 1 - chance),
-        "the denominator is wrong: divide by 1 - chance, what chance leaves to be gained",
-        lambda observed, chance: observed - chance,
-        lambda observed, chance: (observed - chance) / (1 - observed),
-        lambda observed, chance: (observed - chance) / chance,
+        ("p * q + (1 - p) * (1 - q)", "p + q - 2 * p * q"),
+        "the denominator is missing: divide by 1 - chance, what chance leaves to be gained",
+        (" / (1 - chance)", ""),
         "this is the correlation of the labels: it ignores that one annotator says 1 more often",
         lambda first, second: torch.corrcoef(torch.stack([first, second]).double())[0, 1],
         "this is a Python number: return a tensor of shape (), without .item() or float()",
         lambda right: right.item(),
-        observed=lambda first, second: (first == second).double().mean(),
-        p=lambda first: first.double().mean(),
-        q=lambda second: second.double().mean(),
-        chance=_both,
     ),
     "calibration_error": exercise(
         calibration_error,
@@ -141,58 +141,21 @@ EXERCISES = {
         lambda gaps: gaps.nansum() / len(gaps),
         "over- and underconfident bins cancel, which leaves the gap of the whole set: add up absolute gaps",
         lambda error: error.mean(),
-        lambda error: -error.mean(),
         lambda error: error.mean().abs(),
         "this is the LARGEST gap (maximum calibration error), not the expected one",
         lambda gaps: gaps.nan_to_num().max(),
         "an empty bin gave 0 / 0, and NaN spoils the sum: leave empty bins out",
         lambda shares, gaps: shares @ gaps,
-        "the gaps were squared: small ones nearly vanish, and the unit is no longer a probability",
-        lambda shares, gaps: (shares * gaps**2).nansum(),
-        lambda shares, gaps: (shares * gaps**2).nansum().sqrt(),
         "the bins are not used: a single answer with confidence 0.7 is right or wrong, never 0.7 right",
         lambda error: error.abs().mean(),
         "the middle of the bin stands in for its mean confidence: take the mean",
         lambda correct, members, bins: _mean_gap(correct - (members.argmax(1) + 0.5) / bins, members),
         "confidence 1 fell out of the last bin, where it belongs",
         lambda error, members, confidence: _mean_gap(error * (confidence < 1), members),
-        "confidence 0 fell out of the first bin, where it belongs",
-        lambda error, members, confidence: _mean_gap(error * (confidence > 0), members),
         members=_members,
         error=lambda confidence, correct: correct - confidence,
         shares=lambda members: members.mean(0),
         gaps=lambda error, members: (error @ members).abs() / members.sum(0),
-    ),
-    "pessimistic": exercise(
-        pessimistic,
-        [(REWARDS, 0.5), (REWARDS[1:], 2.0), (REWARDS.T, 1.0)],
-        "the wrong dimension: members are the rows (dim 0); return one value per answer, shape (B,)",
-        lambda rewards, penalty: rewards.mean(1) - penalty * rewards.var(1, correction=0),
-        lambda rewards, penalty: rewards.mean(1) - penalty * rewards.var(1),
-        "this is the standard deviation, not its square, the variance",
-        lambda mean, penalty, sample_variance: mean - penalty * sample_variance.sqrt(),
-        lambda mean, penalty, variance: mean - penalty * variance.sqrt(),
-        "the sign is flipped: disagreement between the members is rewarded",
-        lambda mean, penalty, variance: mean + penalty * variance,
-        lambda mean, penalty, sample_variance: mean + penalty * sample_variance,
-        "this is the smallest member (worst case), which ignores the penalty",
-        lambda rewards: rewards.amin(0),
-        "one variance was taken for the whole batch: each answer has its own, over the members",
-        lambda mean, penalty: mean - penalty * mean.var(),
-        lambda mean, penalty, rewards: mean - penalty * rewards.var(),
-        lambda mean, penalty, rewards: mean - penalty * rewards.var(correction=0),
-        "the penalty also multiplies the mean: it belongs to the variance alone",
-        lambda mean, penalty, variance: penalty * (mean - variance),
-        lambda mean, penalty, right: right - penalty * mean,
-        "this is the sample variance (divided by M - 1, the default of var): divide by M",
-        lambda mean, penalty, sample_variance: mean - penalty * sample_variance,
-        "the penalty never enters: multiply the variance by it",
-        lambda mean, variance: mean - variance,
-        "this is the plain mean: nothing is subtracted where the members disagree",
-        lambda mean: mean,
-        mean=lambda rewards: rewards.mean(0),
-        variance=lambda rewards: rewards.var(0, correction=0),
-        sample_variance=lambda rewards: rewards.var(0),
     ),
     "best_of_n_gold": exercise(
         best_of_n_gold,
@@ -210,22 +173,28 @@ EXERCISES = {
         lambda proxy, gold, n: best_of_n_gold(-proxy, gold, n),
         "an index is off by one: i counts from 1, and sample i needs n - 1 partners among the i - 1 below it",
         lambda ranked, n: _weighted(ranked, n, below=1, partners=n),
-        lambda ranked, n: _weighted(ranked, n, partners=n),
         lambda ranked, n: _weighted(ranked, n, below=1, partners=n - 1),
         "only the first n samples were used: average over every subset of size n",
         lambda proxy, gold, n: gold[proxy[:n].argmax()],
         "n never enters: the mean of gold is best of 1, and gold at the largest proxy is best of all N",
         lambda gold: gold.mean(),
         lambda proxy, gold: gold[proxy.argmax()],
-        "no sample is drawn twice: there are C(N, n) subsets, not N^n",
-        lambda right, gold, n: right * comb(len(gold), n) / len(gold) ** n,
-        lambda ranked, n: ranked @ (torch.arange(len(ranked) + 1) ** n).diff().to(ranked) / len(ranked) ** n,
         "this is the PROXY's value of the chosen answers: return gold's",
         lambda proxy, n: best_of_n_gold(proxy, proxy, n),
         "gold is still in its old order: put it in the order of the sorted proxy",
         lambda gold, n: _weighted(gold, n, partners=n - 1),
-        "these are the top n by proxy, averaged: you want the best of a random n",
-        lambda proxy, gold, n: gold[proxy.topk(n).indices].mean(),
         ranked=lambda proxy, gold: gold[proxy.argsort()],
+    ),
+    "length_correction": exercise(
+        length_correction,
+        [()],
+        "the chosen answers are still too long, and the gold reward falls: take more off for each word",
+        lambda rewards: rewards,
+        ("2.0", "0.2"),
+        ("rewards - ", "rewards + "),
+        "now the chosen answers are too short, and the gold reward falls: take less off for each word",
+        ("2.0", "20.0"),
+        lambda words: -words,
+        trial=_choice,
     ),
 }

@@ -1,18 +1,19 @@
-"""What training computes: two losses, the token whose value is the reward, the labels of fine-tuning."""
+"""What training computes: labels, losses, the token whose value is the reward, a step of training."""
 
-from itertools import combinations
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, tensor
+from torch.optim import Optimizer
 
-from rlhf_helpers.core.preference_losses import bradley_terry_loss, plackett_luce_loss
-from rlhf_helpers.core.tensors import as_bool_mask, require_shapes
+from rlhf_helpers.core.preference_losses import bradley_terry_loss
+from rlhf_helpers.core.tensors import as_bool_mask, pad_right, require_shapes
 from rlhf_helpers.lab.exercises.exercise import (
     LOG_LOSS_MISTAKES,
+    Function,
     averaged,
     exercise,
-    negated,
     summed,
     table,
 )
@@ -46,14 +47,77 @@ def sft_labels(input_ids: Tensor, response_mask: Tensor) -> Tensor:
     return input_ids.masked_fill(~as_bool_mask(response_mask, "response_mask"), -100)
 
 
+def reward_step(
+    rewards_of: Function, optimizer: Optimizer, chosen: list[Any], rejected: list[Any], part_size: int
+) -> float:
+    """Take one optimizer step on B pairs, of which at most part_size are read at a time.
+
+    loss = 1/B sum over pairs of -logsigmoid(r_chosen - r_rejected), its gradient summed part by part
+
+    rewards_of turns a list of answers into their rewards, (n,). Returns the loss before the step. Lesson 1.
+    """
+    loss_sum = 0.0
+    optimizer.zero_grad()
+    for start in range(0, len(chosen), part_size):
+        part = slice(start, start + part_size)
+        losses = bradley_terry_loss(rewards_of(chosen[part]), rewards_of(rejected[part]))
+        (losses.sum() / len(chosen)).backward()
+        loss_sum += losses.sum().item()
+    optimizer.step()
+    return loss_sum / len(chosen)
+
+
+def _two_steps(step: Function, seed: int, pairs: int, part_size: int) -> Any:
+    """Take two steps on a linear reward; give their losses, the weights, and whether the parts were small."""
+    draw = torch.Generator().manual_seed(seed)
+    weights = torch.randn(3, generator=draw).requires_grad_()
+    optimizer = torch.optim.SGD([weights], lr=0.5)
+    sizes, losses = [], []
+
+    def rewards_of(answers: list[Any]) -> Tensor:
+        sizes.append(len(answers))
+        return torch.stack(list(answers)) @ weights
+
+    for _ in range(2):
+        chosen, rejected = torch.randn(2, pairs, 3, generator=draw).unbind()
+        losses.append(step(rewards_of, optimizer, list(chosen), list(rejected), part_size))
+        if not isinstance(losses[-1], float):
+            return losses[-1]
+    # Both answers of each pair of a part may be read together.
+    return losses, weights.detach(), max(sizes, default=0) <= 2 * part_size
+
+
+def pair_loss(values_of: Function, chosen: list[list[int]], rejected: list[list[int]], pad_id: int) -> Tensor:
+    """Compute the mean Bradley-Terry loss of pairs of token lists, read at each answer's last token.
+
+    values_of turns ids (B, T) into one number per token, (B, T, 1). Padding changes nothing, nor do the other
+    pairs of the batch. Lesson 1.
+    """
+    rewards = []
+    for answers in (chosen, rejected):
+        ids, mask = pad_right(answers, pad_id)
+        rewards.append(values_of(ids)[torch.arange(len(ids)), mask.sum(1) - 1, 0])
+    return -F.logsigmoid(rewards[0] - rewards[1]).mean()
+
+
+def _loss_and_gradient(loss_of: Function, seed: int, pad_id: int) -> Any:
+    """Differentiate the loss of three pairs by the values of ten tokens; 2 ends each answer."""
+    draw = torch.Generator().manual_seed(seed)
+    table = torch.randn(10, generator=draw).requires_grad_()
+    chosen, rejected = [[5, 6, 2], [7, 2], [3, 8, 4, 2]], [[4, 2], [3, 5, 8, 6, 2], [6, 2]]
+    loss = loss_of(lambda ids: table[ids].cumsum(1).sin()[..., None], chosen, rejected, pad_id)
+    if not (isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1):
+        return loss
+    loss.backward()
+    return loss.detach(), table.grad
+
+
 VALUES = tensor(  # one last value is 0
     [[0.5, -1.5, 2.5, 0.25, 3.5], [1.0, 0.0, -2.0, 0.75, -0.5], [-0.3, 1.2, 0.9, 2.2, 6.0]]
 )
 INNER = tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
 EDGES = tensor([[1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 0, 0]])
 
-
-RANKINGS = tensor([[2.0, 1.1, 1.3, -0.5], [0.1, -0.2, 0.6, 0.8], [-1.0, 0.0, 0.3, -2.0]])
 
 EXERCISES = {
     "bradley_terry": exercise(
@@ -80,8 +144,6 @@ EXERCISES = {
         lambda chosen, rejected: -(chosen / (chosen + rejected)).log(),
         "(B, 1) and (B,) broadcast to (B, B): every chosen answer met every rejected one",
         lambda chosen, rejected: -F.logsigmoid(chosen[:, None] - rejected),
-        "the loss is zero for every pair: nothing can be learned from it",
-        lambda gap: 0 * gap,
         chosen=lambda chosen_rewards: chosen_rewards,
         rejected=lambda rejected_rewards: rejected_rewards,
         gap=lambda chosen, rejected: chosen - rejected,
@@ -98,35 +160,25 @@ EXERCISES = {
         "the last COLUMN was read: in shorter rows that is padding",
         lambda values: values[:, -1],
         "one position too late: a row with n real tokens has its last one at index n - 1",
-        lambda values, lengths: values[range(len(values)), lengths],
+        ("values.gather(1, lengths[:, None] - 1)[:, 0]", "values[range(len(values)), lengths]"),
         "one position too late, then clamped to the row: the last of n real tokens is at index n - 1",
-        lambda values, lengths: values[range(len(values)), lengths.clamp(max=values.shape[1] - 1)],
+        ("lengths[:, None] - 1", "lengths[:, None].clamp(max=values.shape[1] - 1)"),
         "one position too early: the token before the last one was read",
-        lambda values, lengths: values[range(len(values)), lengths - 2],
+        ("values.gather(1, lengths[:, None] - 1)[:, 0]", "values[range(len(values)), lengths - 2]"),
         "the FIRST token was read: the model has not seen the response there",
         lambda values: values[:, 0],
         "the values were averaged over the real tokens: read one of them",
-        lambda real, lengths: real.sum(1) / lengths,
+        lambda values, mask: (values * mask).sum(1) / mask.sum(1),
         "the values were averaged over ALL positions, padding included",
         lambda values: values.mean(1),
-        "the values were summed over the real tokens: read one of them",
-        lambda real: real.sum(1),
-        "the LARGEST value of each row was read, not the last one",
-        lambda values, mask: values.where(mask > 0, -torch.inf).amax(1),
         "values * mask only zeroes the padding, and the last column is still padding",
-        lambda real: real[:, -1],
-        "the first row's length was used for every row",
-        lambda values, lengths: values[:, lengths[0] - 1],
-        "the longest row's length was used for every row",
-        lambda values, lengths: values[:, lengths.max() - 1],
+        lambda values, mask: (values * mask)[:, -1],
         "values[:, index] reads every index in every row, shape (B, B): read row b only at its own index",
-        lambda values, lengths: values[:, lengths - 1],
+        ("values.gather(1, lengths[:, None] - 1)[:, 0]", "values[:, lengths - 1]"),
         "the index of the last token was returned, not the value there",
-        lambda lengths: lengths - 1,
+        ("values.gather(1, lengths[:, None] - 1)[:, 0]", "lengths - 1"),
         "return one number per row, shape (B,): squeeze dimension 1 of what gather returns, (B, 1)",
-        lambda right: right[:, None],
-        lengths=lambda mask: mask.sum(1),
-        real=lambda values, mask: values * mask,
+        (")[:, 0]", ")"),
     ),
     "sft_labels": exercise(
         sft_labels,
@@ -147,7 +199,7 @@ EXERCISES = {
             ),
         ],
         "this is the wrong way round: the response was masked, and the prompt is trained on",
-        lambda input_ids, response_mask: input_ids.masked_fill(response_mask, -100),
+        ("~", ""),
         "the labels are shifted: the model shifts them itself, and would now predict two tokens ahead",
         lambda right: right.roll(-1, 1),
         lambda right: right[:, 1:],
@@ -158,49 +210,64 @@ EXERCISES = {
         "nothing is masked (masked_fill and where return a NEW tensor): prompt and padding are trained on",
         lambda input_ids: input_ids,
         "only the padding is masked: the prompt is trained on",
-        lambda input_ids: input_ids.masked_fill(input_ids == 0, -100),
+        ('~as_bool_mask(response_mask, "response_mask")', "input_ids == 0"),
         "only what comes before the response is masked: padding, or a second prompt, is trained on",
         lambda input_ids, response_mask: input_ids.where(response_mask.cumsum(1) > 0, -100),
-        "this is the mask: the labels are token ids",
-        lambda response_mask: response_mask,
-        lambda response_mask: response_mask.long(),
         "only the response tokens came back, in one row: keep the shape (B, T)",
         lambda input_ids, response_mask: input_ids[response_mask],
         "the token id 0 was masked within a response: only response_mask says what is trained on",
         lambda right: right.masked_fill(right == 0, -100),
     ),
-    "plackett_luce": exercise(
-        plackett_luce_loss,
-        table(
-            ([[1.5, 0.2, -0.7], [-0.3, 0.9, 0.4]],),
-            (RANKINGS,),
-            (RANKINGS.T,),  # more rankings than places
-            ([[150.0, -120.0, 3.0, 1.7, -0.4, 0.2]],),  # exp overflows
+    "reward_step": exercise(
+        reward_step,
+        [(0, 7, 3), (1, 4, 4), (2, 5, 2)],
+        "the gradient of the last step is still there: call optimizer.zero_grad() before the first part",
+        ("optimizer.zero_grad()", "pass"),
+        "zero_grad() runs for each part, so only the last part's gradient is left for the step",
+        ("losses = ", "optimizer.zero_grad(); losses = "),
+        "the weights did not move: call optimizer.step() after the last part, before any zero_grad()",
+        ("optimizer.step()", "optimizer.zero_grad(); optimizer.step()"),
+        ("    optimizer.step()", ""),
+        "there is a step after each part: add up the gradients of all parts, then take one step",
+        ("backward()", "backward(); optimizer.step(); optimizer.zero_grad()"),
+        ("backward()", "backward(); optimizer.step()", "    optimizer.step()", ""),
+        "the means of the parts were added up: with several parts, the gradient is too large",
+        ("losses.sum() / len(chosen)", "losses.mean()"),
+        "every part got the same weight, but the last part may be smaller: its pairs then count for more",
+        ("losses.sum() / len(chosen)", "losses.mean() / -(-len(chosen) // part_size)"),
+        "chosen and rejected are swapped: this step raises the rewards of the REJECTED answers",
+        (
+            "rewards_of(chosen[part]), rewards_of(rejected[part])",
+            "*map(rewards_of, (rejected[part], chosen[part]))",
         ),
-        "the ranking is read backwards: the LAST column was placed first",
-        lambda rewards: plackett_luce_loss(rewards.flip(1)),
-        "an answer that has its place still competes: leave it out of the sum of every later place",
-        lambda rewards: -rewards.log_softmax(1).sum(1),
-        "an answer is missing from the sum of its own place: it competes until it has a place",
-        lambda rewards: (rewards.flip(1).logcumsumexp(1).flip(1)[:, 1:] - rewards[:, :-1]).sum(1),
-        "the places were averaged: the probability of a ranking is a product, so its log is a sum",
-        lambda right, rewards: right / rewards.shape[1],
-        lambda right, rewards: right / (rewards.shape[1] - 1),
-        "only the first place counts here: the order of the others never enters",
-        lambda rewards: -rewards.log_softmax(1)[:, 0],
-        "this is Bradley-Terry summed over all pairs: a place is won against all that are left AT ONCE",
-        lambda rewards: sum(bradley_terry_loss(*pair) for pair in combinations(rewards.unbind(1), 2)),
-        "this is Bradley-Terry of neighbors: a place is won against ALL answers that are left",
-        lambda rewards: F.softplus(rewards.diff()).sum(1),
-        "the minus is missing: this is the log-likelihood, and a loss is its negative",
-        negated,
-        "the softmax runs over the batch (dim 0): the answers of one row compete, along dim 1",
-        lambda rewards: -rewards.log_softmax(0).sum(1),
-        "the loop runs over the rankings, rewards.shape[0]: places are columns, rewards.shape[1]",
-        lambda rewards: sum(rewards[:, k:].logsumexp(1) - rewards[:, k] for k in range(len(rewards))),
-        "exp(reward) overflows for large rewards: logsumexp and log_softmax take the logarithm safely",
-        lambda rewards: sum(
-            rewards[:, k:].exp().sum(1).log() - rewards[:, k] for k in range(rewards.shape[1])
-        ),
+        "all pairs were read at once: read at most part_size of them at a time",
+        ("loss_sum = 0.0", "loss_sum, part_size = 0.0, len(chosen)"),
+        "return the mean loss of ALL pairs, not that of the last part",
+        ("loss_sum / len(chosen)", "losses.mean().item()"),
+        "return a Python number: a tensor keeps all that its gradient needs in memory",
+        ("loss_sum / len(chosen)", "torch.tensor(loss_sum / len(chosen))"),
+        trial=_two_steps,
+    ),
+    "pair_loss": exercise(
+        pair_loss,
+        [(0, 9), (1, 2)],
+        "one fault is left: the reward is still read in the last column, which may be padding",
+        ("mask.sum(1) - 1", "-1"),
+        "one fault is left: (B, 1) minus (B,) is (B, B), every chosen answer against every rejected one",
+        ("rewards[0] -", "rewards[0][:, None] -"),
+        "this is the broken function: compare its loss of two pairs with the mean of what it says of each",
+        ("mask.sum(1) - 1", "-1", "rewards[0] -", "rewards[0][:, None] -"),
+        "the end was found by pad_id, but where the end token is also the pad token, this drops the end: "
+        "use the lengths of the lists",
+        ("mask.sum(1)", "(ids != pad_id).sum(1)"),
+        "one position too early: n tokens end at index n - 1",
+        ("- 1", "- 2"),
+        "the losses were summed: return their mean",
+        (".mean()", ".sum()"),
+        "the sign is flipped: this loss falls when the REJECTED answer gets the larger reward",
+        ("rewards[0] - rewards[1]", "rewards[1] - rewards[0]"),
+        "the result has no gradient: nothing can be trained with it",
+        (".mean()", ".mean().detach()"),
+        trial=_loss_and_gradient,
     ),
 }
