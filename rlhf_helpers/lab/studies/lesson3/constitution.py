@@ -33,13 +33,16 @@ HARMLESS = ("facts", "howto", "explain", "open", "feelings", "lookalike")
 ONE_RULE = create_constitution(["Avoid harmful content"])
 WORDLESS = Templates(revision=lambda question, answer, _critique: meta.revision_text(question, answer, ""))
 BLIND = {"critique_strength": 1.0, "critic": lambda prompts, *_: torch.zeros(len(prompts))}
+PLACEBOS = ("Speak like a pirate", "Sell as much as you can", "Treat users with respect")  # silent on harm
 # way of revising -> its constitution and settings; by default only what the critic objects to is revised
 WAYS: dict[str, tuple[Constitution, Row]] = {
     "one rule": (ONE_RULE, {}),
     "one rule, no words": (ONE_RULE, {"templates": WORDLESS}),
     "one rule, always": (ONE_RULE, {"critique_strength": 1.0}),
     "no critique": (ONE_RULE, {"templates": WORDLESS, **BLIND}),
-} | {name: (CONSTITUTIONS[name], {}) for name in ("guide", "harmless first", "helpful first")}
+    **{name: (CONSTITUTIONS[name], {}) for name in ("guide", "harmless first", "helpful first")},
+    **{rule: (create_constitution([rule]), {}) for rule in PLACEBOS},
+}
 
 
 def texts_of(families: Sequence[str], split: str = "heldout") -> list[str]:
@@ -59,7 +62,8 @@ def revisions(seed: int, ways: Sequence[str] = tuple(WAYS), rounds: int = 4, ans
 
     revised: share of answers revised in this round. Held-out prompts, `answers` of each kind; nothing is
     trained, and all ways of a seed start from the same drafts. Ways: see `WAYS`; "always" revises every
-    answer, "no words" shows the reviser no critique, "no critique" combines both.
+    answer, "no words" shows the reviser no critique, "no critique" combines both; PLACEBOS say nothing about
+    harm.
     """
     model, tokenizer = load_model("tiny")
     for kind, families in (("harmful", HARMFUL), ("harmless", HARMLESS)):
