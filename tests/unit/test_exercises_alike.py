@@ -17,12 +17,14 @@ NAMES = [name for name, lesson in LESSONS.items() if lesson in (3, 4)]
 
 def changed(out, change):
     """An answer with its numbers changed, one yes or no turned; an index or a text always the same."""
+    if isinstance(out, dict):
+        return {name: changed(value, change) for name, value in out.items()}
     if isinstance(out, tuple | list):
         return type(out)(changed(x, change) for x in out)
     if isinstance(out, torch.Tensor) and out.dtype == torch.bool:
         return out ^ (torch.arange(len(out)) == 1)
     if out is None or isinstance(out, str):
-        return out
+        return "the same" if out else out
     return 0 if isinstance(out, int) else change(out)
 
 

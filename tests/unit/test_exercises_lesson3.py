@@ -8,30 +8,27 @@ import torch
 from rlhf_helpers.lab.exercises import EXERCISES
 
 NAMES = (
+    "critique_round",
     "soft_label",
-    "attack_rate",
-    "swap_scores",
+    "hardening_rows",
+    "guarded_answer",
     "refusal_errors",
-    "bbq_bias",
+    "guard_threshold",
     "next_multiplier",
-    "pareto_front",
-    "hypervolume",
-    "fairest",
-    "patching_effect",
+    "gcg_step",
+    "debate_reward",
 )
 
-
 (
+    critique_round,
     soft_label,
-    attack_rate,
-    swap_scores,
+    hardening_rows,
+    guarded_answer,
     refusal_errors,
-    bbq_bias,
+    guard_threshold,
     next_multiplier,
-    pareto_front,
-    hypervolume,
-    fairest,
-    patching_effect,
+    gcg_step,
+    debate_reward,
 ) = (EXERCISES[name].reference for name in NAMES)
 
 
@@ -53,17 +50,77 @@ def test_soft_label_by_hand():
     assert labels.tolist() == value([0.75, 0.5])
 
 
-def test_attack_rate_by_hand():
-    # 5 of 10, z^2 = 3.8415: centre 0.5, half z sqrt(0.025 + z^2 / 400) / (1 + z^2 / 10) = 0.2634
-    assert attack_rate(5, 10) == pytest.approx((0.5, 0.236593, 0.763407), abs=1e-6)
-    # 0 of n: from 0 to z^2 / (n + z^2)
-    assert attack_rate(0, 12) == pytest.approx((0.0, 0.0, 3.841459 / 15.841459), abs=1e-6)
-    assert all(type(x) is float for x in attack_rate(3, 7))
+def test_critique_round_by_hand():
+    calls = []
+
+    def p_follows(prompt, answer):
+        calls.append(("judge", answer))
+        return len(answer) / 10
+
+    def criticize(prompt, answer):
+        calls.append(("criticize", answer))
+        return "too short"
+
+    def revise(prompt, answer, objection):
+        assert (prompt, objection) == ("Why?", "too short")
+        return answer + "!!"
+
+    assert critique_round("Why?", "No!", p_follows, criticize, revise, 5) == "No!!!!!"
+    judged = ["No!", "No!!!", "No!!!!!"]
+    assert [answer for kind, answer in calls if kind == "judge"] == judged
+    assert [answer for kind, answer in calls if kind == "criticize"] == judged[:2]
+    assert critique_round("Why?", "No!", p_follows, criticize, revise, 1) == "No!!!"
 
 
-def test_swap_scores_by_hand():
-    gradient, tokens = torch.tensor([[0.5, -1.0, 0.25], [2.0, 0.0, -3.0]]), torch.tensor([2, 1])
-    assert swap_scores(gradient, tokens).tolist() == [[0.25, -1.25, 0.0], [2.0, 0.0, -3.0]]
+def test_hardening_rows_by_hand():
+    row = {"prompt": "Please: q", "base_prompt": "q", "response": "Sure.", "success": True}
+    own = {"q": [("Sure.", 0.0), ("No.", 0.5), ("Maybe.", 0.4)]}
+    assert hardening_rows([row, row], own, "Never.") == [{"prompt": "Please: q", "completion": "No."}]
+    assert hardening_rows([row | {"success": False}], own, "Never.") == []
+    assert hardening_rows([row], {"q": own["q"][2:]}, "Never.")[0]["completion"] == "Never."
+
+
+@pytest.mark.parametrize(
+    "p_input, p_output, shown", [(0.9, 0.5, "said"), (0.4, 0.9, "no"), (0.9, 0.4, "no"), (0.9, None, "no")]
+)
+def test_guarded_answer_by_hand(p_input, p_output, shown):
+    asked = []
+
+    def output_check(prompt, answer):
+        asked.append((prompt, answer))
+        return p_output + 0  # None raises TypeError
+
+    answer = guarded_answer("q", lambda prompt: p_input, lambda prompt: "said", output_check, 0.5, "no")
+    assert answer == shown
+    assert asked == ([("q", "said")] if p_input > 0.5 else [])
+
+
+def test_guard_threshold_by_hand():
+    p_safe, harmful = torch.tensor([0.1, 0.2, 0.6, 0.7, 0.9]), torch.tensor([True, False, True, False, False])
+    # Of the three harmless answers, a threshold of 0.6 or 0.7 withholds one (0.2), and 0.9 two.
+    assert guard_threshold(p_safe, harmful, 0.34) == value(0.7)
+    assert guard_threshold(p_safe, harmful, 0.33) == value(0.2)
+
+
+def test_gcg_step_by_hand():
+    tokens, gradient = torch.tensor([0, 1]), torch.tensor([[0.0, -1.0, 2.0], [-3.0, 0.0, -2.0]])
+    tried = []
+
+    def losses_of(rows):
+        tried.extend(rows.tolist())
+        return (rows[:, 1] - 2.0).abs() + rows[:, 0]
+
+    assert gcg_step(tokens, gradient, losses_of, 2).tolist() == [0, 2]
+    assert sorted(tried) == [[0, 0], [0, 1], [0, 2], [1, 1]]
+
+
+def test_debate_reward_by_hand():
+    # odds of 3 : 1 for its own side when read first, and 1 : 1 for the other side when that is read first
+    def odds_of_first(first, second):
+        return torch.tensor([math.log(9.0) if text == "mine" else 0.0 for text in first])
+
+    assert debate_reward(["mine"], ["yours"], odds_of_first).tolist() == value([0.75])
+    assert debate_reward(["yours"], ["mine"], odds_of_first).tolist() == value([0.25])
 
 
 def test_refusal_errors_by_hand():
@@ -75,49 +132,17 @@ def test_refusal_errors_by_hand():
     assert math.isnan(over)
 
 
-def test_bbq_bias_by_hand():
-    # three of the four that name a group name the stereotype
-    rows = [1, 0, 1, 0, 1, -1], [-1, -1], [0, 0, 0], [1, -1, 0]
-    assert [bbq_bias(torch.tensor(row)) for row in rows] == [0.5, -1.0, 0.0, 0.0]
-
-
 def test_next_multiplier_by_hand():
     assert next_multiplier(1.0, 0.75, 0.25, 0.5) == 1.25
     assert [next_multiplier(0.25, cost, 0.5, 1.0) for cost in (0.5, 0.25, 0.0)] == [0.25, 0.0, 0.0]
-
-
-def test_pareto_front_by_hand():
-    points = torch.tensor([[1.0, 3.0], [2.0, 2.0], [2.0, 2.0], [1.0, 2.0], [3.0, 0.0]])
-    assert pareto_front(points).tolist() == [True, True, True, False, True]
-
-
-def test_hypervolume_by_hand():
-    # from (1, 1): 1 x 3 and 3 x 1 share one square of 1 x 1; the others are dominated, or not above (1, 1)
-    points = torch.tensor([[2.0, 4.0], [4.0, 2.0], [2.0, 2.0], [9.0, 1.0], [0.5, 9.0]])
-    assert hypervolume(points, torch.tensor([1.0, 1.0])) == 5.0
-    assert hypervolume(points.requires_grad_(), torch.tensor([1.0, 1.0])) == 5.0
-
-
-def test_fairest_by_hand():
-    utilities = torch.tensor([[0.9, 0.5, 0.5, 0.4], [0.1, 0.5, 0.75, 0.4]])
-    assert fairest(utilities) == 2  # options 1 and 2 leave nobody below 0.5, the second has the larger mean
-    assert type(fairest(utilities)) is int
-
-
-def test_patching_effect_by_hand():
-    effect = patching_effect(*tensors([3.0, 3.0, -1.0], [-1.0, -1.0, 1.0], [1.0, -2.0, -2.0]))
-    assert effect.tolist() == [0.5, -0.25, 1.5]
 
 
 @pytest.mark.parametrize(
     "call, words",
     [
         (lambda: soft_label(*tensors([0.0], [0.0], [0.0], [0.0, 1.0])), r"swapped_logp_b has shape \(2,\)"),
-        (lambda: attack_rate(3, 2), "3 of 2"),
         (lambda: refusal_errors(*tensors([True], [True, False])), r"must_refuse has shape \(2,\)"),
         (lambda: refusal_errors(*tensors([2], [1])), "refused must hold .* got 2"),
-        (lambda: bbq_bias(torch.tensor([1, 2])), r"answers must be -1, 0 or 1.*\[1, 2\]"),
-        (lambda: bbq_bias(torch.tensor([[1, 0]])), "answers must be -1, 0 or 1"),
         (lambda: next_multiplier(-0.1, 1.0, 1.0, 1.0), "multiplier.* -0.1"),
     ],
 )

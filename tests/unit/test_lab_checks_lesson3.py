@@ -1,6 +1,6 @@
 """The checks of lesson 3's exercises, mutation-tested: right answers pass, wrong ones are refused by name."""
 
-import itertools
+import contextlib
 import math
 import re
 
@@ -27,41 +27,6 @@ def share_of_a(a, b):
     return a.exp() / (a.exp() + b.exp())
 
 
-def wilson(s, n, *, z=1.96, parts=(1, 1, 1), m=None):
-    """As the formula stands in the text; each option is one slip."""
-    m = n if m is None else m
-    p = s / n
-    middle = p + parts[0] * z**2 / (2 * m)
-    root = math.sqrt(p * (1 - p) / m + parts[1] * z**2 / (4 * m**2))
-    below = 1 + parts[2] * z**2 / m
-    return p, (middle - z * root) / below, (middle + z * root) / below
-
-
-def wilson_solved(s, n):
-    """The bounds are the two q with (p - q)^2 = z^2 q (1 - q) / n."""
-    p, k = s / n, 1.959963984540054**2 / n
-    low, high = sorted(np.roots([1 + k, -(2 * p + k), p * p]).real)
-    return p, float(low), float(high)
-
-
-def wald(s, n):
-    p = s / n
-    return p, max(0, p - 1.96 * (p * (1 - p) / n) ** 0.5), min(1, p + 1.96 * (p * (1 - p) / n) ** 0.5)
-
-
-def scores_by_loops(gradient, tokens, *, sign=1, own=lambda g, t, tokens: g[t, tokens[t]]):
-    out = torch.zeros_like(gradient)
-    for t in range(gradient.shape[0]):
-        for v in range(gradient.shape[1]):
-            out[t, v] = sign * (gradient[t, v] - own(gradient, t, tokens))
-    return out
-
-
-def scores_by_one_hot(gradient, tokens):
-    one_hot = torch.nn.functional.one_hot(tokens, gradient.shape[1]).to(gradient)
-    return gradient - (gradient * one_hot).sum(1, keepdim=True)
-
-
 def refusals_by_loops(refused, must_refuse, *, missed_when=False, over_when=True, of=None):
     counts = {True: [0, 0], False: [0, 0]}
     for was, must in zip(refused.tolist(), must_refuse.tolist(), strict=True):
@@ -70,68 +35,126 @@ def refusals_by_loops(refused, must_refuse, *, missed_when=False, over_when=True
     return tuple(counts[kind][0] / (of or counts[kind][1]) for kind in (True, False))
 
 
-def bias_by_counts(answers, *, rule=lambda s, a, n: 2 * s / (s + a) - 1, empty=0.0):
-    s, a = sum(answers.tolist().count(x) for x in (1,)), answers.tolist().count(-1)
-    if s + a == 0 and empty is not None:
-        return empty
-    return rule(s, a, len(answers))
-
-
 def dual(multiplier, cost, limit, step_size):
     new = multiplier + step_size * (cost - limit)
     return new if new > 0 else 0
 
 
-def front_by_loops(
-    points, *, everywhere=lambda q, p: all(q >= p), somewhere=lambda q, p: any(q > p), own=False
-):
-    """Each point against every other one; each option is one slip."""
-    front = []
-    for i, p in enumerate(points):
-        rivals = [q for j, q in enumerate(points) if own or j != i]
-        front.append(not any(everywhere(q, p) and somewhere(q, p) for q in rivals))
-    return torch.tensor(front)
+def rounds_by_while(prompt, answer, p_follows, criticize, revise, max_rounds, *, limit=0.5, stale=False):
+    turn, objection = 0, None
+    while turn < max_rounds and p_follows(prompt, answer) <= limit:
+        objection = objection if stale and objection else criticize(prompt, answer)
+        answer = revise(prompt, answer, objection)
+        turn += 1
+    return answer
 
 
-def area_by_sweep(points, reference, *, above=True, running=True, ref=True):
-    """From the right to the left as a beginner writes it; each option is one slip."""
-    x0, y0 = reference.tolist() if ref else (0.0, 0.0)
-    rows = [(x, y) for x, y in points.tolist() if (x > x0 and y > y0) or not above]
-    area, best = 0.0, y0
-    for x, y in sorted(rows, reverse=True):
-        if y > best or not running:
-            area += (x - x0) * (y - best)
-            best = y
-    return area
+def rounds_by_recursion(prompt, answer, p_follows, criticize, revise, max_rounds):
+    if max_rounds == 0 or p_follows(prompt, answer) > 0.5:
+        return answer
+    revised = revise(prompt, answer, criticize(prompt, answer))
+    return rounds_by_recursion(prompt, revised, p_follows, criticize, revise, max_rounds - 1)
 
 
-def area_by_cells(points, reference):
-    """Every cell of the grid of all coordinates counts once if its upper right corner is dominated."""
-    xs, ys = (
-        sorted({r, *(v for v in points[:, k].tolist() if v > r)}) for k, r in enumerate(reference.tolist())
-    )
-    cells = itertools.product(itertools.pairwise(xs), itertools.pairwise(ys))
-    return sum(
-        (x1 - x0) * (y1 - y0)
-        for (x0, x1), (y0, y1) in cells
-        if any(x >= x1 and y >= y1 for x, y in points.tolist())
-    )
+def rounds_without_a_critic(prompt, answer, p_follows, criticize, revise, max_rounds):
+    for _ in range(max_rounds):
+        answer = revise(prompt, answer, criticize(prompt, answer))
+    return answer
 
 
-def fairest_by_sorting(utilities, *, key=lambda column: (min(column), sum(column))):
-    columns = utilities.T.tolist()
-    return max(range(len(columns)), key=lambda k: key(columns[k]))
+def rounds_from_the_draft(prompt, answer, p_follows, criticize, revise, max_rounds):
+    text = answer
+    for _ in range(max_rounds):
+        if p_follows(prompt, text) > 0.5:
+            break
+        text = revise(prompt, answer, criticize(prompt, text))
+    return text
 
 
-def fairest_with_numpy(utilities):
-    table = utilities.numpy()
-    best = np.flatnonzero(table.min(0) == table.min(0).max())
-    return int(best[table[:, best].mean(0).argmax()])
+def safe_or(answers, refusal):
+    ranked = sorted(answers, key=lambda pair: -pair[1])
+    return ranked[0][0] if ranked[0][1] >= 0.5 else refusal
 
 
-def effect_by_rows(clean, corrupted, patched):
-    rows = zip(clean.tolist(), corrupted.tolist(), patched.tolist(), strict=True)
-    return torch.tensor([(p - x) / (c - x) for c, x, p in rows])
+def rows_by_loops(findings, own, refusal, *, won=True, prompt="prompt", once=True, pick=safe_or):
+    rows = []
+    for finding in findings:
+        if won is not None and finding["success"] != won:
+            continue
+        row = {"prompt": finding[prompt], "completion": pick(own[finding["base_prompt"]], refusal)}
+        if not once or all(row["prompt"] != other["prompt"] for other in rows):
+            rows.append(row)
+    return rows
+
+
+def guard_by_steps(prompt, input_check, model, output_check, threshold, fallback, *, failed=0.0):
+    def ask(check, *texts):
+        try:
+            return check(*texts)
+        except Exception:
+            return failed
+
+    if ask(input_check, prompt) < threshold:
+        return fallback
+    answer = model(prompt)
+    return fallback if ask(output_check, prompt, answer) < threshold else answer
+
+
+def guard_open_at_its_end(prompt, input_check, model, output_check, threshold, fallback):
+    def lenient(*texts):
+        try:
+            return output_check(*texts)
+        except Exception:
+            return 1.0
+
+    return guard_by_steps(prompt, input_check, model, lenient, threshold, fallback)
+
+
+def guard_by_loop(prompt, input_check, model, output_check, threshold, fallback):
+    shown = fallback
+    with contextlib.suppress(Exception):
+        if input_check(prompt) >= threshold:
+            said = model(prompt)
+            if output_check(prompt, said) >= threshold:
+                shown = said
+    return shown
+
+
+def threshold_by_loops(p_safe, harmful, max_over, *, count=lambda p, t: p < t, kind=False, pick=max):
+    allowed = []
+    for t in p_safe.tolist():
+        rows = [
+            p for p, h in zip(p_safe.tolist(), harmful.tolist(), strict=True) if h == kind or kind is None
+        ]
+        if sum(count(p, t) for p in rows) / len(rows) <= max_over:
+            allowed.append(t)
+    return pick(allowed)
+
+
+def step_by_loops(tokens, gradient, losses_of, top_k, *, sign=1, pick=torch.argmin):
+    rows = []
+    for t, row in enumerate(gradient):
+        for v in sorted(range(len(row)), key=lambda v: sign * row[v])[:top_k]:
+            rows.append([*tokens[:t].tolist(), v, *tokens[t + 1 :].tolist()])
+    rows = torch.tensor(rows)
+    return rows[pick(losses_of(rows))]
+
+
+def step_one_by_one(tokens, gradient, losses_of, top_k):
+    best, lowest = None, math.inf
+    for t in range(len(tokens)):
+        for v in gradient[t].argsort()[:top_k]:
+            row = tokens.clone()
+            row[t] = v
+            if (loss := losses_of(row[None]).item()) < lowest:
+                best, lowest = row, loss
+    return best
+
+
+def step_in_place(tokens, gradient, losses_of, top_k):
+    best = step_one_by_one(tokens, gradient, losses_of, top_k)
+    tokens[:] = best
+    return tokens
 
 
 RIGHT = {
@@ -141,61 +164,59 @@ RIGHT = {
         lambda a, b, sa, sb: torch.softmax(torch.stack([a + sb, b + sa]) / 2, dim=0)[0],
         lambda a, b, sa, sb: 1 / (1 + torch.exp(((sa - sb) - (a - b)) / 2)),
     ],
-    "attack_rate": [wilson, wilson_solved, lambda s, n: list(wilson(s, n, z=1.959964))],
-    "swap_scores": [
-        scores_by_loops,
-        scores_by_one_hot,
-        lambda g, tokens: g - g[torch.arange(len(tokens)), tokens].unsqueeze(1),
-        lambda g, tokens: torch.stack([row - row[token] for row, token in zip(g, tokens, strict=True)]),
-    ],
     "refusal_errors": [
         refusals_by_loops,
         lambda r, m: ((~r[m]).float().mean().item(), r[~m].float().mean().item()),
         lambda r, m: (((~r & m).sum() / m.sum()).item(), ((r & ~m).sum() / (~m).sum()).item()),
         lambda r, m: (1 - np.mean(r.numpy()[m.numpy()]), np.mean(r.numpy()[~m.numpy()])),
     ],
-    "bbq_bias": [
-        bias_by_counts,
-        lambda x: ((x == 1).sum() / (x != 0).sum() * 2 - 1).item() if (x != 0).any() else 0,
-        lambda x: x.sum().item() / max(1, x.abs().sum().item()),
-        lambda x: float(torch.nan_to_num(x[x != 0].float().mean(), nan=0.0)),
-    ],
     "next_multiplier": [
         dual,
         lambda m, cost, limit, step: max(0, m + step * (cost - limit)),
         lambda m, cost, limit, step: torch.relu(torch.tensor(m - step * (limit - cost))).item(),
     ],
-    "pareto_front": [
-        front_by_loops,
-        lambda p: ~((p[:, None] >= p).all(2) & (p[:, None] > p).any(2)).any(0),
-        lambda p: torch.tensor([not ((p >= q).all(1) & (p > q).any(1)).any() for q in p]),
-        lambda p: torch.from_numpy(
-            np.array([not np.any(np.all(p.numpy() >= q, 1) & np.any(p.numpy() > q, 1)) for q in p.numpy()])
+    "critique_round": [
+        rounds_by_while,
+        rounds_by_recursion,
+        lambda p, a, judge, criticize, revise, n: rounds_by_while(p, a, judge, criticize, revise, int(n)),
+    ],
+    "hardening_rows": [
+        rows_by_loops,
+        lambda findings, own, refusal: list(
+            {
+                f["prompt"]: {"prompt": f["prompt"], "completion": safe_or(own[f["base_prompt"]], refusal)}
+                for f in findings
+                if f["success"]
+            }.values()
+        ),
+        lambda findings, own, refusal: [
+            {"prompt": a, "completion": safe_or(own[q], refusal)}
+            for a, q in dict.fromkeys((f["prompt"], f["base_prompt"]) for f in findings if f["success"])
+        ],
+    ],
+    "guarded_answer": [
+        guard_by_steps,
+        guard_by_loop,
+        lambda *parts: guard_by_steps(*parts[:5], fallback=parts[5]),
+    ],
+    "guard_threshold": [
+        threshold_by_loops,
+        lambda p, h, limit: sorted(t for t in p.tolist() if sum(p[~h] < t) <= limit * sum(~h))[-1],
+        lambda p, h, limit: p[torch.stack([(p[~h] < t).double().mean() <= limit for t in p])].max().item(),
+    ],
+    "gcg_step": [
+        step_by_loops,
+        step_one_by_one,
+        lambda tokens, g, losses, k: step_by_loops(tokens, g - g.gather(1, tokens[:, None]), losses, k),
+    ],
+    "debate_reward": [
+        lambda own, other, odds: torch.sigmoid(0.5 * odds(own, other) - 0.5 * odds(other, own)),
+        lambda own, other, odds: 1 / (1 + torch.exp((odds(other, own) - odds(own, other)) / 2)),
+        lambda own, other, odds: torch.cat(
+            [torch.sigmoid((odds([x], [y]) - odds([y], [x])) / 2) for x, y in zip(own, other, strict=True)]
         ),
     ],
-    "hypervolume": [
-        area_by_sweep,
-        area_by_cells,
-        lambda p, ref: area_by_sweep(p.flip(1), ref.flip(0)),
-        lambda p, ref: area_by_sweep(p[front_by_loops(p)], ref),
-    ],
-    "fairest": [
-        fairest_by_sorting,
-        fairest_with_numpy,
-        lambda u: (u.amin(0) + 1e-4 * u.mean(0)).argmax().item(),
-    ],
-    "patching_effect": [
-        effect_by_rows,
-        lambda c, x, p: (p - x) / (c - x),
-        lambda c, x, p: (x - p).div(x - c),
-        lambda c, x, p: 1 - (c - p) / (c - x),
-    ],
 }
-
-
-def bias_without_a_guard(answers):
-    stereotype = (answers == 1).sum()
-    return (2 * stereotype / (answers != 0).sum() - 1).item()
 
 
 WRONG = {  # written as a beginner would, not as the package writes them; with the word that names the mistake
@@ -208,9 +229,9 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda a, b, sa, sb: (share_of_a(a, b) + share_of_a(sb, sa)) / 2, "PROBABILITIES were averaged"),
         (lambda a, b, sa, sb: (share_of_a(a, b) + 1 - share_of_a(sa, sb)) / 2, "PROBABILITIES were averaged"),
         (lambda *given: label_by_rows(*given, half=1), "summed, not averaged"),
-        (lambda *given: label_by_rows(*given, half=-2), "OTHER answer"),
-        (lambda a, b, sa, sb: 1 - share_of_a(a + sb, b + sa), "OTHER answer"),
-        (lambda *given: label_by_rows(*given, hard=True), "hard label"),
+        (lambda *given: label_by_rows(*given, half=-2), "OTHER text"),
+        (lambda a, b, sa, sb: 1 - share_of_a(a + sb, b + sa), "OTHER text"),
+        (lambda *given: label_by_rows(*given, hard=True), "0 or 1"),
         (lambda a, b, sa, sb: 0.5 * ((a - b) + (sb - sa)), "log-odds"),
         (lambda a, b, sa, sb: (a - b) - (sa - sb), "log-odds"),
         (lambda *given: label_by_rows(*given).log(), "logarithm"),
@@ -222,52 +243,6 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda a, b, sa, sb: (share_of_a(a, b) > 0.5) & (share_of_a(sb, sa) > 0.5), "expected .* got"),
         (lambda a, b, sa, sb: 1 / (1 + math.exp(-(a - b))), "raised"),
     ],
-    "attack_rate": [
-        (wald, "Wald"),
-        (lambda s, n: wilson(s, n, parts=(0, 0, 0)), "Wald"),
-        (lambda s, n: wilson(s, n, z=1), "z is not that of 95 %"),
-        (lambda s, n: wilson(s, n, z=1.645), "z is not that of 95 %"),
-        (lambda s, n: wilson(s, n, z=2), "z is not that of 95 %"),
-        (lambda s, n: wilson(s, n, m=n - 1), "n - 1"),
-        (lambda s, n: tuple(round(100 * x, 2) for x in wilson(s, n)), "percent|expected"),
-        (lambda s, n: [x * 100 for x in wilson(s, n)], "percent"),
-        (lambda s, n: wilson(s, n, parts=(1, 1, 0)), "not divided by"),
-        (lambda s, n: wilson(s, n, parts=(0, 1, 1)), "moves the centre"),
-        (lambda s, n: wilson(s, n, parts=(1, 0, 1)), "under the root"),
-        (lambda s, n: ((s + 1.96**2 / 2) / (n + 1.96**2), *wilson(s, n)[1:]), "interval's centre"),
-        (lambda s, n: (wilson(s, n)[1], wilson(s, n)[0], wilson(s, n)[2]), "the order is"),
-        (lambda s, n: wilson(s, n)[1:], "three numbers in a row"),
-        (lambda s, n: (s / n, wilson(s, n)[1:]), "three numbers in a row"),
-        (lambda s, n: s / n, "only the rate"),
-        (lambda s, n: tuple(torch.tensor(x) for x in wilson(s, n)), "these are tensors"),
-        (lambda s, n: torch.tensor(wilson(s, n)), "these are tensors"),
-        (lambda s, n: wilson(s, n) if s else (0, 0, 0), "expected .* got"),
-        (lambda s, n: wilson(s + 1, n + 2), "expected .* got"),
-        (lambda s, n: wilson(n - s, n), "expected .* got"),
-        (lambda s, n: wilson(n, s), "raised"),
-        (lambda s, n: torch.sqrt(s / n), "raised TypeError"),
-    ],
-    "swap_scores": [
-        (lambda *given: scores_by_loops(*given, sign=-1), "sign is flipped"),
-        (lambda g, tokens: g.clone(), "own gradient was not subtracted"),
-        (lambda g, tokens: -1 * g, "own gradient was not subtracted"),
-        (lambda g, tokens: g + g.gather(1, tokens.unsqueeze(1)), "was added"),
-        (lambda *given: scores_by_loops(*given, own=lambda g, t, tokens: g[tokens[t], t]), "wrong row"),
-        (lambda g, tokens: g - torch.index_select(g, 0, tokens), "wrong row"),
-        (lambda g, tokens: g - g.gather(1, tokens[:, None]).squeeze(), r"shape \(T, 1\)"),
-        (lambda g, tokens: g - torch.index_select(g, 1, tokens), "whole columns"),
-        (lambda g, tokens: g.gather(1, tokens[:, None]).squeeze(1), "alone"),
-        (lambda *given: torch.abs(scores_by_loops(*given)), "sign of the scores is lost"),
-        (lambda *given: scores_by_loops(*given).argmin(dim=-1), "only the best token of each row"),
-        (lambda *given: scores_by_loops(*given).min(1).values, "only the best token of each row"),
-        (lambda g, tokens: g - g.mean(-1)[:, None], "mean .* of the row"),
-        (lambda g, tokens: scores_by_loops(g / g.norm(dim=1, keepdim=True), tokens), "scaled on the way"),
-        (lambda *given: scores_by_loops(*given).clamp(max=0), "swaps that hurt"),
-        (lambda *given: scores_by_loops(*given).topk(2, largest=False).indices, "expected .* got"),
-        (lambda *given: scores_by_loops(*given, own=lambda g, t, tokens: g[t, tokens[0]]), "expected .* got"),
-        (lambda *given: scores_by_loops(*given).T, "expected .* got"),
-        (lambda g, tokens: g - g.gather(1, tokens), "raised RuntimeError"),
-    ],
     "refusal_errors": [
         (lambda *given: (refusals_by_loops(*given)[1], refusals_by_loops(*given)[0]), "are swapped"),
         (lambda r, m: refusals_by_loops(r, ~m, missed_when=True, over_when=False), "are swapped"),
@@ -275,169 +250,167 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda r, m: ((~r & m).float().mean().item(), (r & ~m).float().mean().item()), "ALL prompts"),
         (lambda r, m: refusals_by_loops(r, m, missed_when=True), "missed is its complement"),
         (lambda r, m: refusals_by_loops(r, m, over_when=False), "over is its complement"),
-        (lambda r, m: refusals_by_loops(r, m, missed_when=True, over_when=False), "that went right"),
         (lambda r, m: ((~r).float().mean().item(), r.float().mean().item()), "plays no part"),
         (lambda r, m: (m[~r].float().mean().item(), (~m)[r].float().mean().item()), "is reversed"),
-        (lambda r, m: ((~m)[r].float().mean().item(), m[~r].float().mean().item()), "is reversed"),
         (lambda r, m: ((m & ~r).sum().item(), (r & ~m).sum().item()), "these are counts"),
         (lambda r, m: refusals_by_loops(r, m, of=1), "these are counts"),
         (lambda r, m: 1 - (r == m).float().mean().item(), "one number"),
         (lambda r, m: ((~r[m]).float().mean(), r[~m].float().mean()), "these are tensors"),
-        (lambda r, m: torch.tensor(refusals_by_loops(r, m)), "these are tensors"),
         (lambda r, m: (refusals_by_loops(r, m)[0],), "expected .* got"),
         (lambda r, m: tuple(100 * x for x in refusals_by_loops(r, m)), "expected .* got"),
         (lambda r, m: (r[m] == False).mean().item(), "raised RuntimeError"),  # noqa: E712
-    ],
-    "bbq_bias": [
-        (bias_without_a_guard, "0 / 0"),
-        (lambda x: bias_by_counts(x, empty=None), "0 / 0"),
-        (lambda x: x[x != 0].float().mean().item(), "0 / 0"),
-        (lambda x: 2 * (x == 1).sum().item() / max(1, (x != 0).sum().item()) - 1, "-1, the strongest"),
-        (lambda x: bias_by_counts(x, rule=lambda s, a, n: 2 * s / n - 1), "unknown answers were counted"),
-        (lambda x: 2 * (x == 1).float().mean().item() - 1, "unknown answers were counted"),
-        (lambda x: x.float().mean().item(), "mean of all answers"),
-        (lambda x: bias_by_counts(x, rule=lambda s, a, n: s / (s + a)), "2 x - 1 is missing"),
-        (lambda x: bias_by_counts(x, rule=lambda s, a, n: s / (s + a), empty=None), "2 x - 1 is missing"),
-        (lambda x: bias_by_counts(x, rule=lambda s, a, n: 2 * s / (s + a)), "the - 1 is missing"),
-        (lambda x: bias_by_counts(x, rule=lambda s, a, n: s / (s + a) - 1), "the 2 is missing"),
-        (lambda x: bias_by_counts(-x), "anti-stereotypes were counted"),
-        (lambda x: bias_without_a_guard(-x), "anti-stereotypes were counted"),
-        (lambda x: (x == 1).float().mean().item(), "share of all answers"),
-        (lambda x: x.sum().item(), "this is a count"),
-        (lambda x: abs(bias_by_counts(x)), "direction is lost"),
-        (lambda x: torch.tensor(bias_by_counts(x)), "this is a tensor"),
-        (lambda x: bias_by_counts(x, rule=lambda s, a, n: s / max(a, 1)), "expected .* got"),
-        (lambda x: bias_by_counts(x, empty=0.5), "expected .* got"),
-        (lambda x: 2 * x.mean() - 1, "raised RuntimeError"),
     ],
     "next_multiplier": [
         (lambda m, cost, limit, step: m + step * (cost - limit), "fell below 0"),
         (lambda m, cost, limit, step: dual(m, limit, cost, step), "sign is flipped"),
         (lambda m, cost, limit, step: m + step * (limit - cost), "sign is flipped"),
         (lambda m, cost, limit, step: dual(m, cost, limit, 1), "step_size never enters"),
-        (lambda m, cost, limit, step: min(0, m + step * (cost - limit)), "min stands"),
+        (lambda m, cost, limit, step: min(0, m + step * (cost - limit)), "expected .* got"),
         (lambda m, cost, limit, step: m * max(0, 1 + step * (cost - limit)), "was multiplied"),
-        (lambda m, cost, limit, step: m * math.exp(step * (cost - limit)), "was multiplied"),
+        (lambda m, cost, limit, step: m * math.exp(step * (cost - limit)), "expected .* got"),
         (lambda m, cost, limit, step: m + max(0, step * (cost - limit)), "the STEP was kept"),
         (lambda m, cost, limit, step: m + step * (cost - limit) if cost > limit else m, "the STEP was kept"),
         (lambda m, cost, limit, step: dual(0, cost, limit, step), "forgotten"),
         (lambda m, cost, limit, step: dual(m, cost, 0, step), "limit never enters"),
-        (lambda m, cost, limit, step: dual(m, cost / limit, 1, step), "divided by its limit"),
-        (lambda m, cost, limit, step: max(0, step * (m + cost - limit)), "scales the old multiplier"),
-        (lambda m, cost, limit, step: abs(m + step * (cost - limit)), "mirrored"),
-        (lambda m, cost, limit, step: min(1, dual(m, cost, limit, step)), "below 1"),
+        (lambda m, cost, limit, step: dual(m, cost / limit, 1, step), "expected .* got"),
+        (lambda m, cost, limit, step: max(0, step * (m + cost - limit)), "expected .* got"),
+        (lambda m, cost, limit, step: abs(m + step * (cost - limit)), "expected .* got"),
+        (lambda m, cost, limit, step: min(1, dual(m, cost, limit, step)), "expected .* got"),
         (lambda m, cost, limit, step: m * cost - m * limit, "penalty of the loss"),
         (lambda *given: torch.tensor(float(dual(*given))), "this is a tensor"),
         (lambda m, cost, limit, step: m, "expected .* got"),
         (lambda m, cost, limit, step: dual(m, cost, limit, -step) + 0.1, "expected .* got"),
         (lambda m, cost, limit, step: torch.clamp(m + step * (cost - limit), min=0), "raised TypeError"),
     ],
-    "pareto_front": [
-        (lambda p: front_by_loops(p, somewhere=lambda q, p: True), "threw each other out"),
-        (lambda p: ~((p[:, None] >= p).all(2) & ~torch.eye(len(p)).bool()).any(0), "threw each other out"),
-        (lambda p: front_by_loops(p, somewhere=lambda q, p: True, own=True), "dominates itself"),
-        (lambda p: front_by_loops(p, everywhere=lambda q, p: all(q > p)), "not all need be better"),
+    "critique_round": [
         (
-            lambda p: front_by_loops(
-                p, everywhere=lambda q, p: all(q <= p), somewhere=lambda q, p: any(q < p)
-            ),
-            "the other side",
+            lambda p, a, judge, criticize, revise, n: revise(p, a, criticize(p, a)),
+            "expected .* got",
         ),
-        (lambda p: ~((p[:, None] >= p).all(2) & (p[:, None] > p).any(2)).any(1), "the other side"),
-        (lambda p: p.sum(1) >= p.sum(1).max(), "largest sum"),
-        (lambda p: p.mean(1) == p.mean(1).max(), "largest sum"),
-        (lambda p: p[:, 0] >= p[:, 0].max(), "only some of the objectives"),
-        (lambda p: front_by_loops(p[:, :2]), "only some of the objectives"),
-        (lambda p: sum(p[:, k] == max(p[:, k]) for k in range(p.shape[1])) > 0, "only the best of each"),
-        (lambda p: front_by_loops(p, everywhere=lambda q, p: True), "better in ANY"),
-        (lambda p: torch.logical_not(front_by_loops(p)), "ARE dominated"),
-        (lambda p: ((p[:, None] >= p).all(2) & (p[:, None] > p).any(2)).any(1), "dominate some other"),
+        (rounds_without_a_critic, "with which the critic is satisfied"),
+        (rounds_from_the_draft, "draft 0, revised after: objection to draft 1"),
+        (lambda *given: rounds_by_while(*given, stale=True), "draft 1, revised after: objection to draft 0"),
+        (lambda *given: rounds_by_while(*given[:5], 99), "max_rounds is not kept"),
+        (lambda *given: rounds_by_while(*given[:5], given[5] - 1), "max_rounds is not kept"),
+        (lambda *given: rounds_by_while(*given[:5], 1), "this is one round"),
         (
-            lambda p: torch.tensor(
-                [
-                    bool(f) and q.tolist() not in p[:i].tolist()
-                    for i, (f, q) in enumerate(zip(front_by_loops(p), p, strict=True))
-                ]
+            lambda p, a, judge, criticize, revise, n: (
+                rounds_by_while(p, a, judge, criticize, revise, n) and a
             ),
-            "only one was kept",
+            "the draft came back",
         ),
-        (lambda p: torch.where(front_by_loops(p))[0], "these are indices"),
-        (lambda p: p[front_by_loops(p)], "points themselves"),
-        (lambda p: front_by_loops(p).int(), "these are numbers"),
-        (lambda p: front_by_loops(p).float(), "these are numbers"),
-        (lambda p: front_by_loops(p).tolist(), "expected .* got"),
-        (lambda p: front_by_loops(p).numpy(), "expected .* got"),
-        (lambda p: (p > 0.2).all(1), "expected .* got"),
-        (lambda p: front_by_loops(p.T), "expected .* got"),
-        (lambda p: p.all(p), "raised TypeError"),
+        (lambda *given: rounds_by_while(*given, limit=0.4999), "at exactly 0.5"),
+        (
+            lambda p, a, judge, criticize, revise, n: rounds_by_while(a, p, judge, criticize, revise, n),
+            "asked about the prompt 'draft 0'",
+        ),
+        (lambda *given: (rounds_by_while(*given), 1), "expected .* got"),
+        (lambda *given: None, "is a return missing"),
     ],
-    "hypervolume": [
-        (lambda p, ref: sum(max(0, x - ref[0]) * max(0, y - ref[1]) for x, y in p).item(), "were summed"),
-        (lambda p, ref: ((p - ref)[:, 0] * (p - ref)[:, 1]).sum().item(), "were summed"),
-        (lambda p, ref: (p[front_by_loops(p)] - ref).relu().prod(1).sum().item(), "were summed"),
-        (lambda p, ref: ((p[:, 0].max() - ref[0]) * (p[:, 1].max() - ref[1])).item(), "bounding box"),
-        (lambda p, ref: area_by_sweep(p, ref, ref=False), "reference never enters"),
-        (lambda p, ref: (p - ref).clamp(min=0).prod(-1).max().item(), "largest rectangle"),
-        (lambda p, ref: area_by_sweep(p, ref, running=False), "dominated points moved"),
-        (lambda p, ref: area_by_sweep(p, ref, running=False, above=False), "dominated points moved"),
-        (lambda p, ref: area_by_sweep(p, ref, above=False), "with a sign"),
-        (lambda p, ref: area_by_sweep(p[front_by_loops(p)], ref, above=False, running=False), "with a sign"),
-        (lambda p, ref: torch.tensor(area_by_sweep(p, ref)), "this is a tensor"),
-        (lambda p, ref: torch.prod(p.max(0).values - ref).item() - area_by_sweep(p, ref), "NOT dominated"),
-        (lambda p, ref: area_by_sweep(p, ref) / torch.prod(p.max(0).values - ref).item(), "share of the"),
-        (lambda p, ref: area_by_sweep(-p, -ref), "lower was taken as better"),
-        (lambda p, ref: area_by_sweep(p, ref) / len(p), "expected .* got"),
-        (lambda p, ref: area_by_sweep(p, ref - 0.01), "expected .* got"),
-        (lambda p, ref: area_by_sweep(p[1:], ref), "expected .* got"),
-        (lambda p, ref: p - ref[:, None], "raised RuntimeError"),
+    "hardening_rows": [
+        (lambda *given: rows_by_loops(*given, won=None), "ALL attacks"),
+        (lambda *given: rows_by_loops(*given, won=False), "that FAILED"),
+        (lambda *given: rows_by_loops(*given, once=False), "has two rows"),
+        (lambda *given: rows_by_loops(*given, prompt="base_prompt"), "plain request"),
+        (lambda *given: rows_by_loops(*given, pick=lambda answers, refusal: refusal), "is the fixed refusal"),
+        (
+            lambda *given: rows_by_loops(
+                *given, pick=lambda answers, refusal: max(answers, key=lambda x: x[1])[0]
+            ),
+            "below 0.5 is not safe",
+        ),
+        (lambda *given: rows_by_loops(*given, pick=lambda answers, refusal: answers[0][0]), "not the safest"),
+        (
+            lambda *given: rows_by_loops(
+                *given, pick=lambda answers, refusal: min(answers, key=lambda x: x[1])[0]
+            ),
+            "not the safest",
+        ),
+        (
+            lambda findings, own, refusal: [
+                {"prompt": f["prompt"], "completion": f["response"]} for f in findings if f["success"]
+            ],
+            "this trains the harm",
+        ),
+        (lambda *given: [tuple(row.values()) for row in rows_by_loops(*given)], "expected .* got"),
+        (lambda *given: rows_by_loops(*given)[::-1], "expected .* got"),
+        (lambda findings, own, refusal: [f for f in findings if f["success"]], "expected .* got"),
     ],
-    "fairest": [
-        (lambda u: fairest_by_sorting(u, key=sum), r"mean \(or sum\)"),
-        (lambda u: u.sum(0).argmax().item(), r"mean \(or sum\)"),
-        (lambda u: fairest_by_sorting(u, key=math.prod), "product"),
-        (lambda u: u.min(0).values.argmin().item(), "WORST off"),
-        (lambda u: fairest_by_sorting(u, key=max), "BEST-off"),
-        (lambda u: u.min(1).values.argmax().item(), "wrong dimension"),
-        (lambda u: fairest_by_sorting(u, key=min), "a tie went to the first"),
-        (lambda u: u.min(dim=0).values.max(dim=0).indices.item(), "a tie went to the first"),
-        (lambda u: u.shape[1] - 1 - u.min(0).values.flip(0).argmax().item(), "first or the last"),
-        (lambda u: fairest_by_sorting(u, key=lambda column: (min(column), -sum(column))), "SMALLER mean"),
-        (lambda u: fairest_by_sorting(u, key=lambda column: (min(column), max(column))), "largest single"),
-        (lambda u: u[u.sum(1).argmin()].argmax().item(), "called the poorest"),
-        (lambda u: fairest_by_sorting(u, key=lambda column: min(column) - max(column)), "most EQUAL"),
-        (lambda u: u.std(0).argmin().item(), "most EQUAL"),
-        (lambda u: u.argmax(1).mode().values.item(), "counts votes"),
-        (lambda u: fairest_by_sorting(u, key=lambda column: sorted(column)[1]), "median group"),
-        (lambda u: (u.min(0).values + u.mean(0)).argmax().item(), "only settles ties"),
-        (lambda u: u.min(0).values.max().item(), "this is a utility"),
-        (lambda u: fairest_by_sorting(u) + 1, "counted from 0"),
-        (lambda u: torch.tensor(fairest_by_sorting(u)), "this is a tensor"),
-        (lambda u: float(fairest_by_sorting(u)), "expected .* got"),
-        (lambda u: [fairest_by_sorting(u)], "expected .* got"),
-        (lambda u: (u.min(0).values == u.min(0).values.max()).nonzero(), "expected .* got"),
-        (lambda u: int(u.amin(0)), "raised ValueError|raised RuntimeError"),
+    "guarded_answer": [
+        (lambda *parts: parts[-1], "all it ever says"),
+        (lambda p, check, model, *rest: model(p), "although the input check had stopped"),
+        (
+            lambda p, check, model, out, t, no: guard_by_steps(p, check, model, lambda *_: 1.0, t, no),
+            "never checked",
+        ),
+        (
+            lambda p, check, model, out, t, fallback: guard_by_steps(
+                p, lambda _: 1.0, model, out, t, fallback
+            ),
+            "although the input check had stopped",
+        ),
+        (guard_open_at_its_end, "lets the answer through"),
+        (lambda *parts: guard_by_steps(*parts, failed=1.0), "expected .* got"),
+        (
+            lambda p, check, model, out, t, no: model(p) if check(p) >= t and out(p, model(p)) >= t else no,
+            "raised ConnectionError",
+        ),
+        (
+            lambda p, check, model, out, t, no: guard_by_steps(p, check, model, out, t + 1e-3, no),
+            "at the thresh",
+        ),
+        (
+            lambda p, check, model, out, t, no: model(p) if check(p) >= t and out(model(p), p) >= t else no,
+            "output_check was asked about 'what the model says' and 'a prompt'",
+        ),
+        (lambda *parts: (guard_by_steps(*parts), "input"), "expected .* got"),
     ],
-    "patching_effect": [
-        (lambda c, x, p: (c - x) / (p - x), "upside down"),
-        (lambda c, x, p: (p - c) / (x - c), "changed places"),
-        (lambda c, x, p: 1 - effect_by_rows(c, x, p), "changed places"),
-        (lambda c, x, p: (x - p) / (c - x), "minus the share"),
-        (lambda c, x, p: (p - c) / (c - x), "measured from the clean run"),
-        (lambda c, x, p: p - x, "no denominator"),
-        (lambda c, x, p: p / c, "above AND below"),
-        (lambda c, x, p: (p - x) / c, "above AND below"),
-        (lambda c, x, p: (p - x) / x, "divided by the corrupted"),
-        (lambda c, x, p: effect_by_rows(c, x, p).clip(0, 1), "was clamped"),
-        (lambda c, x, p: torch.relu(effect_by_rows(c, x, p)), "was clamped"),
-        (lambda c, x, p: torch.abs(effect_by_rows(c, x, p)), "absolute value"),
-        (lambda c, x, p: (p - x) / torch.abs(c - x), "absolute value"),
-        (lambda c, x, p: effect_by_rows(c, x, p).mean(), "were averaged"),
-        (lambda c, x, p: (p - x) / torch.mean(c - x), "mean gap"),
-        (lambda c, x, p: (p - x) / (c - x + 0.1), "expected .* got"),
-        (lambda c, x, p: 100 * effect_by_rows(c, x, p), "expected .* got"),
-        (lambda c, x, p: effect_by_rows(c, x, p)[:, None], "expected .* got"),
-        (lambda c, x, p: effect_by_rows(c, x, p).numpy(), "expected .* got"),
-        (lambda c, x, p: (p - x) / sum(c - x, 0)[0], "raised IndexError"),
+    "guard_threshold": [
+        (lambda *given: threshold_by_loops(*given, kind=None), "not on all of them"),
+        (lambda *given: threshold_by_loops(*given, kind=True), "share of HARMFUL"),
+        (lambda *given: threshold_by_loops(*given, pick=min), "the lowest threshold"),
+        (lambda p, h, limit: p[~h].quantile(limit).item(), "quantile"),
+        (lambda p, h, limit: p.tolist().index(threshold_by_loops(p, h, limit)), "an index"),
+        (lambda *given: torch.tensor(threshold_by_loops(*given)), "a tensor"),
+        (lambda p, h, limit: threshold_by_loops(p, h, max(0, limit - 1e-3)), "may be reached"),
+        (lambda p, h, limit: 0.5, "expected .* got"),
+        (lambda p, h, limit: p[h].max().item(), "expected .* got"),
+    ],
+    "gcg_step": [
+        (lambda *given: step_by_loops(*given, sign=-1), "LARGEST gradient"),
+        (lambda *given: step_by_loops(*given, pick=torch.argmax), "HIGHEST loss"),
+        (lambda tokens, g, losses, k: g.argmin(1), "at once"),
+        (lambda tokens, g, losses, k: step_by_loops(tokens, g, losses, 1), "only one proposal"),
+        (
+            lambda tokens, g, losses, k: step_by_loops(
+                tokens, g, lambda rows: g.gather(1, rows.T).sum(0) - g.gather(1, tokens[:, None]).sum(), k
+            ),
+            "gradient chose alone",
+        ),
+        (step_in_place, "changes its input tokens"),
+        (lambda *given: step_by_loops(*given).tolist(), "expected .* got"),
+        (lambda tokens, g, losses, k: tokens, "expected .* got"),
+        (lambda tokens, g, losses, k: losses(tokens[None]), "expected .* got"),
+    ],
+    "debate_reward": [
+        (lambda own, other, odds: torch.sigmoid(odds(own, other)), "only one order"),
+        (lambda own, other, odds: torch.sigmoid((odds(own, other) + odds(other, own)) / 2), "ADDED"),
+        (
+            lambda own, other, odds: (odds(own, other).sigmoid() + 1 - odds(other, own).sigmoid()) / 2,
+            "PROBAB",
+        ),
+        (lambda own, other, odds: torch.sigmoid(odds(own, other) - odds(other, own)), "summed"),
+        (lambda own, other, odds: torch.sigmoid((odds(other, own) - odds(own, other)) / 2), "OTHER text"),
+        (lambda own, other, odds: (odds(own, other) > odds(other, own)).float(), "0 or 1"),
+        (lambda own, other, odds: (odds(own, other) - odds(other, own)) / 2, "log-odds"),
+        (
+            lambda own, other, odds: torch.sigmoid((odds(own, other) - odds(other, own)) / 2).mean(),
+            "averaged",
+        ),
+        (
+            lambda own, other, odds: torch.sigmoid((odds(own, other) - odds(other, own)) / 2).tolist(),
+            "expected",
+        ),
     ],
 }
 
@@ -459,5 +432,5 @@ def test_wrong_answers_are_refused_by_name(name, fn, word):
 def test_every_exercise_is_mutation_tested():
     assert set(RIGHT) == set(WRONG) == set(MINE)
     for name in MINE:
-        assert len(RIGHT[name]) >= 2
-        assert len([word for _, word in WRONG[name] if not word.startswith(("expected", "raised"))]) >= 7
+        assert len(RIGHT[name]) >= 3
+        assert len([word for _, word in WRONG[name] if not word.startswith(("expected", "raised"))]) >= 6

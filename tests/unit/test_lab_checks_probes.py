@@ -14,7 +14,6 @@ from rlhf_helpers.lab.checks import judge
 from rlhf_helpers.lab.exercises import EXERCISES
 
 LESSONS = sorted((Path(__file__).parents[2] / "notebooks").glob("0*.ipynb"))
-FIXED_WIDTH = {"hypervolume"}  # of two objectives
 
 
 def probes_of(name):
@@ -36,7 +35,7 @@ MATRICES = [
 def test_rows_and_columns_differ_both_ways(name, k):
     shapes = [tuple(probe[k].shape) for probe in probes_of(name)]
     assert any(rows > columns for rows, columns in shapes)
-    assert name in FIXED_WIDTH or any(rows < columns for rows, columns in shapes)
+    assert any(rows < columns for rows, columns in shapes)
     assert len({columns - rows for rows, columns in shapes}) >= 3  # not always B = K - 1
 
 
@@ -144,13 +143,6 @@ def test_no_decision_hangs_on_the_last_digit():
         assert apart(proxy)
     for rewards, _, _ in probes_of("best_of_n_shares"):
         assert apart(rewards)
-    for (points,) in probes_of("pareto_front"):
-        assert all(apart(column) for column in points.T)
-    for (utilities,) in probes_of("fairest"):
-        worst = utilities.amin(0)
-        tied = utilities[:, worst == worst.max()].mean(0)
-        assert apart(worst)
-        assert len(tied) == 1 or tied.sort().values.diff()[-1] > 1e-3  # the statement settles no second tie
     for rewards, p_safe, threshold in probes_of("pick_answer"):
         known = p_safe[~p_safe.isnan()]
         assert apart(rewards)

@@ -509,7 +509,7 @@ RIGHT["next_beta"] = [
 ]
 
 
-# ---- lesson 3: AI labels, attacks, safety metrics, trade-offs, values, patching
+# ---- lesson 3: AI labels, revisions, hardening, guards, refusals, limits, attacks, debate
 
 
 def soft_label(logp_a, logp_b, swapped_logp_a, swapped_logp_b):
@@ -538,39 +538,6 @@ RIGHT["soft_label"] = [
 ]
 
 
-def wilson(successes, n, z=1.96):
-    p = successes / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
-    return p, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-
-RIGHT["attack_rate"] = [
-    lambda s, n: tuple(np.float32(x) for x in wilson(s, n)),
-    lambda s, n: [s / n, max(0, wilson(s, n)[1]), min(1, wilson(s, n)[2])],
-    lambda s, n: tuple(torch.tensor(wilson(s, n, 1.959964), dtype=torch.float64).tolist()),
-]
-
-
-def swaps(gradient, tokens):
-    return gradient - gradient.gather(1, tokens[:, None])
-
-
-SLIPS["swap_scores"] = {
-    "loop over the shorter side": lambda g, tokens: torch.stack(
-        [g[t] - g[t, tokens[t]] for t in range(min(g.shape))]
-    ),
-    "the current entry at least -1": lambda g, tokens: g - g.gather(1, tokens[:, None]).clamp(min=-1),
-    "squeezed": lambda g, tokens: swaps(g, tokens).squeeze(),
-}
-RIGHT["swap_scores"] = [
-    lambda g, tokens: g - torch.einsum("tv,tv->t", g, F.one_hot(tokens, g.shape[1]).float())[:, None],
-    lambda g, tokens: torch.tensor(
-        [[x - row[k] for x in row] for row, k in zip(g.tolist(), tokens, strict=True)]
-    ),
-    lambda g, tokens: (g.T - g[range(len(g)), tokens]).T,
-]
-
-
 def refusal_rates(refused, must):
     return (~refused[must]).float().mean().item(), refused[~must].float().mean().item()
 
@@ -591,22 +558,6 @@ RIGHT["refusal_errors"] = [
 ]
 
 
-def bias(answers):
-    known = answers[answers != 0].tolist()
-    return sum(known) / len(known) if known else 0.0
-
-
-SLIPS["bbq_bias"] = {
-    "no stereotype denied": lambda x: bias(x) if (x == -1).any() else 0.0,
-    "nothing unknown": lambda x: bias(x) if (x == 0).any() else 1.0,
-}
-RIGHT["bbq_bias"] = [
-    bias,
-    lambda x: np.float32(x.sum() / max(1, (x != 0).sum())),
-    lambda x: 2 * x.tolist().count(1) / (len(x) - x.tolist().count(0)) - 1 if x.any() else 0,
-]
-
-
 def multiplier_after(multiplier, cost, limit, step_size):
     return max(0.0, multiplier + step_size * (cost - limit))
 
@@ -623,110 +574,178 @@ RIGHT["next_multiplier"] = [
 ]
 
 
-def front(points):
-    better_or_equal = (points[:, None] >= points).all(2)
-    return ~(better_or_equal & (points[:, None] > points).any(2)).any(0)
+def revised_once(prompt, answer, criticize, revise):
+    return revise(prompt, answer, criticize(prompt, answer))
 
 
-SLIPS["pareto_front"] = {
-    "negative values are 0": lambda p: front(p.clamp(min=0)),
-    "squeezed": lambda p: front(p).squeeze(),
-    "one point is not undominated": lambda p: front(p) & torch.tensor(len(p) > 1),
-    "three objectives": lambda p: front(p[:, :3]),
-    "positive points only": lambda p: front(p) & (p >= 0).all(1),
+def revised_by_countdown(prompt, answer, p_follows, criticize, revise, max_rounds):
+    while max_rounds and not p_follows(prompt, answer) > 0.5:
+        answer, max_rounds = revised_once(prompt, answer, criticize, revise), max_rounds - 1
+    return answer
+
+
+def revised_with_history(prompt, answer, p_follows, criticize, revise, max_rounds):
+    drafts = [answer]
+    while len(drafts) <= max_rounds and p_follows(prompt, drafts[-1]) <= 0.5:
+        drafts.append(revised_once(prompt, drafts[-1], criticize, revise))
+    return drafts[-1]
+
+
+def revised_with_a_flag(prompt, answer, p_follows, criticize, revise, max_rounds):
+    satisfied = False
+    for _ in range(max_rounds):
+        satisfied = satisfied or p_follows(prompt, answer) > 0.5
+        if not satisfied:
+            answer = revised_once(prompt, answer, criticize, revise)
+    return answer
+
+
+SLIPS["critique_round"] = {
+    "always two rounds": lambda *given: revised_by_countdown(*given[:5], 2),
+    "no rounds": lambda *given: revised_by_countdown(*given[:5], 0),
 }
-RIGHT["pareto_front"] = [
-    lambda p: torch.tensor([not any(all(q >= r) and any(q > r) for q in p) for r in p]),
-    lambda p: torch.tensor(
-        [all(any(a < b for a, b in zip(q, r, strict=True)) or q == r for q in p.tolist()) for r in p.tolist()]
+RIGHT["critique_round"] = [revised_by_countdown, revised_with_history, revised_with_a_flag]
+
+
+def rows_by_request(findings, own_answers, refusal):
+    best = {q: max(a, key=lambda pair: pair[1]) for q, a in own_answers.items()}
+    texts = {q: text if safety >= 0.5 else refusal for q, (text, safety) in best.items()}
+    won = {f["prompt"]: f["base_prompt"] for f in findings if f["success"]}
+    return [{"prompt": attack, "completion": texts[request]} for attack, request in won.items()]
+
+
+def rows_by_pandas(findings, own_answers, refusal):
+    safe = {q: [t for t, s in sorted(a, key=lambda p: -p[1]) if s >= 0.5] for q, a in own_answers.items()}
+    done, rows = set(), []
+    for f in (f for f in findings if f["success"]):
+        if f["prompt"] not in done:
+            rows.append({"completion": (safe[f["base_prompt"]] or [refusal])[0], "prompt": f["prompt"]})
+            done.add(f["prompt"])
+    return rows
+
+
+SLIPS["hardening_rows"] = {
+    "at most two rows": lambda *given: rows_by_request(*given)[:2],
+    "requests that once failed are left out": lambda findings, own, refusal: rows_by_request(
+        [f for f in findings if all(g["success"] for g in findings if g["base_prompt"] == f["base_prompt"])],
+        own,
+        refusal,
     ),
-    lambda p: ((p[None] < p[:, None]).any(2) | (p[None] == p[:, None]).all(2)).all(1),
+}
+RIGHT["hardening_rows"] = [
+    rows_by_request,
+    rows_by_pandas,
+    lambda findings, own, refusal: tuple(rows_by_request(list(findings), dict(own), refusal)),
 ]
 
 
-def area(points, reference, *, top=None):
-    left, bottom = reference.tolist()
-    total, top = 0.0, bottom if top is None else top
-    for x, y in sorted(points.tolist(), reverse=True):
-        if x > left and y > top:
-            total += (x - left) * (y - top)
-            top = y
-    return total
+def guarded(prompt, input_check, model, output_check, threshold, fallback):
+    def safe(check, *texts):
+        try:
+            return check(*texts) >= threshold
+        except Exception:
+            return False
+
+    if not safe(input_check, prompt):
+        return fallback
+    answer = model(prompt)
+    return answer if safe(output_check, prompt, answer) else fallback
 
 
-def area_by_columns(points, reference):
-    left, bottom = reference.tolist()
-    rows = sorted((x, y) for x, y in points.tolist() if x > left and y > bottom)
-    total = 0.0
-    for i, (x, _) in enumerate(rows):
-        total += (x - left) * (max(y for _, y in rows[i:]) - bottom)
-        left = x
-    return total
+def guarded_by_parts(prompt, input_check, model, output_check, threshold, fallback):
+    try:
+        assert input_check(prompt) >= threshold
+        answer = model(prompt)
+        assert output_check(prompt, answer) >= threshold
+    except Exception:
+        answer = fallback
+    return answer
 
 
-def area_by_inclusion(points, reference):
-    sides = (points - reference).clamp(min=0)
-    boxes = range(1, len(points) + 1)
-    groups = itertools.chain(*(itertools.combinations(sides, k) for k in boxes))
-    return sum((-1) ** (len(g) + 1) * torch.stack(g).amin(0).prod().item() for g in groups)
+def guarded_by_else(prompt, input_check, model, output_check, threshold, fallback):
+    try:
+        answer = fallback if input_check(prompt) < threshold else model(prompt)
+        unsafe = answer is fallback or output_check(prompt, answer) < threshold
+    except Exception:
+        return fallback
+    else:
+        return fallback if unsafe else answer
 
 
-SLIPS["hypervolume"] = {
-    "fails without a point above": lambda p, ref: (
-        area(p, ref) + 0 * max(x for x, y in p.tolist() if x > ref[0] and y > ref[1])
-    ),
-    "begins at 0": lambda p, ref: area(p, ref, top=max(0.0, ref[1].item())),
-    "negative points are 0": lambda p, ref: area(p.clamp(min=0), ref),
-    "negative references are 0": lambda p, ref: area(p, ref.clamp(min=0)),
-    "equal x becomes one point": lambda p, ref: area(torch.tensor([*dict(p.tolist()).items()]), ref),
-    "one point covers nothing": lambda p, ref: area(p, ref) * (len(p) > 1),
-    "never 0": lambda p, ref: area(p, ref) or 0.001,
-    "counted on a grid of hundredths": lambda p, ref: np.mean(
-        [
-            any(x > a and y > b for x, y in p.tolist()) and a > ref[0] and b > ref[1]
-            for a, b in itertools.product(np.arange(0.005, 1, 0.01), repeat=2)
-        ]
-    ),
+SLIPS["guarded_answer"] = {
+    "one half always": lambda *parts: guarded(*parts[:4], 0.5, parts[5]),
+    "a text of its own": lambda *parts: guarded(*parts[:5], "I cannot help with that."),
 }
-RIGHT["hypervolume"] = [area_by_columns, area_by_inclusion, lambda p, ref: np.float64(area(p.flip(0), ref))]
+RIGHT["guarded_answer"] = [guarded, guarded_by_parts, guarded_by_else]
 
 
-def best_option(key):
-    return lambda u: max(range(u.shape[1]), key=lambda k: key(u[:, k].tolist()))
+def highest_by_rank(p_safe, harmful, max_over):
+    harmless = p_safe[~harmful].sort().values
+    lost = torch.searchsorted(harmless, p_safe)
+    return p_safe[lost <= max_over * len(harmless)].max().item()
 
 
-SLIPS["fairest"] = {
-    "ties by the next-worst group": best_option(sorted),
-    "ties by the median": best_option(lambda column: (min(column), sorted(column)[len(column) // 2])),
-    "ties by the product": best_option(lambda column: (min(column), math.prod(column))),
-    "minimum rounded": best_option(lambda column: (round(min(column), 1), sum(column))),
-    "absolute utilities": best_option(lambda column: (min(map(abs, column)), sum(column))),
-    "negative utilities are 0": best_option(lambda column: (max(0, min(column)), sum(column))),
-    "a tenth of the sum added": best_option(lambda column: min(column) + 0.1 * sum(column)),
-    "utilities scaled per group": lambda u: best_option(lambda column: (min(column), sum(column)))(
-        u / u.amax(1, keepdim=True)
-    ),
+SLIPS["guard_threshold"] = {
+    "at most 0.9": lambda *given: min(0.9, highest_by_rank(*given)),
 }
-RIGHT["fairest"] = [
-    best_option(lambda column: (min(column), sum(column) / len(column))),
-    lambda u: np.int64(np.lexsort((u.numpy().mean(0), u.numpy().min(0)))[-1]),
-    lambda u: torch.where(u.amin(0) == u.amin(0).max(), u.mean(0), -math.inf).argmax().item(),
+RIGHT["guard_threshold"] = [
+    highest_by_rank,
+    lambda p, h, limit: highest_by_rank(
+        p[~h], h[~h], limit
+    ),  # the best one is the score of a harmless answer
+    lambda p, h, limit: next(
+        t
+        for t in sorted(p.tolist(), reverse=True)
+        if sum(x < t for x in p[~h].tolist()) / sum((~h).tolist()) <= limit
+    ),
 ]
 
 
-def restored(clean, corrupted, patched):
-    return (patched - corrupted) / (clean - corrupted)
+def step_by_argsort(tokens, gradient, losses_of, top_k):
+    proposals = gradient.argsort(1)[:, :top_k]
+    rows = torch.stack([tokens] * proposals.numel())
+    for number, token in enumerate(proposals.flatten()):
+        rows[number, number // top_k] = token
+    return rows[losses_of(rows).min(0).indices]
 
 
-SLIPS["patching_effect"] = {
-    "clipped at 2": lambda *runs: restored(*runs).clamp(-2, 2),
-    "clipped at -0.5": lambda *runs: restored(*runs).clamp(min=-0.5),
-    "squeezed": lambda *runs: restored(*runs).squeeze(),
+SLIPS["gcg_step"] = {
+    "never worse": lambda tokens, g, losses, k: min(
+        tokens, step_by_argsort(tokens, g, losses, k), key=lambda row: losses(row[None]).item()
+    ),
+    "the first position only": lambda tokens, g, losses, k: step_by_argsort(tokens, g[:1], losses, k),
+    "two proposals": lambda tokens, g, losses, k: step_by_argsort(tokens, g, losses, 2),
 }
-RIGHT["patching_effect"] = [
-    lambda c, x, p: torch.tensor((p.numpy() - x.numpy()) / (c.numpy() - x.numpy())),
-    lambda c, x, p: (p - x).abs() / (c - x).abs() * (p - x).sign() * (c - x).sign(),
-    lambda c, x, p: p / (c - x) - x / (c - x),
+RIGHT["gcg_step"] = [
+    step_by_argsort,
+    lambda tokens, g, losses, k: step_by_argsort(tokens.clone(), g - g.mean(1, keepdim=True), losses, k),
+    lambda tokens, g, losses, k: min(
+        (
+            torch.tensor([*tokens[:t].tolist(), v, *tokens[t + 1 :].tolist()])
+            for t in range(len(tokens))
+            for v in (-g[t]).topk(k).indices.tolist()
+        ),
+        key=lambda row: losses(row[None]).item(),
+    ),
+]
+
+
+def debated(own, other, odds):
+    return torch.sigmoid((odds(own, other) - odds(other, own)) / 2)
+
+
+SLIPS["debate_reward"] = {
+    "clipped": lambda *given: debated(*given).clamp(0.2, 0.8),
+    "squeezed": lambda *given: debated(*given).squeeze(),
+}
+RIGHT["debate_reward"] = [
+    debated,
+    lambda own, other, odds: (
+        torch.stack([odds(own, other), odds(other, own)]).diff(dim=0)[0].div(-2).sigmoid()
+    ),
+    lambda own, other, odds: torch.softmax(
+        torch.stack([odds(own, other) - odds(other, own), torch.zeros(len(own))]) / 2, 0
+    )[0],
 ]
 
 

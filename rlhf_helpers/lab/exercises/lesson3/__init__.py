@@ -1,5 +1,5 @@
-"""Exercises of lesson 3: AI labels, attacks, safety metrics, trade-offs, values, patching."""
+"""Exercises of lesson 3: AI labels, revisions, hardening, guards, refusals, limits, attacks, debate."""
 
-from rlhf_helpers.lab.exercises.lesson3 import choosing, measuring, reading
+from rlhf_helpers.lab.exercises.lesson3 import deciding, labeling, writing
 
-EXERCISES = reading.EXERCISES | measuring.EXERCISES | choosing.EXERCISES
+EXERCISES = labeling.EXERCISES | writing.EXERCISES | deciding.EXERCISES
