@@ -54,7 +54,7 @@ CEILINGS = {
     "code_generation": 3_700,
     "lab": 13_550,
     "lab/classroom": 3_200,
-    "lab/exercises": 19_430,
+    "lab/exercises": 19_200,
     "lab/studies": 19_800,
     "train": 2_200,
     "__main__": 1_260,

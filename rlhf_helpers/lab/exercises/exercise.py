@@ -111,6 +111,16 @@ def each(wrong: Function, *values: Any) -> list[Function]:
     return [partial(wrong, value) for value in values]
 
 
+def altered(reference: Function, **changes: Function) -> Function:
+    """Give a wrong function: the reference with some arguments changed, by their names."""
+
+    @wraps(reference)
+    def wrong(**args: Any) -> Any:
+        return reference(**args | {name: change(args[name]) for name, change in changes.items()})
+
+    return wrong
+
+
 def negated(right: Tensor) -> Tensor:
     """Flip the sign."""
     return -right

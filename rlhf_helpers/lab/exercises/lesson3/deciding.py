@@ -2,10 +2,11 @@
 
 import math
 
+import torch
 from torch import Tensor, tensor
 
 from rlhf_helpers.core.tensors import as_bool_mask, require_shapes
-from rlhf_helpers.lab.exercises.exercise import as_tensor, each, exercise
+from rlhf_helpers.lab.exercises.exercise import altered, as_tensor, each, exercise
 from rlhf_helpers.safety_alignment.constrained import next_multiplier
 
 FLOORS = -math.inf, 0.0  # a mistake is made with and without keeping the result at or above 0
@@ -75,9 +76,9 @@ EXERCISES = {
             (SCORES, HARMFUL, 0.9),
         ],
         "the limit is on the HARMLESS answers alone, not on all of them",
-        lambda p_safe, harmful, max_over: guard_threshold(p_safe, harmful & ~harmful, max_over),
+        altered(guard_threshold, harmful=torch.zeros_like),
         "the share of HARMFUL answers was limited: it is the harmless ones that must get through",
-        lambda p_safe, harmful, max_over: guard_threshold(p_safe, ~harmful, max_over),
+        altered(guard_threshold, harmful=torch.logical_not),
         "this is the lowest threshold, which withholds nothing: return the highest that keeps the limit",
         lambda p_safe: p_safe.min().item(),
         "an answer AT the threshold is shown: withheld is what lies below it",
@@ -85,7 +86,7 @@ EXERCISES = {
             t for t in (0.0, *p_safe.tolist()) if (p_safe[~harmful] <= t).double().mean() <= max_over
         ),
         "the limit may be reached: at most max_over, not less than it",
-        lambda p_safe, harmful, max_over: guard_threshold(p_safe, harmful, max(0.0, max_over - 1e-6)),
+        altered(guard_threshold, max_over=lambda limit: max(0.0, limit - 1e-6)),
         "a quantile is not among the scores: return one of them",
         lambda p_safe, harmful, max_over: p_safe[~harmful].quantile(max_over).item(),
         "this is an index: return the score that stands there",

@@ -4,13 +4,14 @@ The models of the probes follow a script, so that what comes out tells which of 
 """
 
 from collections.abc import Mapping, Sequence
-from operator import itemgetter
+from functools import partial
+from operator import add, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, tensor
 
-from rlhf_helpers.lab.exercises.exercise import Function, Probe, exercise
+from rlhf_helpers.lab.exercises.exercise import Function, Probe, altered, exercise
 from rlhf_helpers.lab.exercises.scripted import Scripted, WrongCall
 
 Finding = Mapping[str, Any]
@@ -68,15 +69,12 @@ def guarded_answer(
 
 def gcg_step(tokens: Tensor, gradient: Tensor, losses_of: Function, top_k: int) -> Tensor:
     """Swap one token (T,): of `top_k` proposals for each position, take the one of the lowest loss."""
-    candidates = _candidates(tokens, gradient.topk(top_k, largest=False).indices)
+    proposals = gradient.topk(top_k, largest=False).indices
+    candidates = tokens.repeat(*proposals.shape, 1)  # (T, top_k, T)
+    for position, row in enumerate(proposals):
+        candidates[position, :, position] = row
+    candidates = candidates.flatten(0, 1)
     return candidates[losses_of(candidates).argmin()]
-
-
-def _candidates(tokens: Tensor, proposals: Tensor) -> Tensor:
-    rows = tokens.repeat(proposals.numel(), 1)
-    positions = torch.arange(len(tokens)).repeat_interleave(proposals.shape[1])
-    rows[torch.arange(len(rows)), positions] = proposals.flatten()
-    return rows
 
 
 def _revising(*chances: float, rounds: int) -> Probe:
@@ -102,26 +100,9 @@ def _revising(*chances: float, rounds: int) -> Probe:
     return ("a request", "draft 0", *(Scripted(*pair) for pair in scripts.items()), rounds)
 
 
-def _rounds(change: Function) -> Function:
-    """Revise with other settings: `change` maps (p_follows, max_rounds) to those that are used instead."""
-
-    def wrong(
-        prompt: str, answer: str, p_follows: Function, criticize: Function, revise: Function, max_rounds: int
-    ) -> str:
-        judge, rounds = change(p_follows, max_rounds)
-        return critique_round(prompt, answer, judge, criticize, revise, rounds)
-
-    return wrong
-
-
 def _finding(attack: str, success: bool) -> Finding:
-    request = attack[-1]
-    return {
-        "prompt": attack,
-        "base_prompt": request,
-        "response": f"the attacked {request}",
-        "success": success,
-    }
+    texts = {"prompt": attack, "base_prompt": attack[-1], "response": f"attacked: {attack[-1]}"}
+    return texts | {"success": success}
 
 
 def _taught(
@@ -161,22 +142,6 @@ def _guard(p_input: float | None, p_output: float | None, threshold: float = 0.5
 
     parts = {"input_check": lambda prompt: known(p_input), "model": answer, "output_check": check}
     return ("a prompt", *(Scripted(*pair) for pair in parts.items()), threshold, "the fallback")
-
-
-def _guarding(change: Function, above: float = 0.0) -> Function:
-    """Guard with another output check, or a higher threshold."""
-
-    def wrong(
-        prompt: str,
-        input_check: Function,
-        model: Function,
-        output_check: Function,
-        threshold: float,
-        fallback: str,
-    ) -> str:
-        return guarded_answer(prompt, input_check, model, change(output_check), threshold + above, fallback)
-
-    return wrong
 
 
 def _forgiving(check: Function) -> Function:
@@ -225,13 +190,13 @@ EXERCISES = {
             _revising(0.1, 0.6, 0.2, rounds=1),
         ],
         "this is one round: ask the critic again after each revision, up to max_rounds times",
-        _rounds(lambda p_follows, max_rounds: (p_follows, 1)),
+        altered(critique_round, max_rounds=lambda n: 1),
         "the draft came back: each revision replaces the answer",
         lambda answer: answer,
         "at exactly 0.5 the critic is not satisfied yet: revise",
-        _rounds(lambda p_follows, max_rounds: (lambda *texts: p_follows(*texts) + 1e-6, max_rounds)),
+        altered(critique_round, p_follows=lambda judge: lambda *texts: judge(*texts) + 1e-6),
         "max_rounds is not kept: count the revisions",
-        *(_rounds(lambda p_follows, n, more=more: (p_follows, n + more)) for more in (-1, 1, 9)),
+        *(altered(critique_round, max_rounds=partial(add, more)) for more in (-1, 1, 9)),
     ),
     "hardening_rows": exercise(
         hardening_rows,
@@ -268,11 +233,11 @@ EXERCISES = {
         "the fallback is all it ever says: that is safe, and of no use to anybody",
         lambda fallback: fallback,
         "the answer was never checked: ask output_check before it is shown",
-        _guarding(lambda check: lambda *texts: 1.0),
+        altered(guarded_answer, output_check=lambda check: lambda *texts: 1.0),
         "a check that fails lets the answer through: show the fallback",
-        _guarding(_forgiving),
+        altered(guarded_answer, output_check=_forgiving),
         "a text at the threshold is safe: the fallback is for P(safe) BELOW it",
-        _guarding(lambda check: check, above=1e-6),
+        altered(guarded_answer, threshold=partial(add, 1e-6)),
     ),
     "gcg_step": exercise(
         gcg_step,
@@ -282,17 +247,15 @@ EXERCISES = {
             (tensor([3, 3]), GRADIENTS[3:5], LOSSES, 3),
         ],
         "the proposals are the tokens of the LARGEST gradient: they raise the loss",
-        lambda tokens, gradient, losses_of, top_k: gcg_step(tokens, -gradient, losses_of, top_k),
+        altered(gcg_step, gradient=torch.neg),
         "the gradient chose alone: it only proposes, and the exact loss of each candidate decides",
         lambda tokens, gradient: _best(tokens, gradient - gradient.gather(1, tokens[:, None])),
         lambda tokens, gradient: _best(tokens, gradient),
         "every position was swapped at once: a candidate differs in one token",
         lambda gradient: gradient.argmin(1),
         "the candidate of the HIGHEST loss was taken",
-        lambda tokens, gradient, losses_of, top_k: gcg_step(
-            tokens, gradient, lambda rows: -losses_of(rows), top_k
-        ),
+        altered(gcg_step, losses_of=lambda losses_of: lambda rows: -losses_of(rows)),
         "only one proposal per position was tried: there are top_k",
-        lambda tokens, gradient, losses_of: gcg_step(tokens, gradient, losses_of, 1),
+        altered(gcg_step, top_k=lambda k: 1),
     ),
 }
