@@ -45,6 +45,7 @@ STUDIES = {
     "summaries": "lesson4.summaries",
     "code_rewards": "lesson4.code",
     "real_model": "real_model",
+    "real_reward_model": "real_reward_model",
     "real_safety": "real_safety",
     "real_chatbot": "real_chatbot",
 }

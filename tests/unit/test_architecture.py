@@ -55,7 +55,7 @@ CEILINGS = {
     "lab": 13_550,
     "lab/classroom": 3_200,
     "lab/exercises": 19_200,
-    "lab/studies": 19_800,
+    "lab/studies": 19_950,
     "train": 2_200,
     "__main__": 1_260,
     FACADE: 250,

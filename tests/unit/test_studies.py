@@ -30,6 +30,7 @@ def polite_pairs(count):
 MAY_BE_EMPTY = {
     "real_model": {"ended"},  # best-of-n keeps texts alone
     # their rows are of several kinds, named in the column `part`, and each kind has columns of its own
+    "real_reward_model": {"name", "low", "high", "n", "confidence", "prompt", "response"},
     "real_safety": {"kind", "value", "low", "high", "n", "prompt", "response", "refused", "unchanged"},
     "real_chatbot": {"value", "low", "high", "n", "prompt", "raw", "response", "latency", "finish_reason"},
     "constitutional_training": {"labels_right"},
@@ -119,7 +120,7 @@ class TestStored:
         assert table.attrs["command"] == f"python -m rlhf_helpers study {name}"
         if "seeds" in table.attrs:
             few = {"clip_and_kl": [0, 1, 2], "ability_tax": [0, 1, 2], "method_tuning": [100, 101]}
-            few |= {"real_model": [0], "real_safety": [0], "real_chatbot": [0]}
+            few |= {"real_model": [0], "real_reward_model": [0], "real_safety": [0], "real_chatbot": [0]}
             few |= {"length_candidates": [0, 1]}
             seeds = few.get(name, [0, 1, 2, 3, 4])
             assert sorted(table.seed.unique()) == table.attrs["seeds"] == seeds

@@ -5,7 +5,10 @@ import pytest
 from rlhf_helpers.lab.studies import load_study
 from rlhf_helpers.lab.studies.real_chatbot import KINDS, REFUSED, real_chatbot
 from rlhf_helpers.lab.studies.real_model import METHODS, real_model, short_and_on_topic
+from rlhf_helpers.lab.studies.real_reward_model import real_reward_model
 from rlhf_helpers.lab.studies.real_safety import RULES, WITHHELD, real_safety, says_no
+from rlhf_helpers.world.annotators import make_pairs
+from rlhf_helpers.world.prompts.base import REFUSALS
 from rlhf_helpers.world.tables import load_table
 
 pytestmark = pytest.mark.slow
@@ -79,6 +82,38 @@ def test_phrases_of_refusal(response, refuses):
 def withheld_unless_refused(texts):
     """Whether no text but a refusal is stored."""
     return all(text == WITHHELD or says_no(text) for text in texts)
+
+
+class TestRewardModel:
+    def test_rows_on_the_tiny_model(self):
+        small = {"pairs": 16, "heldout": 40, "questions": 2, "samples": 2}
+        table = real_reward_model(data=make_pairs(120, seed=0), model_name="tiny", **small)
+        parts = dict(iter(table.groupby("part")))
+        assert parts["accuracy"].n.tolist() == [40] * 3
+        of_model, by_length, gap = parts["accuracy"].value
+        assert gap == pytest.approx(of_model - by_length, abs=1e-6)
+        bins = parts["calibration"]
+        assert bins.n.sum() == 40
+        assert (bins.value * bins.n).sum() == pytest.approx(40 * of_model, abs=1e-4)
+        assert parts["answer"].groupby("prompt").size().tolist() == [3, 3]
+        assert (parts["answer"].response == REFUSALS[0]).sum() == 2
+
+    def test_the_stored_model_is_no_better_than_length_and_likes_refusals(self):
+        table = load_study("real_reward_model")
+        measured = table[table.part == "accuracy"].set_index("name")
+        assert measured.low["reward model"] < 0.5 < measured.high["reward model"]
+        gap = measured.loc["reward model - shorter answer"]
+        assert gap.low < 0 < gap.high
+        answers = table[table.part == "answer"]
+        places = answers.groupby("prompt").value.rank(ascending=False)[answers.response == REFUSALS[0]]
+        assert len(places) == 8
+        assert (places <= 2).sum() >= 6
+
+    def test_of_the_pairs_only_aggregates_are_stored(self):
+        table = load_study("real_reward_model")
+        own = set(load_table("real_model")["heldout"])
+        assert set(table.prompt.dropna()) <= own
+        assert table.prompt.notna().sum() == table.response.notna().sum() == (table.part == "answer").sum()
 
 
 class TestSafety:
