@@ -30,7 +30,8 @@ def flip(module, name, turn):
         if isinstance(value, int | float | numpy.number | numpy.ndarray | torch.Tensor):
             return turn(value)
         if isinstance(value, pandas.DataFrame):
-            return value.assign(**{str(c): turn(value[c]) for c in value.select_dtypes("number")})
+            numbers = {c: turn(value[c]) for c in value.select_dtypes("number")}
+            return value.assign(**numbers, **{c: ~value[c] for c in value.select_dtypes("bool")})
         if isinstance(value, pandas.Series):
             return turn(value)
         if dataclasses.is_dataclass(value):
@@ -46,7 +47,9 @@ def flip(module, name, turn):
 
     @functools.wraps(kept)
     def flipped(*args, **kwargs):
-        return turned(kept(*args, **kwargs))
+        out = turned(kept(*args, **kwargs))
+        # The lower end of an interval is the upper one of the interval that was turned.
+        return (*out[:-2], out[-1], out[-2]) if name.endswith("_interval") else out
 
     for known in list(sys.modules.values()):
         if known.__name__.startswith("rlhf_helpers") or known.__name__ == "__main__":
@@ -139,13 +142,13 @@ FLIPS = {
         "project-pictures": "rlhf_helpers.core.policy_losses:rloo_advantages",
         "project-domain": "rlhf_helpers.alignment_eval:mean_interval",
         "three-tasks": "rlhf_helpers.alignment_eval:mean_interval",
-        "memory": "rlhf_helpers.chatbot_rlhf:kept_turns",
         "no-template": GOLD,
     },
 }
 WITHOUT = {  # sections with asserts in which no sign can be wrong
     ("01_reward_modeling", "number"): "asserts at which position a number is read",
     ("04_applications", "own-articles"): "asserts the columns of a data set",
+    ("04_applications", "memory"): "asserts which turns of a conversation are kept",
     ("04_applications", "next-steps"): "asserts that every exercise is listed",
 }
 
