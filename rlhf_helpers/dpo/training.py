@@ -279,7 +279,8 @@ def load_policy(run: DPORun, folder: str | Path) -> None:
 
     Raises what `core.models.load_model` raises, ValueError where the models differ.
     """
-    saved, _ = load_model(folder, device="cpu", dtype=torch.float32)
+    dtype = next(run.model.parameters()).dtype
+    saved, _ = load_model(folder, device="cpu", dtype=dtype)
     load_full_weights(run.model, full_weights(saved))
     run.restart()
 
