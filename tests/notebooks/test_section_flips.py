@@ -79,6 +79,7 @@ FLIPS = {
         "choices": PREDICTED,
         "attribution": INTERVAL,
         "people": "rlhf_helpers.lab.reports:wilson_interval",
+        "real": "rlhf_helpers.core.stats:wilson_interval",
     },
     "02_policy_optimization": {
         "gradient": "rlhf_helpers.policy_optimization:policy_logps",
