@@ -355,8 +355,8 @@ def learning_curve(
     return line_plot(np.asarray(steps), lines, xlabel=xlabel, ylabel=ylabel, **options)
 
 
-def show(figure: Figure, *, alt: str) -> None:
-    """Display a figure as one picture whose alt text is part of the page.
+def image_html(figure: Figure, *, alt: str) -> str:
+    """Return a figure as one picture whose alt text is part of the page.
 
     The picture has 150 dpi and is shown at 100 pixels per inch: sharp, and no wider than the page. Its
     background is opaque white, so that it reads in a dark theme. The output is `<img alt="...">` with the
@@ -379,8 +379,12 @@ def show(figure: Figure, *, alt: str) -> None:
     buffer = io.BytesIO()
     picture.save(buffer, format="png", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    image = (
+    return (
         f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}" '
         f'width="{round(figure.get_figwidth() * 100)}" style="max-width: 100%; height: auto">'
     )
-    display({"text/html": image, "text/plain": alt}, raw=True)
+
+
+def show(figure: Figure, *, alt: str) -> None:
+    """Display a figure with its alt text, as `image_html` draws it."""
+    display({"text/html": image_html(figure, alt=alt), "text/plain": " ".join(alt.split())}, raw=True)

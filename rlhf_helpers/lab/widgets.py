@@ -19,7 +19,10 @@ _BOX = "flex:1;border:1px solid #767676;border-radius:4px;padding:6px;white-spac
 class Form(anywidget.AnyWidget):
     """A form whose stored output is `_static_html()`: what a reader without a kernel sees."""
 
-    _css = "[class^=rlhf] button:focus-visible { outline: 2px solid currentColor; outline-offset: 1px }"
+    _css = (
+        "[class^=rlhf] :is(button, input, select):focus-visible "
+        "{ outline: 2px solid currentColor; outline-offset: 1px }"
+    )
     shown = traitlets.Dict().tag(sync=True)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
