@@ -26,6 +26,7 @@ STUDIES = {
     "clip_and_kl": "lesson2.sweeps",
     "exploration": "lesson2.sweeps",
     "reward_design": "lesson2.sweeps",
+    "kto_imbalance": "lesson2.sweeps",
     "frontier": "lesson2.sweeps",
     "ability_tax": "lesson2.sweeps",
     "model_sizes": "lesson2.sweeps",

@@ -8,7 +8,7 @@ from tests.notebooks.hours import NOTEBOOKS, cell_minutes, core_hours, sections
 
 CORE_HOURS = {
     "01_reward_modeling": 5.0,
-    "02_policy_optimization": 5.2,
+    "02_policy_optimization": 5.0,
     "03_alignment_and_safety": 4.0,
     "04_applications": 4.0,
 }

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from rlhf_helpers.core.policy_losses import AdaptiveKLController
 from rlhf_helpers.lab.exercises import EXERCISES
+from rlhf_helpers.lab.exercises.lesson2.kl import stored_search
 
-policy_gradient, gae, best_of_n_shares, next_beta = (
-    EXERCISES[name].reference for name in ("policy_gradient", "gae", "best_of_n_shares", "next_beta")
+policy_gradient, rloo_step, gae, repaired_loss = (
+    EXERCISES[name].reference for name in ("policy_gradient", "rloo_step", "gae", "repaired_loss")
 )
 
 
@@ -43,19 +43,29 @@ def test_gae_by_hand_over_whole_rows():
     assert advantages.tolist() == [[-0.75, -3.0]]
 
 
-def test_shares_by_hand_with_a_tie():
-    # two draws of the three outcomes: the lowest wins when both are it, 1/4; the other two share 3/4 as 2 : 1
-    rewards, probabilities = torch.tensor([3.0, 1.0, 3.0]), torch.tensor([1 / 3, 1 / 2, 1 / 6])
-    assert best_of_n_shares(rewards, probabilities, 2).tolist() == value([0.5, 0.25, 0.25])
+def test_a_step_by_hand():
+    # one prompt, two equally likely answers, rewards 1 and 0: advantages 1 and -1; grad log pi is (1/2, -1/2)
+    # for the first and its negative for the second, so the mean of A grad log pi is (1/2, -1/2)
+    answers, rewards = torch.tensor([[0, 1]]), torch.tensor([[1.0, 0.0]])
+    assert rloo_step(torch.zeros(1, 2), answers, rewards, 4.0).tolist() == [value([2.0, -2.0])]
 
 
-def test_next_beta_by_hand_and_as_the_controller():
-    assert next_beta(0.1, 5.5, 5.0) == value(0.11)
-    assert [next_beta(0.1, kl, 5.0) for kl in (50.0, 5.0, 0.0)] == value([0.12, 0.1, 0.08])
-    for kl in (0.3, 1.9, 2.0, 2.3, 40.0):
-        controller = AdaptiveKLController(0.3, target=2.0, horizon=10)
-        controller.update(kl, n=10)
-        assert next_beta(0.3, kl, 2.0) == value(controller.value)
+def test_the_repaired_loss_by_hand():
+    # KL 0.5 and -1 (its last column is padding), so rewards 0.95 and 0.1; advantages 0.85 and -0.85; log pi
+    # of the answers -3 and -1
+    old = torch.tensor([[[-1.0, -2.0], [-1.0, -7.0]]])
+    logps = old.clone().requires_grad_()
+    ref = old - torch.tensor([[[0.2, 0.3], [-1.0, 9.0]]])
+    mask = torch.tensor([[[True, True], [True, False]]])
+    loss = repaired_loss(logps, old, ref, mask, torch.tensor([[1.0, 0.0]]), 0.1)
+    assert loss.item() == value((0.85 * 3 - 0.85 * 1) / 2)
+    loss.backward()
+    assert logps.grad.tolist() == [[value([-0.425, -0.425]), value([0.425, 0.0])]]
+
+
+def test_what_gold_does_at_each_coefficient():
+    fates = {0.0: "gold falls", 0.1: "gold falls", 0.3: "gold is kept", 1.0: "gold hardly rises"}
+    assert {coef: stored_search(coef) for coef in fates} == fates
 
 
 @pytest.mark.parametrize(
@@ -63,9 +73,7 @@ def test_next_beta_by_hand_and_as_the_controller():
     [
         (lambda: policy_gradient(torch.ones(2, 3), torch.ones(3, 2)), r"advantages has shape \(3, 2\)"),
         (lambda: policy_gradient(torch.ones(3), torch.ones(3)), r"logps must have shape \(B, T\)"),
-        (lambda: next_beta(0.0, 1.0, 1.0), "beta.* 0"),
-        (lambda: next_beta(0.1, 1.0, 0.0), "target.* 0"),
-        (lambda: next_beta(0.1, math.nan, 1.0), "kl.* nan"),
+        (lambda: stored_search(0.2), r"runs at \[.*\], not at 0.2"),
     ],
 )
 def test_bad_input_is_refused(call, words):

@@ -387,17 +387,6 @@ RIGHT["clipped_loss"] = [
 ]
 
 
-def standardized_with_numpy(rewards):
-    r = rewards.numpy()
-    return torch.tensor((r - r.mean(1, keepdims=True)) / (r.std(1, ddof=1, keepdims=True) + 1e-4))
-
-
-RIGHT["group_advantages"] = [
-    standardized_with_numpy,
-    lambda r: torch.stack([(row - row.mean()) / (row.std() + 1e-4) for row in r]),
-    lambda r: ((r.T - r.mean(1)) / (1e-4 + r.std(1))).T,
-]
-
 RIGHT["k3"] = [
     lambda lp, ref: (ref - lp).exp() - (1 - (lp - ref)),
     lambda lp, ref: torch.exp(ref) / torch.exp(lp) - 1 - ref + lp,
@@ -408,72 +397,67 @@ SLIPS["k3"] = {
 }
 
 
-def shaped(scores, old_logps, ref_logps, mask, kl_coef):
-    rewards = -kl_coef * (old_logps - ref_logps) * mask
-    rewards[torch.arange(len(scores)), mask.sum(1) - 1] += scores
-    return rewards
+def rloo_of(rewards):
+    return (rewards - rewards.mean(1, keepdim=True)) * rewards.shape[1] / (rewards.shape[1] - 1)
 
 
-def shaped_by_loop(scores, old_logps, ref_logps, mask, kl_coef, rows=None):
-    out = torch.zeros_like(old_logps)
-    for b in range(len(scores) if rows is None else rows):
-        n = int(mask[b].sum())
-        for t in range(n):
-            out[b, t] = -kl_coef * (old_logps[b, t] - ref_logps[b, t])
-        out[b, n - 1] += scores[b]
-    return out
+def table_step_with(
+    logits, answers, rewards, learning_rate, *, advantages_of=rloo_of, rate_of=lambda rate: rate
+):
+    table = logits.clone().requires_grad_()
+    loss = F.nll_loss(
+        table.log_softmax(1)[:, :, None].expand(-1, -1, answers.shape[1]), answers, reduction="none"
+    )
+    (advantages_of(rewards) * loss).mean().backward()
+    return table.detach() - rate_of(learning_rate) * table.grad
 
 
-SLIPS["shaped_rewards"] = {
-    "squeezed": lambda *given: shaped(*given).squeeze(),
-    "loop over the shorter side": lambda *given: shaped_by_loop(*given, rows=min(given[1].shape)),
-    "scores clipped at 1.5": lambda scores, *given: shaped(scores.clamp(-1.5, 1.5), *given),
-}
-RIGHT["shaped_rewards"] = [
-    shaped_by_loop,
-    lambda s, old, ref, m, c: (
-        c * (ref - old).masked_fill(~m, 0) + torch.diag(s) @ F.one_hot(m.sum(1) - 1, m.shape[1]).float()
+def step_by_adam(logits, answers, rewards, learning_rate):
+    table = torch.nn.Parameter(logits.clone())
+    optimizer = torch.optim.Adam([table], lr=learning_rate)
+    (rloo_of(rewards) * -table.log_softmax(1).gather(1, answers)).mean().backward()
+    optimizer.step()
+    return table.detach()
+
+
+SLIPS["rloo_step"] = {
+    "Adam in place of plain descent": step_by_adam,
+    "rate at most 1": lambda *given: table_step_with(*given, rate_of=lambda rate: min(rate, 1.0)),
+    "two steps": lambda z, y, r, lr: table_step_with(table_step_with(z, y, r, lr), y, r, lr),
+    "advantages clipped at 1": lambda *given: table_step_with(
+        *given, advantages_of=lambda r: rloo_of(r).clamp(-0.5, 0.5)
     ),
-    lambda s, old, ref, m, c: torch.where(m, -c * (old - ref), 0.0).scatter_add(
-        1, m.sum(1, keepdim=True) - 1, s[:, None]
+}
+RIGHT["rloo_step"] = [
+    table_step_with,
+    lambda z, y, r, lr: z + lr * F.one_hot(y, z.shape[1]).mul(rloo_of(r)[:, :, None]).sum(1) / y.numel(),
+    lambda z, y, r, lr: (
+        table_step_with(z - z.logsumexp(1, keepdim=True), y, r, lr) + z.logsumexp(1, keepdim=True)
     ),
 ]
 
-
-def shares(rewards, probabilities, n):
-    """One outcome after the other, as the printed solution."""
-    out = torch.zeros_like(probabilities)
-    for k, reward in enumerate(rewards):
-        upto, below = probabilities[rewards <= reward].sum(), probabilities[rewards < reward].sum()
-        out[k] = (upto**n - below**n) * probabilities[k] / (upto - below)
-    return out
+RIGHT["safe_search"] = [
+    lambda search: search(0.3),
+    lambda search: search(float("0.3")),
+    lambda search: next(found for found in map(search, (1.0, 0.3, 0.1)) if found == "gold is kept"),
+]
 
 
-def shares_by_drawing(rewards, probabilities, n):
-    """Every sequence of n draws for a small n; by classes for a large one."""
-    if n > 4:
-        return shares(rewards, probabilities, n)
-    out = torch.zeros(len(rewards), dtype=torch.float64)
-    for draws in itertools.product(range(len(rewards)), repeat=n):
-        best = [k for k in draws if rewards[k] == max(rewards[j] for j in draws)]
-        chance = math.prod(probabilities[k].item() for k in draws)
-        for k in best:
-            out[k] += chance / len(best)
-    return out
+def loss_of_answers(logps, old, ref, mask, scores, kl_coef, *, width=None):
+    kl = torch.where(mask, old - ref, 0.0)[..., :width].sum(2)
+    return -rloo_of(scores - kl_coef * kl) * torch.where(mask, logps, 0.0)[..., :width].sum(2)
 
 
-SLIPS["best_of_n_shares"] = {
-    "rewards rounded to tenths": lambda r, p, n: shares((r * 10).round(), p, n),
-    "absolute rewards": lambda r, p, n: shares(r.abs(), p, n),
-    "at least two draws": lambda r, p, n: shares(r, p, max(2, n)),
+SLIPS["repaired_loss"] = {
+    "the last column is dropped": lambda *given: loss_of_answers(*given, width=-1).mean(),
+    "mean over the prompts of sums": lambda *given: loss_of_answers(*given).sum(1).mean(),
+    "only the first prompt": lambda *given: loss_of_answers(*given)[0].mean(),
 }
-RIGHT["best_of_n_shares"] = [
-    shares,
-    shares_by_drawing,
-    lambda r, p, n: (
-        (((r <= r[:, None]).float() @ p) ** n - ((r < r[:, None]).float() @ p) ** n)
-        * p
-        / ((r == r[:, None]).float() @ p)
+RIGHT["repaired_loss"] = [
+    lambda *given: loss_of_answers(*given).mean(),
+    lambda *given: loss_of_answers(*given).sum() / given[4].numel(),
+    lambda lp, old, ref, m, s, c: (
+        -torch.einsum("pg,pgt->", rloo_of(s - c * ((old - ref) * m).sum(-1)), lp * m) / s.numel()
     ),
 ]
 
@@ -489,23 +473,6 @@ RIGHT["dpo_loss"] = [
     lambda pc, pr, rc, rr, beta: torch.stack(
         [F.softplus(-beta * ((a - c) - (b - d))) for a, b, c, d in zip(pc, pr, rc, rr, strict=True)]
     ),
-]
-
-
-def next_beta(beta, kl, target):
-    return beta * (1 + min(max(kl / target - 1, -0.2), 0.2))
-
-
-SLIPS["next_beta"] = {
-    "a KL of 0 leaves beta": lambda beta, kl, target: next_beta(beta, kl, target) if kl else beta,
-    "beta at most 1": lambda *given: min(next_beta(*given), 1.0),
-    "beta at least 0.01": lambda *given: max(next_beta(*given), 0.01),
-    "rounded": lambda *given: round(next_beta(*given), 2),
-}
-RIGHT["next_beta"] = [
-    lambda beta, kl, target: beta * np.clip(kl / target, 0.8, 1.2),
-    lambda beta, kl, target: beta + beta * sorted([-0.2, (kl - target) / target, 0.2])[1],
-    lambda beta, kl, target: np.float32(next_beta(beta, kl, target)),
 ]
 
 

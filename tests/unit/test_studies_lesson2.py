@@ -160,6 +160,11 @@ class TestSweeps:
         line = sweeps.frontier(seeds=(0,), betas=(0.1,), kl_coefs=(0.1,), every=30, budget=ONE_STEP)
         assert line.method.tolist() == ["dpo", "ppo"]
 
+    def test_kto_learns_from_few_good_answers(self):
+        table = sweeps.kto_imbalance(seeds=(0,), bad_per_good=2, **SMALL)
+        assert table.desirable_weight.tolist() == [1, 2]
+        assert table.kl.nunique() == 2  # the weight enters
+
     def test_tax_is_logged_while_training(self):
         table = sweeps.ability_tax(seeds=(0,), weights=(1.0,), steps=1, eval_every=1, **SMALL)
         assert table.step.tolist() == [0, 1]

@@ -21,14 +21,13 @@ NAMES = {  # of each lesson, in its order
     2: (
         "policy_gradient",
         "rloo",
+        "rloo_step",
         "gae",
         "clipped_loss",
-        "group_advantages",
         "k3",
-        "shaped_rewards",
+        "safe_search",
         "dpo_loss",
-        "next_beta",
-        "best_of_n_shares",
+        "repaired_loss",
     ),
     3: (
         "critique_round",

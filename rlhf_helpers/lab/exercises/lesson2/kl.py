@@ -1,11 +1,12 @@
-"""What ties a policy to the reference: an estimator of the KL, and the KL in the reward."""
+"""What ties a policy to the reference: an estimator of the KL, its coefficient, and a loss to repair."""
 
 import torch
 from torch import Tensor, tensor
 
 from rlhf_helpers.core import policy_losses
-from rlhf_helpers.lab.exercises.exercise import as_asked, averaged, exercise, negated
-from rlhf_helpers.lab.exercises.lesson2.policy import LOGPS
+from rlhf_helpers.lab.exercises.exercise import Function, as_asked, averaged, exercise, negated
+from rlhf_helpers.lab.exercises.lesson2.policy import LOGPS, rloo
+from rlhf_helpers.lab.studies.record import load_study
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -13,20 +14,54 @@ def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return policy_losses.kl_estimate(logps, ref_logps.detach(), estimator="k3")
 
 
-shaped_rewards = as_asked(policy_losses.kl_shaped_rewards)
+def stored_search(kl_coef: float) -> str:
+    """Say what gold does in the runs of `rl_overoptimisation` at a KL coefficient, mean over the seeds.
+
+    Returns:
+        "gold hardly rises": it never gains 0.1; "gold falls": it ends more than 0.1 below its highest value;
+        else "gold is kept".
+
+    Raises:
+        ValueError: there is no run at this coefficient; the message lists those there are.
+    """
+    runs = load_study("rl_overoptimisation")
+    coefs = runs.cure.replace("none", "KL coefficient 0").str.extract(r"KL coefficient (.*)")[0].astype(float)
+    gold = runs[coefs == kl_coef].groupby("step").gold.mean()
+    if gold.empty:
+        raise ValueError(f"there are runs at {sorted(coefs.dropna().unique())}, not at {kl_coef}")
+    if gold.max() < gold.iloc[0] + 0.1:
+        return "gold hardly rises"
+    return "gold falls" if gold.iloc[-1] < gold.max() - 0.1 else "gold is kept"
 
 
-def _placed(scores: Tensor, mask: Tensor, at: Tensor | int) -> Tensor:
-    """Zeros (B, T) with each row's score at one index."""
-    placed = torch.zeros(mask.shape)
-    placed[range(len(scores)), at] = scores
-    return placed
+def safe_search(search: Function) -> str:
+    """Search at a KL coefficient that keeps gold. Lesson 2."""
+    return search(0.3)
+
+
+def repaired_loss(
+    logps: Tensor, old_logps: Tensor, ref_logps: Tensor, mask: Tensor, scores: Tensor, kl_coef: float
+) -> Tensor:
+    """RLOO's loss, with the KL in the reward: mean over all answers of -A sum_t logps, a scalar.
+
+    A: score - kl_coef sum_t (old_logps - ref_logps), minus the mean of the others of its row. All tensors but
+    scores (P, G) are (P, G, T); mask is 0 on padding. Lesson 2.
+    """
+    kl = ((old_logps - ref_logps) * mask).sum(-1)
+    return _mean_loss(scores - kl_coef * kl, (logps * mask).sum(-1))
+
+
+def _mean_loss(rewards: Tensor, log_pi: Tensor) -> Tensor:
+    """RLOO's loss from a reward and a log-prob for each answer."""
+    return -(rloo(rewards) * log_pi).mean()
 
 
 GAPS = tensor([[0.5, -0.4, 0.3, 1.5, -0.9], [0.1, -1.7, 0.8, -0.2, 2.2]])
-SCORES = tensor([0.7, -1.2, 3.0])
-COLUMNS = torch.arange(5)
-TALL = LOGPS[:, :3].T
+# two prompts with three answers of at most four tokens; padding is not 0: mask it
+OLD = torch.stack([LOGPS[:, :4], LOGPS[:, 1:], LOGPS[:, :4].flip(1)], 1)
+REF = OLD - torch.stack([GAPS[:, :4], GAPS[:, 1:], GAPS[:, 1:].flip(1)], 1)
+MASK = tensor([[[4], [2], [1]], [[3], [4], [2]]]) > torch.arange(4)
+ANSWERS = OLD + 0.1, OLD, REF, MASK, tensor([[0.7, -1.2, 3.0], [0.2, 0.9, 0.4]])
 
 EXERCISES = {
     "k3": exercise(
@@ -54,77 +89,59 @@ EXERCISES = {
         lambda right, d: right - d,
         "the sign of the whole is flipped: k3 is never negative",
         negated,
-        "this is p log(p / q), a term of the exact sum: samples already occur with weight p",
-        lambda d, logps: logps.exp() * d,
         "this is kl_div, made for whole distributions: k3 needs the two log-probs of the sampled token",
         lambda d, ref_logps: -ref_logps.exp() * d,
         "d was computed from probabilities: it is a difference of LOG-probs",
         lambda logps, ref_logps: k3(logps.exp(), ref_logps.exp()),
-        "the absolute value of d is biased: k3 is exp(-d) - 1 + d",
-        lambda d: d.abs(),
         "the tokens were averaged or summed: return one value per token, shape (B, T)",
         averaged,
         lambda right: right.sum(1),
         lambda right: right.mean(1),
         d=lambda logps, ref_logps: logps - ref_logps,
     ),
-    "shaped_rewards": exercise(
-        shaped_rewards,
+    "safe_search": exercise(
+        safe_search,
+        [(stored_search,)],
+        "gold falls: it ends far below its highest value, while the reward rises; a nat must cost more",
+        lambda search: search(0.0),
+        "gold hardly rises: a nat costs so much that the policy learns next to nothing",
+        lambda search: search(1.0),
+    ),
+    "repaired_loss": exercise(
+        as_asked(repaired_loss, "logps"),
         [
-            # padding is not 0: mask it
-            (SCORES[:2], LOGPS, LOGPS - GAPS, tensor([[3], [4]]) > COLUMNS, 0.1),
-            (SCORES[:2], LOGPS, LOGPS - GAPS, tensor([[1], [5]]) > COLUMNS, 0.5),
-            # more rows than tokens
-            (
-                SCORES,
-                LOGPS[:, :3].T,
-                (LOGPS[:, :3] - GAPS[:, 2:]).T,
-                COLUMNS[:2] < tensor([[2], [1], [2]]),
-                0.3,
-            ),
-            (SCORES[2:], LOGPS[:1], LOGPS[:1] - GAPS[1:], COLUMNS[None] < 4, 0.2),
+            (*ANSWERS, 0.1),
+            (*(part[:, :2] for part in ANSWERS), 0.5),
+            (*(part.transpose(0, 1) for part in ANSWERS), 1.0),
         ],
-        "KL is added: a policy that leaves the reference is REWARDED; subtract it",
-        lambda score, penalty: score - penalty,
-        "the score stands in the last COLUMN: in shorter rows that is padding",
-        lambda penalty, scores, mask: penalty + _placed(scores, mask, -1),
-        "the score stands one index too late: a row of n real tokens ends at index n - 1",
-        lambda penalty, scores, mask, lengths: penalty + _placed(scores, mask, lengths),
-        lambda penalty, scores, mask, lengths: (
-            penalty + _placed(scores, mask, lengths.clamp(max=mask.shape[1] - 1))
-        ),
-        "the score stands one index too early: a row of n real tokens ends at index n - 1",
-        lambda penalty, scores, mask, lengths: penalty + _placed(scores, mask, lengths - 2),
-        "the score stands at the first token: it judges the finished response, so it belongs to the last",
-        lambda penalty, scores, mask: penalty + _placed(scores, mask, 0),
-        "every token got the whole score: only the last real one does",
-        lambda penalty, scores, mask: penalty + scores[:, None] * mask,
-        lambda penalty, scores: penalty + scores[:, None],
-        "the score was shared out among the tokens: the last real one gets all of it",
-        lambda penalty, scores, mask, lengths: penalty + (scores / lengths)[:, None] * mask,
-        "padding got a penalty: it is 0 wherever mask is 0",
-        lambda score, d, kl_coef: score - kl_coef * d,
-        "the score REPLACED the penalty of the last token: add it",
-        lambda score, penalty: score.where(score != 0, penalty),
-        "kl_coef multiplies the score too: it weighs the KL alone",
-        lambda score, penalty, kl_coef: kl_coef * score + penalty,
-        "kl_coef never enters",
-        lambda score, d, mask: score - d * mask,
-        "the score never enters: this is the penalty alone",
-        lambda penalty: penalty,
-        "there is no penalty: this is the score alone",
-        lambda score: score,
-        "the whole penalty stands at the last token: each token pays its own",
-        lambda right, mask, lengths: _placed(right.sum(1), mask, lengths - 1),
-        "the penalty is made of k3 (or k2, or |d|): in the reward only k1 = d has the right gradient",
-        lambda score, kl_coef, d, mask: score - kl_coef * (torch.expm1(-d) + d) * mask,
-        lambda score, kl_coef, d, mask: score - kl_coef * d**2 / 2 * mask,
-        lambda score, kl_coef, d, mask: score - kl_coef * d.abs() * mask,
-        "the reward of a row was summed: return one reward per token, shape (B, T)",
-        lambda right: right.sum(1),
+        "the KL is still ADDED to the score, so that leaving the reference is rewarded",
+        lambda scores, cost, log_pi: _mean_loss(scores + cost, log_pi),
+        lambda scores, mean_cost, log_pi: _mean_loss(scores + mean_cost, log_pi),
+        lambda scores, cost, mean_log_pi: _mean_loss(scores + cost, mean_log_pi),
+        lambda scores, mean_cost, mean_log_pi: _mean_loss(scores + mean_cost, mean_log_pi),
+        "the KL of an answer is still a mean over all columns: it is the SUM over its real tokens",
+        lambda scores, mean_cost, log_pi: _mean_loss(scores - mean_cost, log_pi),
+        lambda scores, mean_cost, mean_log_pi: _mean_loss(scores - mean_cost, mean_log_pi),
+        "log pi of an answer is still a mean over all columns: it is the SUM over its real tokens",
+        lambda rewards, mean_log_pi: _mean_loss(rewards, mean_log_pi),
+        "this is a mean per token: a token of a short answer then weighs more than one of a long answer",
+        lambda rewards, log_pi, mask: _mean_loss(rewards, log_pi / mask.sum(-1)),
+        "padding counts: multiply by the mask before you sum",
+        lambda rewards, logps: _mean_loss(rewards, logps.sum(-1)),
+        lambda scores, d, kl_coef, log_pi: _mean_loss(scores - kl_coef * d.sum(-1), log_pi),
+        lambda scores, d, kl_coef, logps: _mean_loss(scores - kl_coef * d.sum(-1), logps.sum(-1)),
+        "the advantages are missing: compare each reward with the others of its row",
+        lambda rewards, log_pi: -(rewards * log_pi).mean(),
+        "the sign of the loss is flipped: an optimizer lowers it, so good answers become rarer",
+        negated,
+        "return one mean over all answers",
+        lambda right, scores: right * scores.numel(),
+        lambda rewards, log_pi: -rloo(rewards) * log_pi,
         d=lambda old_logps, ref_logps: old_logps - ref_logps,
-        penalty=lambda d, kl_coef, mask: -kl_coef * d * mask,
-        lengths=lambda mask: mask.sum(1),
-        score=lambda scores, mask, lengths: _placed(scores, mask, lengths - 1),
+        cost=lambda kl_coef, d, mask: kl_coef * (d * mask).sum(-1),
+        mean_cost=lambda kl_coef, d: kl_coef * d.mean(-1),
+        rewards=lambda scores, cost: scores - cost,
+        log_pi=lambda logps, mask: (logps * mask).sum(-1),
+        mean_log_pi=lambda logps: logps.mean(-1),
     ),
 }

@@ -1,4 +1,4 @@
-"""From rewards to a gradient: the policy-gradient loss, baselines, GAE, PPO's clip, GRPO's advantages."""
+"""From rewards to a gradient: the policy-gradient loss, a baseline, a training step, GAE, PPO's clip."""
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +10,9 @@ from rlhf_helpers.lab.exercises.exercise import (
     Function,
     as_asked,
     averaged,
-    each,
     exercise,
     negated,
     summed,
-    table,
 )
 
 
@@ -35,7 +33,22 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
 
 clipped_loss = as_asked(policy_losses.clipped_policy_loss, "logps")
 rloo = as_asked(policy_losses.rloo_advantages)
-group_advantages = as_asked(policy_losses.group_advantages)
+
+
+def rloo_step(logits: Tensor, answers: Tensor, rewards: Tensor, learning_rate: float) -> Tensor:
+    """Return the logits (P, K) after one step of gradient descent on RLOO's loss.
+
+    loss = mean over all P G answers of -A log pi(answer), A = reward minus the mean of the others of its row.
+    answers (P, G): indices into the K answers of each prompt; rewards (P, G). Lesson 2.
+    """
+    return _step(logits, answers, rloo(rewards), learning_rate)
+
+
+def _step(logits: Tensor, answers: Tensor, advantages: Tensor, learning_rate: float) -> Tensor:
+    """One step with given advantages."""
+    leaf = logits.detach().requires_grad_()
+    loss = -(advantages * leaf.log_softmax(1).gather(1, answers)).mean()
+    return logits.detach() - learning_rate * torch.autograd.grad(loss, leaf)[0]
 
 
 def _discounted(deltas: Tensor, decay: float) -> Tensor:
@@ -55,12 +68,8 @@ def _surrogate(ratio: Tensor, clipped: Tensor, advantages: Tensor) -> Tensor:
 LOGPS = tensor([[-1.0, -2.0, -0.7, -1.6, -3.0], [-0.4, -1.2, -2.5, -0.9, -1.1]])
 ADVANTAGES = tensor([[1.0, -0.5, 2.0], [-1.5, 0.3, 0.8]])
 GROUPS = tensor([[1.0, 0.0, 0.5, 0.25], [1.0, 1.0, 1.0, 1.0], [0.2, 0.9, 0.4, 0.8]])
-GROUP_PROBES = table(
-    (GROUPS,),
-    ([[0.0, 0.001, 0.0, 0.002], [0.5, 0.0, 0.25, 1.0]],),  # eps is a large part of the first group's std
-    (GROUPS[:, 1:],),
-    (3 - 4 * GROUPS.T,),
-)
+TABLE = torch.cat([GROUPS - 0.3, GROUPS.flip(0)[:, :2]], 1)
+DRAWN = tensor([[0, 1, 1, 2], [2, 0, 1, 0], [1, 2, 0, 2]])
 REWARDS = tensor([[0.0, -0.1, 0.2, 1.0], [-0.3, 0.4, 0.0, -0.5], [0.1, 0.1, -0.2, 0.7]])
 CRITIC = tensor([[0.5, 0.3, 0.6, 0.8], [-0.2, 0.1, 0.4, -0.3], [0.2, 0.9, -0.4, 0.3]])
 # no ratio is 1 or stands at the edge of a range: the gradient has no single value there
@@ -86,8 +95,6 @@ EXERCISES = {
         lambda right: right.sum(1),
         "exp(logp) is the probability: the policy gradient of a sample needs its log-prob",
         lambda logps, advantages: -advantages * logps.exp(),
-        "the logarithm was taken twice: logps are logarithms already",
-        lambda logps, advantages: -advantages * logps.log(),
         "the advantages never enter: this imitates every sample, good or bad",
         lambda logps: -logps,
         "no log-prob is left in the value: it never entered, or it cancelled out",
@@ -101,13 +108,11 @@ EXERCISES = {
         lambda logps, centred: -centred * logps,
         "logps were normalized again: each is the log-prob of one sampled token, not a row of logits",
         lambda logps, advantages: -advantages * logps.log_softmax(-1),
-        "advantage and log-prob were added: the one weighs the other, so multiply them",
-        lambda logps, advantages: -(advantages + logps),
         centred=lambda advantages: advantages - advantages.mean(),
     ),
     "rloo": exercise(
         rloo,
-        GROUP_PROBES,
+        [(GROUPS,), (GROUPS[:2] / 100,), (GROUPS[:, 1:],), (3 - 4 * GROUPS.T,)],
         "the mean includes the sample itself: compare it with the OTHERS of its row",
         lambda centred: centred,
         "the sign is flipped: a sample better than the others gets a negative advantage",
@@ -126,22 +131,49 @@ EXERCISES = {
         lambda rewards, others: rewards - others,
         "the sum of the others was divided by G: there are G - 1 of them",
         lambda rewards, others, size: rewards - others / size,
-        "the sum of the others was divided by the number of prompts: G is rewards.shape[1]",
-        lambda rewards, others: rewards - others / len(rewards),
-        lambda rewards, others: rewards - others / (len(rewards) - 1),
         "the sample's own reward is still in the sum, which was divided by G - 1",
         lambda rewards, size: rewards - rewards.sum(1, keepdim=True) / (size - 1),
         "the advantages were divided by a standard deviation: that is GRPO's step, RLOO has none",
-        lambda rewards: group_advantages(rewards),
+        lambda rewards: policy_losses.group_advantages(rewards),
         lambda rewards, centred: centred / rewards.std(1, keepdim=True),
-        "only ONE other sample is the baseline: take the mean of all others",
-        lambda rewards: rewards - rewards.roll(1, 1),
-        lambda rewards: rewards - rewards.roll(-1, 1),
         "one number per prompt came back: every sample has its own advantage, shape (P, G)",
         lambda rewards: rewards.mean(1),
         centred=lambda rewards: rewards - rewards.mean(1, keepdim=True),
         size=lambda rewards: rewards.shape[1],
         others=lambda rewards: rewards.sum(1, keepdim=True) - rewards,
+    ),
+    "rloo_step": exercise(
+        rloo_step,
+        [
+            (TABLE[:, :4], DRAWN, GROUPS, 0.5),
+            (TABLE[:2, :3], DRAWN[:2], GROUPS[1:], 2.0),
+            (TABLE.T[:5], DRAWN.T[:, :2].repeat(2, 1)[:5], (2 - GROUPS.T)[:, :2].repeat(2, 1)[:5], 1.0),
+            (TABLE, DRAWN[:, :3] + 2, GROUPS[:, 1:], 0.3),
+        ],
+        "the step goes uphill on the loss: better answers became rarer; subtract the gradient",
+        lambda logits, change: logits - change,
+        "the logits did not change: the gradient was never applied (an optimizer needs .step())",
+        lambda logits: logits,
+        "there is no baseline: subtract the mean reward of the OTHER answers of the row",
+        lambda step, rewards: step(rewards),
+        "the baseline includes the answer itself: compare it with the OTHERS of its row",
+        lambda step, rewards: step(rewards - rewards.mean(1, keepdim=True)),
+        "the baseline is that of the whole batch: compare only answers to one prompt",
+        lambda step, rewards: step(rewards - rewards.mean()),
+        "this follows the gradient of the probability: the policy gradient needs log pi",
+        lambda step, rewards, logits, answers: step(rloo(rewards) * logits.softmax(1).gather(1, answers)),
+        "the loss was summed, over the prompts or over their answers: average over all answers",
+        lambda logits, change, answers: logits + change * answers.numel(),
+        lambda logits, change, answers: logits + change * answers.shape[1],
+        lambda logits, change, answers: logits + change * len(answers),
+        "learning_rate never enters",
+        lambda logits, change, learning_rate: logits + change / learning_rate,
+        "this is the gradient: take learning_rate times it off the logits",
+        lambda change, learning_rate: -change / learning_rate,
+        step=lambda logits, answers, learning_rate: (
+            lambda advantages: _step(logits, answers, advantages, learning_rate)
+        ),
+        change=lambda right, logits: right - logits,
     ),
     "gae": exercise(
         gae,
@@ -162,9 +194,6 @@ EXERCISES = {
         _with_next(lambda values: torch.cat([values[:, 1:], values[:, -1:]], 1)),
         "the next value of the last token wrapped round to the first (roll): it is 0",
         _with_next(lambda values: values.roll(-1, 1)),
-        "the value of another step stands where V_{t+1} belongs",
-        _with_next(lambda values: F.pad(values[:, :-1], (1, 0))),
-        _with_next(lambda values: values),
         "lam never enters: this is its value at lam = 1, the return minus V",
         lambda rewards, values, gamma: gae(rewards, values, gamma, 1.0),
         "only delta came back, the value at lam = 0: carry A_{t+1} over to the next turn of the loop",
@@ -179,16 +208,10 @@ EXERCISES = {
         lambda delta: _discounted(delta, 1.0),
         "these are the returns, A + V: return the advantages",
         lambda right, values: right + values,
-        "two tensors came back: return the advantages alone",
-        lambda right, values: (right, right + values),
-        "the last token was left out: its advantage is r - V",
-        lambda delta, decay: _discounted(F.pad(delta[:, :-1], (0, 1)), decay),
         "the sign is flipped: a reward above what V_t expected is a positive advantage",
         negated,
         "the loop went over the rows: time is dim 1",
         lambda rewards, values, gamma, lam: gae(rewards.T, values.T, gamma, lam).T,
-        "the advantages were standardized: PPO does that later, over the whole batch",
-        lambda right: (right - right.mean()) / right.std(),
         gain=lambda rewards, values: rewards - values,
         ahead=lambda values: F.pad(values[:, 1:], (0, 1)),
         delta=lambda gain, gamma, ahead: gain + gamma * ahead,
@@ -219,10 +242,6 @@ EXERCISES = {
         lambda log_ratio, low, high, advantages: _surrogate(
             log_ratio, log_ratio.clamp(low, high), advantages
         ),
-        "this is the ratio of the LOG-probs: divide probabilities, exp(logps - old_logps)",
-        lambda logps, old_logps, low, high, advantages: _surrogate(
-            logps / old_logps, (logps / old_logps).clamp(low, high), advantages
-        ),
         "the range lies around 0: the ratio is 1 where nothing has changed, so clip to 1 - c ... 1 + c",
         lambda ratio, advantages, cliprange: _surrogate(
             ratio, ratio.clamp(-cliprange, cliprange), advantages
@@ -235,16 +254,6 @@ EXERCISES = {
         lambda ratio, high, advantages: _surrogate(ratio, ratio.clamp(max=high), advantages),
         "this is clipped below only: with a positive advantage the ratio must not grow without limit either",
         lambda ratio, low, advantages: _surrogate(ratio, ratio.clamp(min=low), advantages),
-        "the ADVANTAGES were clipped: it is the ratio that must stay near 1",
-        lambda ratio, advantages, low, high: -ratio * advantages.clamp(low, high),
-        lambda ratio, advantages, cliprange: -ratio * advantages.clamp(-cliprange, cliprange),
-        "there is one ratio for the whole row: take one per token; that of a long row explodes",
-        lambda log_ratio, advantages, cliprange: clipped_loss(
-            log_ratio.sum(1, keepdim=True).expand_as(advantages),
-            torch.zeros_like(advantages),
-            advantages,
-            cliprange,
-        ),
         "0.2 is written into the function: use cliprange",
         lambda logps, old_logps, advantages: clipped_loss(logps, old_logps, advantages, 0.2),
         "the tokens were averaged: return one loss per token, shape (B, T)",
@@ -255,41 +264,5 @@ EXERCISES = {
         low=lambda cliprange: 1 - cliprange,
         high=lambda cliprange: 1 + cliprange,
         clipped=lambda ratio, low, high: ratio.clamp(low, high),
-    ),
-    "group_advantages": exercise(
-        group_advantages,
-        GROUP_PROBES,
-        "this standard deviation divides by G (population): divide by G - 1, the default of std",
-        lambda centred, population_std: centred / (population_std + 1e-4),
-        "without eps a group of equal rewards gives 0 / 0",
-        lambda centred, std: centred / std,
-        lambda centred, population_std: centred / population_std,
-        "eps is too small, or a floor instead of added: add 1e-4, or tiny differences count as large ones",
-        *each(lambda eps, rewards: group_advantages(rewards, eps=eps), 1e-8, 1e-6, 1e-5),
-        "eps stands under the root, next to the variance: it belongs next to the standard deviation",
-        lambda centred, std: centred / (std**2 + 1e-4).sqrt(),
-        "eps was added to the quotient: brackets around (std + 1e-4) are missing",
-        lambda centred, std: centred / std + 1e-4,
-        "the mean was not subtracted: samples below it must become rarer",
-        lambda rewards, std: rewards / (std + 1e-4),
-        "nothing was divided: this is only R - mean",
-        lambda centred: centred,
-        "this was divided by the variance: take its root",
-        lambda centred, std: centred / (std**2 + 1e-4),
-        "the sign is flipped: a sample above the mean of its group gets a negative advantage",
-        negated,
-        "the wrong dimension: the samples of one prompt are a row, dim 1",
-        lambda rewards: group_advantages(rewards.T).T,
-        "the mean or the std is that of the whole batch: each prompt has its own",
-        lambda rewards: (rewards - rewards.mean()) / (rewards.std() + 1e-4),
-        lambda rewards, centred: centred / (rewards.std() + 1e-4),
-        lambda centred: centred / (centred.std() + 1e-4),
-        lambda rewards, std: (rewards - rewards.mean()) / (std + 1e-4),
-        "the baseline leaves the sample out, as RLOO's: GRPO takes the mean of the whole group",
-        lambda rewards, std: rloo(rewards) / (std + 1e-4),
-        lambda rewards: rloo(rewards),
-        centred=lambda rewards: rewards - rewards.mean(1, keepdim=True),
-        std=lambda rewards: rewards.std(1, keepdim=True),
-        population_std=lambda rewards: rewards.std(1, keepdim=True, correction=0),
     ),
 }

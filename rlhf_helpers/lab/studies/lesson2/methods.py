@@ -192,7 +192,15 @@ class Run:
     seconds: float = 0.0
 
 
-def run_method(name: str, task: Task, value: float, *, options: Row | None = None, **changes: Any) -> Run:
+def run_method(
+    name: str,
+    task: Task,
+    value: float,
+    *,
+    options: Row | None = None,
+    rows: list[Row] | None = None,
+    **changes: Any,
+) -> Run:
     """Train a copy of the task's policy by a method of `METHODS`.
 
     Args:
@@ -200,15 +208,16 @@ def run_method(name: str, task: Task, value: float, *, options: Row | None = Non
         task: The policy, the prompts and the reward.
         value: The step size.
         options: Arguments of an on-policy loop (eval_fn, ptx_rows, ...).
+        rows: What an offline loss learns from; None: `offline_rows`.
         **changes: Further settings.
     """
     method, model = METHODS[name], deepcopy(task.base)
     fields = {method.setting: value, "seed": task.seed, "progress": False, **method.fixed, **changes}
     start = time.process_time()
     if method.loop is None:
-        rows, tokens = offline_rows(task, method.fixed["loss"])
+        drawn, tokens = offline_rows(task, method.fixed["loss"])
         trainer = DPOTrainer(model, task.base, task.tokenizer, settings=DPOSettings(**fields))
-        history = trainer.train(rows)
+        history = trainer.train(rows or drawn)
     else:
         settings = method.settings(**{"kl_coef": KL_COEF, **task.budget, **fields})
         args = model, task.tokenizer, task.prompts, task.reward, settings

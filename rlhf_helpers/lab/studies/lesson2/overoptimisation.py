@@ -41,8 +41,9 @@ ROUNDS = 3  # of iterative RLHF; each buys a third of the many labels
 # cure -> kl_coef; the study itself says what else a cure changes
 CURES = {
     "none": 0.0,
-    "KL price 0.1": 0.1,
-    "KL price 0.3": 0.3,
+    "KL coefficient 0.1": 0.1,
+    "KL coefficient 0.3": 0.3,
+    "KL coefficient 1": 1.0,
     "worst of 4": 0.0,
     "more pairs": 0.0,
     "iterative": 0.0,

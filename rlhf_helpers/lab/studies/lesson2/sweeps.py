@@ -13,9 +13,11 @@ from rlhf_helpers.alignment_eval.evaluators import comparisons_right, corpus_log
 from rlhf_helpers.core.models import tokenizer_for
 from rlhf_helpers.lab.studies.lesson2.methods import (
     BUDGET,
+    chosen_values,
     eval_history,
     make_task,
     measure,
+    offline_rows,
     run_method,
     sampled,
 )
@@ -107,6 +109,21 @@ def reward_design(
         task = replace(first, reward=REWARDS[name])
         model = run_method("RLOO", task, RATE).model
         yield {"design": name, **measure(model, task)}
+
+
+@study
+def kto_imbalance(seed: int, bad_per_good: int = 10, **size: Any) -> Rows:
+    """Run KTO where one good answer comes on `bad_per_good` bad ones: seed, desirable_weight, the measures.
+
+    All else is as in the row "KTO" of `methods`, which has about as many good answers as bad ones.
+    """
+    task = make_task(seed, **size)
+    labeled, _ = offline_rows(task, "kto")
+    bad = [row for row in labeled if not row["label"]]
+    good = [row for row in labeled if row["label"]][: len(bad) // bad_per_good]
+    for weight in (1.0, bad_per_good):
+        run = run_method("KTO", task, chosen_values()["KTO"], rows=bad + good, desirable_weight=weight)
+        yield {"desirable_weight": weight, **measure(run.model, task)}
 
 
 @study
