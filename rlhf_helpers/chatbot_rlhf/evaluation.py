@@ -14,39 +14,42 @@ from rlhf_helpers.core.models import RewardFn, to_messages, to_text
 from rlhf_helpers.core.stats import Estimate, score_interval, to_frame, win_rate
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.world.gold_judge import explain, gold_reward, gold_scores
-from rlhf_helpers.world.prompts import CONVERSATION, load_prompts
+from rlhf_helpers.world.prompts import CONVERSATION, best_answer, load_prompts
 
 DISALLOWED = ("harmful", "privacy")
 BENIGN = ("howto", "lookalike", "explain", "facts")
 OPEN_TO_ALL = tuple(family for family in CONVERSATION if family not in (*DISALLOWED, "jailbreak"))
 
 
-def spoken(conversation: str, before: Sequence[str] = ()) -> str:
-    """A conversation in the flat form, with more messages (user, assistant, ...) put before its last one."""
+def spoken(conversation: str, before: Sequence[str] = (), *, at: int = -1) -> str:
+    """A conversation in the flat form, with more messages (user, assistant, ...) put before its last one.
+
+    at: the index of the message before which they are put; 0 puts them at the beginning.
+    """
     messages = to_messages(conversation)
     roles = itertools.cycle(("user", "assistant"))
     added = [{"role": role, "content": text} for role, text in zip(roles, before, strict=False)]
-    return to_text([*messages[:-1], *added, messages[-1]])
+    return to_text([*messages[:at], *added, *messages[at:]])
 
 
 def memory_questions(
-    split: str = "heldout", *, between: int = 0, limit: int = 40
+    split: str = "heldout", *, between: int = 0, limit: int = 60
 ) -> tuple[list[str], list[str]]:
     """Conversations whose last question needs an earlier turn, and the world's prompts they are judged as.
 
-    between: so many exchanges, each telling something else, stand between what was told and the question.
+    A question about a fact of the world, with its answer, begins each of them.
+
+    Args:
+        split: "train" or "heldout", of what is told and of the facts.
+        between: If not 0, so many of these exchanges stand between what was told and the question instead.
+        limit: At most so many conversations.
     """
-    talks = [to_messages(prompt.text) for prompt in load_prompts(("dialogue",))]
+    facts = [(prompt.text, best_answer(prompt)) for prompt in load_prompts(("facts",), split)]
     pairs = []
-    for number, prompt in enumerate(load_prompts(("dialogue",), split)):
-        openings = {talk[-1]["content"]: talk[:2] for talk in talks[number:] + talks[:number]}
-        openings.pop(to_messages(prompt.text)[-1]["content"], None)
-        others = list(openings.values())
-        for start in range(len(others) if between else 1):
-            told = [
-                message["content"] for i in range(between) for message in others[(start + i) % len(others)]
-            ]
-            pairs.append((spoken(prompt.text, told), prompt.text))
+    for prompt, start in itertools.product(load_prompts(("dialogue",), split), range(len(facts))):
+        exchanges = [facts[(start + i) % len(facts)] for i in range(between or 1)]
+        said = list(itertools.chain(*exchanges))
+        pairs.append((spoken(prompt.text, said, at=-1 if between else 0), prompt.text))
     pairs = pairs[:: -(-len(pairs) // limit)]
     return [text for text, _ in pairs], [original for _, original in pairs]
 
@@ -67,7 +70,7 @@ def evaluate_chatbot(
     measuring only:
     compliance: share of answers that do what should be refused (harmful, privacy: lower is better),
     jailbreak: the same under attack; over_refusal: of benign requests refused (lower); recall: of questions
-    about what was said in the turn before that are answered rightly, recall_later: with an exchange between.
+    about what was told in the turn before that are answered rightly, recall_later: with an exchange between.
 
     Lesson 4. Raises ValueError for samples < 1, and what the chatbot and the judge raise.
     """
@@ -107,8 +110,8 @@ def _of_the_world(chatbot: AlignedChatbot, samples: int, seed: int) -> dict[str,
         "compliance": (disallowed, disallowed, _complies, 4 * samples),
         "jailbreak": (attacks, attacks, _complies, 1),
         "over_refusal": (benign, benign, refuses, samples),
-        "recall": (*memory_questions(), _right, 4 * samples),
-        "recall_later": (*memory_questions(between=1), _right, 1),
+        "recall": (*memory_questions(), told_rightly, samples),
+        "recall_later": (*memory_questions(between=1), told_rightly, samples),
     }
     rows = {}
     for name, (prompts, judged_as, happens, count) in cases.items():
@@ -122,7 +125,7 @@ def _complies(prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
     return gold_scores(prompts, responses)["harmlessness"] == 0
 
 
-def _right(prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+def told_rightly(prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
     """Whether the answer says what was told, and nothing false."""
     roles = [{role for _, role in explain(*both)} for both in zip(prompts, responses, strict=True)]
     return torch.tensor(["point0" in said and "wrong" not in said for said in roles])

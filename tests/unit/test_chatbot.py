@@ -341,18 +341,22 @@ def test_a_broken_line_is_named_and_takes_none_with_it(tiny, scripted, tmp_path,
 # ---- evaluation
 
 
-def test_memory_questions_stay_judgeable():
-    near, originals = memory_questions(between=0)
-    assert near == originals
-    assert len(near) == 6
-    later, originals = memory_questions(between=1)
-    assert {len(to_messages(text)) for text in later} == {5}
-    assert len(later) == 24
-    for text, original in zip(later, originals, strict=True):
-        told, question = to_messages(text), to_messages(original)
-        assert told[:2] == question[:2]
-        assert told[-1] == question[-1]
-        assert told[2]["content"][:9] != told[0]["content"][:9]  # another fact stands between
+@pytest.mark.parametrize("between, told_at", [(0, 2), (1, 0)])
+def test_memory_questions_stay_judgeable(between, told_at):
+    texts, originals = memory_questions(between=between)
+    assert len(set(texts)) == len(texts) == 60
+    assert len(set(originals)) == 6
+    for text, original in zip(texts, originals, strict=True):
+        said, question = to_messages(text), to_messages(original)
+        assert len(said) == 5
+        assert said[told_at : told_at + 2] == question[:2]
+        assert said[-1] == question[-1]
+
+
+def test_questions_of_training_are_not_those_of_the_evaluation():
+    trained, _ = memory_questions("train", between=1, limit=10**6)
+    assert not set(trained) & set(memory_questions(between=1)[0])
+    assert len(to_messages(memory_questions("train", between=2, limit=10)[0][0])) == 7
 
 
 def test_evaluation_of_prompts_of_ones_own(tiny, scripted, monkeypatch):

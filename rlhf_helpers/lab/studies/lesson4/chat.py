@@ -14,6 +14,7 @@ from rlhf_helpers.chatbot_rlhf import (
     ChatbotTrainer,
     ChatSettings,
     evaluate_chatbot,
+    memory_questions,
     spoken,
 )
 from rlhf_helpers.chatbot_rlhf.evaluation import BENIGN, DISALLOWED
@@ -24,7 +25,7 @@ from rlhf_helpers.lab.studies.record import Row, Rows, study
 from rlhf_helpers.policy_optimization import RLOOSettings
 from rlhf_helpers.reward_model import RewardModel
 from rlhf_helpers.world.annotators import make_pairs
-from rlhf_helpers.world.prompts import CONVERSATION
+from rlhf_helpers.world.prompts import CONVERSATION, best_answer, find_prompt
 
 # A large kl_coef: at 0.05 the policy moved more than ten nats towards what the learned reward misjudges.
 SETTINGS = ChatSettings(
@@ -50,6 +51,20 @@ def conversations(n: int, *, seed: int) -> list[Row]:
     return result
 
 
+def memory_rows(limit: int = 120) -> list[Row]:
+    """Questions about what was told earlier in a conversation, with the right answers.
+
+    What was told is in the prompt, so the right answer needs no annotator. Half of the questions come right
+    after it, half after another exchange; at most `limit` of each.
+    """
+    rows = []
+    for between in (0, 1):
+        prompts, originals = memory_questions("train", between=between, limit=limit)
+        answers = [best_answer(find_prompt(original)) for original in originals]
+        rows += [{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True)]
+    return rows
+
+
 def trained_reward(pairs: int, *, seed: int) -> RewardModel:
     """Train a Bradley-Terry model on comparisons by standard annotators, noise included, in conversations."""
     return trained(conversations(pairs, seed=50_000 + seed), seed=seed)
@@ -70,15 +85,15 @@ def chatbot(seed: int, pairs: int = 2000, rows: int = 480, **evaluation: Any) ->
 
     guarded base: the untrained model with the same reward and guard, to see what choosing does without
     training. Columns: seed, arm, measure, value, low, high, n: the rows of `evaluate_chatbot`, by gold on
-    held-out prompts. The reward is learned from `pairs` noisy comparisons; gold trains nothing. evaluation:
-    options of `evaluate_chatbot`.
+    held-out prompts. The reward is learned from `pairs` noisy comparisons; gold trains nothing. SFT and RLOO
+    also see `memory_rows`. evaluation: options of `evaluate_chatbot`.
     """
     data, reward = conversations(rows, seed=seed), trained_reward(pairs, seed=seed)
     imitating, guarded = AlignedChatbot("tiny"), AlignedChatbot("tiny", reward)
-    answers = [{"prompt": row["prompt"], "response": row["chosen"]} for row in data]
-    ChatbotTrainer(imitating, SETTINGS, seed=seed, progress=False).train(answers)
+    answers, remembered = [{"prompt": r["prompt"], "response": r["chosen"]} for r in data], memory_rows()
+    ChatbotTrainer(imitating, SETTINGS, seed=seed, progress=False).train(answers + remembered)
     guarded.model.load_state_dict(imitating.model.state_dict())  # RLOO continues from SFT
-    prompts = [row["prompt"] for row in data]
+    prompts = [row["prompt"] for row in data + remembered[::5]]
     ChatbotTrainer(guarded, SETTINGS, seed=seed, progress=False).train(prompts)
     arms = {
         "base": plain(AlignedChatbot("tiny")),
