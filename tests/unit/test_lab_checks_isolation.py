@@ -199,7 +199,7 @@ def loops():
 def test_an_endless_loop_is_stopped_once(monkeypatch):
     monkeypatch.setattr(isolation, "SECONDS", 0.2)
     began = time.monotonic()
-    verdict = judge(EXERCISES["kept_turns"], lambda lengths, limit: loops())
+    verdict = judge(EXERCISES["pass_at_k"], lambda n, c, k: loops())
     assert verdict.state == "wrong"
     assert "does a loop never end?" in verdict.message
     assert time.monotonic() - began < 2  # not once per probe

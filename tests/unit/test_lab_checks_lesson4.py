@@ -1,11 +1,7 @@
 """The checks of lesson 4's exercises, mutation-tested: right answers pass, wrong ones are refused by name."""
 
-import ast
-import functools
 import math
 import re
-from collections import Counter
-from difflib import SequenceMatcher
 
 import numpy as np
 import pytest
@@ -15,167 +11,126 @@ from rlhf_helpers.lab.checks import judge
 from rlhf_helpers.lab.exercises import EXERCISES, LESSONS
 
 MINE = {name: EXERCISES[name] for name, lesson in LESSONS.items() if lesson == 4}
+FALLBACK = "I cannot help with that."
 
 
-def turns(lengths, limit, *, step=2, fits=lambda total, limit: total <= limit, raises=True):
-    """Drops from the oldest on, on a copy; each option is one slip."""
-    if raises and lengths[-1] > limit:
-        raise ValueError("the last message is too long")
-    left = list(lengths)
-    while len(left) > 1 and not fits(sum(left), limit):
-        left = left[step:]
-    return len(left)
-
-
-def turns_from_the_end(lengths, limit, *, count=lambda question, answer: question + answer, start=None):
-    """Adds exchange by exchange; each option is one slip."""
-    if lengths[-1] > limit:
-        raise ValueError
-    total, kept = lengths[-1] if start is None else start, 1
-    for i in range(len(lengths) - 3, -1, -2):
-        total += count(lengths[i], lengths[i + 1])
-        if total > limit:
-            break
-        kept += 2
-    return kept
-
-
-def turns_by_parity(lengths, limit):
-    if lengths[-1] > limit:
-        raise ValueError
-    fits = [k for k in range(1, len(lengths) + 1) if sum(lengths[-k:]) <= limit and k % 2 == 1]
-    return max(fits)
-
-
-def turns_from_the_oldest(lengths, limit):
-    total = kept = 0
-    for length in lengths:
-        if total + length > limit:
-            break
-        total, kept = total + length, kept + 1
-    return kept if kept % 2 else kept - 1
-
-
-def turns_on_the_list_itself(lengths, limit):
-    while sum(lengths) > limit:
-        lengths.pop(0)
-        lengths.pop(0)
-    return len(lengths)
-
-
-def once(lengths, limit):
-    if sum(lengths) > limit and len(lengths) > 2:
-        lengths = lengths[2:]
-    return len(lengths)
-
-
-def pick_by_loop(
-    rewards,
-    p_safe,
+def guard(
+    answers,
+    reward_fn,
+    safety_fn,
     threshold,
     *,
     best=-math.inf,
     safe=lambda p, t: p >= t,
     better=lambda r, best: r > best,
-    none=None,
+    worth=lambda r, p: r,
+    none=FALLBACK,
+    failed=FALLBACK,
 ):
     """Answer by answer as a beginner writes it; each option is one slip."""
-    index = none
-    for i, (reward, p) in enumerate(zip(rewards.tolist(), p_safe.tolist(), strict=True)):
-        if safe(p, threshold) and better(reward, best):
-            index, best = i, reward
-    return index
+    try:
+        rewards, p_safe = reward_fn(answers).tolist(), safety_fn(answers).tolist()
+    except ConnectionError:
+        return failed(answers) if callable(failed) else failed
+    text = none
+    for answer, reward, p in zip(answers, rewards, p_safe, strict=True):
+        if safe(p, threshold) and better(worth(reward, p), best):
+            text, best = answer, worth(reward, p)
+    return text
 
 
-def pick_with_numpy(rewards, p_safe, threshold):
-    safe = np.flatnonzero(p_safe.numpy() >= threshold)
-    return int(safe[rewards.numpy()[safe].argmax()]) if len(safe) else None
+def guard_with_numpy(answers, reward_fn, safety_fn, threshold):
+    try:
+        rewards, p_safe = reward_fn(answers).numpy(), safety_fn(answers).numpy()
+    except Exception:
+        return FALLBACK
+    safe = np.flatnonzero(p_safe >= threshold)
+    return answers[safe[rewards[safe].argmax()]] if len(safe) else FALLBACK
 
 
-def pick_filled(rewards, p_safe, threshold, fill=-math.inf):
-    filled = rewards.masked_fill(~(p_safe >= threshold), fill)
-    return filled.argmax().item() if (p_safe >= threshold).any() else None
+def guard_filled(answers, reward_fn, safety_fn, threshold, fill=-math.inf, alone=False):
+    try:
+        p_safe, rewards = safety_fn(answers), reward_fn(answers)
+    except OSError:
+        return FALLBACK
+    safe = p_safe >= threshold
+    if not safe.any():
+        return FALLBACK
+    rewards = p_safe if alone else rewards
+    return answers[rewards.masked_fill(~safe, fill).argmax()]
 
 
-def pick_first_then_check(rewards, p_safe, threshold):
-    best = rewards.argmax().item()
-    return None if p_safe[best] < threshold else best
+def guard_first_then_check(answers, reward_fn, safety_fn, threshold):
+    try:
+        best = reward_fn(answers).argmax()
+        return answers[best] if safety_fn(answers)[best] >= threshold else FALLBACK
+    except ConnectionError:
+        return FALLBACK
 
 
-def pick_or_none(rewards, p_safe, threshold):
-    found = pick_by_loop(rewards, p_safe, threshold)
-    return found if found else None
+def guard_without_safety(answers, reward_fn, safety_fn, threshold):
+    try:
+        return answers[reward_fn(answers).argmax()]
+    except ConnectionError:
+        return FALLBACK
 
 
-def safest(rewards, p_safe, threshold):
-    safe = [i for i, p in enumerate(p_safe.tolist()) if p >= threshold]
-    return max(safe, key=lambda i: p_safe[i].item()) if safe else None
+def guard_that_crashes(answers, reward_fn, safety_fn, threshold):
+    p_safe, rewards = safety_fn(answers), reward_fn(answers)
+    safe = p_safe >= threshold
+    return answers[rewards.masked_fill(~safe, -math.inf).argmax()] if safe.any() else FALLBACK
 
 
-def tokens(text):
-    return re.findall(r"[a-z0-9]+", text.lower())
+def guard_that_trusts(answers, reward_fn, safety_fn, threshold):
+    try:
+        return (
+            guard(answers, reward_fn, lambda texts: safety_fn(texts), threshold, failed=None)
+            or answers[reward_fn(answers).argmax()]
+        )
+    except ConnectionError:
+        return FALLBACK
 
 
-def lcs(one, other):
-    """By recursion on prefixes."""
-
-    @functools.cache
-    def longest(i, j):
-        if not i or not j:
-            return 0
-        if one[i - 1] == other[j - 1]:
-            return longest(i - 1, j - 1) + 1
-        return max(longest(i - 1, j), longest(i, j - 1))
-
-    return longest(len(one), len(other))
+def weights(**changes):
+    return lambda: {"coverage": 1.0, "faithfulness": 0.0, "nothing_made_up": 3.0, "ten_words": -0.2} | changes
 
 
-def lcs_table(one, other, *, cut=0):
-    table = np.zeros((len(one) + 1, len(other) + 1), dtype=int)
-    for i in range(1, len(one) + 1 - cut):
-        for j in range(1, len(other) + 1 - cut):
-            same = one[i - 1] == other[j - 1]
-            table[i, j] = table[i - 1, j - 1] + 1 if same else max(table[i - 1, j], table[i, j - 1])
-    return table[len(one) - cut, len(other) - cut]
+def gate(
+    measured,
+    limits,
+    *,
+    low=lambda e: e.low,
+    high=lambda e: e.high,
+    missing=True,
+    over=lambda x, bound: x >= bound,
+    under=lambda x, bound: x <= bound,
+):
+    """Limit by limit; each option is one slip."""
+    failed = []
+    for name, (kind, bound) in limits.items():
+        if name not in measured:
+            failed += [name] * missing
+            continue
+        kept = over(low(measured[name]), bound) if kind == "at least" else under(high(measured[name]), bound)
+        failed += [name] * (not kept)
+    return failed
 
 
-def rouge(c, r, *, split=tokens, common=lcs, score=lambda p, q: 2 * p * q / (p + q), empty=0.0, none=0.0):
-    """As the formula stands in the text; each option is one slip."""
-    one, other = split(c), split(r)
-    if not one or not other:
-        return empty
-    length = common(one, other)
-    return score(length / len(one), length / len(other)) if length else none
+def gate_by_kept(measured, limits):
+    kept = [
+        n
+        for n, (kind, bound) in limits.items()
+        if n in measured and (measured[n].low >= bound if kind == "at least" else measured[n].high <= bound)
+    ]
+    return [n for n in limits if n not in kept]
 
 
-def rouge_unguarded(c, r):
-    p, q = lcs(tokens(c), tokens(r)) / len(tokens(c)), lcs(tokens(c), tokens(r)) / len(tokens(r))
-    return 2 * p * q / (p + q)
-
-
-def rouge_guarded_against_empty_only(c, r):
-    one, other = tokens(c), tokens(r)
-    if not one or not other:
-        return 0.0
-    p, q = lcs(one, other) / len(one), lcs(one, other) / len(other)
-    return 2 * p * q / (p + q)
-
-
-def overlap(one, other):
-    return sum((Counter(one) & Counter(other)).values())
-
-
-def longest_run(one, other):
-    return SequenceMatcher(None, one, other, autojunk=False).find_longest_match().size
-
-
-def first_match(one, other):
-    """Two fingers: the one in the second text moves on until it meets the word at the first."""
-    found = 0
-    for word in other:
-        if found < len(one) and one[found] == word:
-            found += 1
-    return found
+def gate_that_lets_nan_through(measured, limits):
+    return [
+        n
+        for n, (kind, bound) in limits.items()
+        if n not in measured or (measured[n].low < bound if kind == "at least" else measured[n].high > bound)
+    ]
 
 
 def facts(
@@ -197,11 +152,6 @@ def facts_by_position(told, true):
     pairs = list(zip(told.values(), true.values(), strict=False))
     right = sum(a == b for a, b in pairs)
     return right / len(true), sum(a is not None and a != b for a, b in pairs)
-
-
-def lengths_by_loop(rewards, lengths, limit, cost, *, excess=lambda x, limit: max(0, x - limit)):
-    pairs = zip(rewards.tolist(), lengths.tolist(), strict=True)
-    return torch.tensor([r - cost * excess(x, limit) for r, x in pairs])
 
 
 def pass_by_product(n, c, k):
@@ -231,113 +181,8 @@ UNSAFE = {"eval", "exec", "compile", "open", "__import__"}
 MODULES = ("os", "subprocess", "socket")
 
 
-def name_of(func):
-    """Dotted text of what is called, by hand."""
-    if isinstance(func, ast.Name):
-        return func.id
-    if isinstance(func, ast.Attribute):
-        return f"{name_of(func.value)}.{func.attr}"
-    if isinstance(func, ast.Call) and name_of(func.func) == "__import__":
-        return func.args[0].value
-    return "?"
-
-
-def is_unsafe(name):
-    return name in UNSAFE or ("." in name and name.split(".")[0] in MODULES)
-
-
-def calls(
-    code,
-    *,
-    name=name_of,
-    unsafe=is_unsafe,
-    order=sorted,
-    walk=ast.walk,
-    line=lambda node: node.lineno,
-    error=lambda e: [(e.lineno, "SyntaxError")],
-):
-    """Over the tree as a beginner writes it; each option is one slip."""
-    try:
-        tree = ast.parse(code)
-    except SyntaxError as problem:
-        return error(problem)
-    found = []
-    for node in walk(tree):
-        if isinstance(node, ast.Call) and unsafe(name(node.func)):
-            found.append((line(node), name(node.func)))
-    return order(found)
-
-
-def unparsed(func):
-    return ast.unparse(func).replace("__import__('", "").replace("')", "")
-
-
-class Visitor(ast.NodeVisitor):
-    def __init__(self):
-        self.found = []
-
-    def visit_Call(self, node):
-        if is_unsafe(name_of(node.func)):
-            self.found.append([node.lineno, name_of(node.func)])
-        self.generic_visit(node)
-
-
-def calls_by_visitor(code):
-    visitor = Visitor()
-    try:
-        visitor.visit(ast.parse(code))
-    except SyntaxError as error:
-        return [[error.lineno, "SyntaxError"]]
-    return sorted(visitor.found)
-
-
-def calls_by_text(code, pattern=r"\b(eval|exec|compile|open|__import__|(?:os|subprocess|socket)\.[\w.]+)\("):
-    rows = enumerate(code.split("\n"), start=1)
-    return sorted((i, name) for i, line in rows for name in re.findall(pattern, line))
-
-
-def text_after_parsing(code):
-    try:
-        ast.parse(code)
-    except SyntaxError as error:
-        return [(error.lineno, "SyntaxError")]
-    return calls_by_text(code)
-
-
-def names_anywhere(code):
-    try:
-        nodes = list(ast.walk(ast.parse(code)))
-    except SyntaxError as error:
-        return [(error.lineno, "SyntaxError")]
-    named = [node for node in nodes if isinstance(node, ast.Name | ast.Attribute)]
-    return sorted((node.lineno, name_of(node)) for node in named if is_unsafe(name_of(node)))
-
-
-def outermost(tree):
-    return [getattr(node, "value", None) for node in tree.body]
-
-
 RIGHT = {
-    "kept_turns": [
-        turns,
-        turns_from_the_end,
-        turns_by_parity,
-        lambda lengths, limit: max(k for k in range(1, len(lengths) + 1, 2) if np.sum(lengths[-k:]) <= limit),
-    ],
-    "pick_answer": [
-        pick_by_loop,
-        pick_with_numpy,
-        pick_filled,
-        lambda r, p, t: max((i for i in range(len(r)) if p[i] >= t), key=lambda i: r[i], default=None),
-        lambda r, p, t: pick_by_loop(r, p.nan_to_num(0.0), t),
-        lambda *given: None if (i := pick_by_loop(*given)) is None else np.int64(i),
-        lambda r, p, t: next((int(i) for i in r.argsort(descending=True, stable=True) if p[i] >= t), None),
-    ],
-    "rouge_l": [
-        rouge,
-        lambda c, r: rouge(c, r, common=lcs_table),
-        lambda c, r: 2 * lcs(tokens(c), tokens(r)) / max(1, len(tokens(c)) + len(tokens(r))),
-    ],
+    "guarded_reply": [guard, guard_with_numpy, guard_filled],
     "fact_scores": [
         facts,
         lambda told, true: (
@@ -349,11 +194,11 @@ RIGHT = {
             len({(s, v) for s, v in told.items() if v is not None} - true.items()),
         ],
     ],
-    "length_controlled": [
-        lengths_by_loop,
-        lambda r, x, limit, cost: r - cost * torch.relu(x - limit),
-        lambda r, x, limit, cost: torch.where(x > limit, r - cost * (x - limit), r),
-        lambda r, x, limit, cost: torch.from_numpy(r.numpy() - cost * np.maximum(0, x.numpy() - limit)),
+    "summary_weights": [
+        weights(),
+        weights(coverage=10.0, nothing_made_up=50.0, ten_words=-1.0),
+        weights(faithfulness=5.0, nothing_made_up=2.0, ten_words=-0.1),
+        weights(nothing_made_up=1, ten_words=-0.05),
     ],
     "pass_at_k": [
         pass_by_product,
@@ -367,141 +212,38 @@ RIGHT = {
         lambda p, u: torch.where(u, 0, p.double().mean(dim=-1) * torch.where(p.all(dim=-1), 1, 1 / 3)),
         lambda p, u: torch.tensor(np.where(u, 0, np.where(p.numpy().all(1), 1, p.numpy().mean(1) / 3))),
     ],
-    "unsafe_calls": [
-        calls,
-        calls_by_visitor,
-        lambda code: calls(
-            code,
-            unsafe=lambda name: re.fullmatch(
-                r"eval|exec|compile|open|__import__|(os|subprocess|socket)\..+", name
-            ),
-        ),
+    "test_inputs": [
+        lambda: [[3, -2, 8, 4], [5, 6]],
+        lambda: [[7, -4, 10]],
+        lambda: ([-6, 8, 4, 1], [1, 3, 5], [8, -2]),
     ],
+    "failed_limits": [gate, gate_by_kept, lambda m, limits: [n for n in limits if n in gate(m, limits)]],
 }
 
-
 WRONG = {  # written as a beginner would, not as the package writes them; with the word that names the mistake
-    "kept_turns": [
-        (lambda x, limit: turns(x, limit, step=1), "single messages were dropped"),
-        (lambda x, limit: turns(x, limit, step=1, raises=False), "single messages were dropped"),
-        (lambda x, limit: turns(x, limit, step=1) | 1, "one message MORE"),
-        (lambda x, limit: turns(x, limit, fits=lambda total, limit: total < limit), "EQUALS the limit"),
-        (lambda x, limit: turns_from_the_end(x, limit - 1) if x[-1] < limit else 1, "EQUALS the limit"),
-        (lambda x, limit: turns_from_the_end(x[::-1], limit), "expected .* got|raised"),
-        (turns_from_the_oldest, "expected .* got|counted from the oldest"),
-        (lambda x, limit: max(1, turns_from_the_oldest(x, limit)), "counted from the oldest"),
-        (lambda x, limit: len(x) - turns(x, limit), "messages DROPPED"),
-        (lambda x, limit: sum(x[len(x) - turns(x, limit) :]), "these are tokens"),
-        (lambda x, limit: x[-turns(x, limit) :], "expected .* got"),
-        (lambda x, limit: (turns(x, limit) + 1) // 2, "these are tokens, exchanges"),
-        (lambda x, limit: turns_from_the_end(x, limit) // 2, "these are tokens, exchanges"),
-        (lambda x, limit: turns(x, limit) - 1, "last message is missing"),
-        (lambda x, limit: turns_from_the_end(x, limit, start=0), "last message is missing"),
-        (once, "the loop ends too early"),
-        (lambda x, limit: turns(x[2:], limit) if len(x) > 2 else 1, "the loop ends too early"),
-        (lambda x, limit: turns_from_the_end(x, limit, count=lambda q, a: q), "only one message was counted"),
-        (lambda x, limit: turns_from_the_end(x, limit, count=lambda q, a: a), "only one message was counted"),
-        (lambda x, limit: min(limit, len(x)), "number of messages"),
-        (lambda x, limit: len(x), "limit plays no part"),
-        (lambda x, limit: 1, "limit plays no part"),
-        (lambda x, limit: float(turns(x, limit)), "expected .* got"),
-        (lambda x, limit: turns_from_the_end(x, limit + 1), "expected .* got"),
-        (turns_on_the_list_itself, "changes its input lengths"),
-        (lambda x, limit: x.sum() <= limit, "raised AttributeError"),
-    ],
-    "pick_answer": [
-        (pick_first_then_check, "best of ALL answers"),
-        (lambda r, p, t: int(i) if p[i := np.argmax(r.numpy())] >= t else None, "best of ALL answers"),
-        (lambda r, p, t: r.argmax().item(), "safety plays no part"),
-        (lambda r, p, t: r.argmax().item() if p.nan_to_num().max() >= t else None, "safety plays no part"),
-        (lambda *given: pick_by_loop(*given, safe=lambda p, t: p > t), "EQUAL to the threshold"),
-        (lambda *given: pick_by_loop(*given, safe=lambda p, t: p < t), "BELOW the threshold"),
-        (lambda *given: pick_by_loop(*given, safe=lambda p, t: p <= t), "BELOW the threshold"),
-        (lambda *given: pick_by_loop(*given, safe=lambda p, t: not p < t), "NaN was let through"),
-        (
-            lambda r, p, t: r[p >= t].argmax().item() if (p >= t).any() else None,
-            "among the safe answers only",
-        ),
-        (lambda *given: pick_filled(*given, fill=0.0), "rewards may be negative"),
-        (lambda *given: pick_filled(*given, fill=-1.0), "rewards may be negative"),
-        (lambda r, p, t: pick_filled(r, p, t, fill=r.min()), "rewards may be negative"),
-        (lambda r, p, t: (r * (p >= t)).argmax().item(), "rewards may be negative"),
-        (lambda *given: pick_by_loop(*given, best=0.0), "expected .* got"),
-        (lambda *given: pick_by_loop(*given, better=lambda r, best: r >= best), "FIRST answer"),
-        (
-            lambda r, p, t: max(
-                (i for i in range(len(r)) if p[i] >= t),
-                key=lambda i: (r[i].item(), p[i].item()),
-                default=None,
-            ),
-            "FIRST answer",
-        ),
-        (lambda r, p, t: pick_filled(r * p, p, t), "p_safe was weighed"),
-        (lambda r, p, t: pick_by_loop(r + p, p, t), "p_safe was weighed"),
-        (safest, "decided alone"),
-        (lambda r, p, t: p.argmax().item(), "decided alone"),
-        (
-            lambda *given: pick_by_loop(*given, best=math.inf, better=lambda r, best: r < best),
-            "expected .* got",
-        ),
-        (lambda r, p, t: next((i for i in range(len(r)) if p[i] >= t), None), "expected .* got"),
-        (lambda *given: pick_by_loop(*given, none=0), "safe return None"),
-        (lambda *given: pick_by_loop(*given, none=-1), "safe return None"),
-        (lambda r, p, t: r.masked_fill(~(p >= t), -math.inf).argmax().item(), "safe return None"),
-        (
-            lambda r, p, t: max((i for i in range(len(r)) if p[i] >= t), key=lambda i: r[i]),
-            "no index, no error",
-        ),
-        (lambda r, p, t: torch.where(p >= t)[0][r[p >= t].argmax()].item(), "no index, no error"),
-        (pick_or_none, "0 counts as false"),
-        (lambda r, p, t: r[p >= t].max().item() if (p >= t).any() else None, "this is a reward"),
-        (lambda *given: None if (i := pick_by_loop(*given)) is None else i + 1, "counted from 1"),
-        (lambda *given: None if (i := pick_by_loop(*given)) is None else torch.tensor(i), "a tensor"),
-        (lambda *given: None if (i := pick_by_loop(*given)) is None else [i], "expected .* got"),
-        (lambda r, p, t: r.index(max(r)), "raised TypeError"),
-    ],
-    "rouge_l": [
-        (lambda c, r: rouge(c, r, score=lambda p, q: q), "recall or the precision"),
-        (lambda c, r: rouge(c, r, score=lambda p, q: p), "recall or the precision"),
-        (lambda c, r: rouge(c, r, score=lambda p, q: (p + q) / 2), "another way"),
-        (lambda c, r: rouge(c, r, score=lambda p, q: p * q), "another way"),
-        (lambda c, r: rouge(c, r, score=lambda p, q: math.sqrt(p * q)), "another way"),
-        (lambda c, r: rouge(c, r, score=lambda p, q: p * q / (p + q)), "another way"),
-        (lambda c, r: rouge(c, r, score=max), "another way"),
-        (lambda c, r: rouge(c, r, score=min), "another way"),
-        (lambda c, r: rouge(c, r, score=lambda p, q: 1 / (1 / p + 1 / q - 1)), "another way"),
-        (lambda c, r: lcs(tokens(c), tokens(r)), "this is L"),
-        (lambda c, r: rouge(c, r, split=str.lower), "CHARACTERS"),
-        (lambda c, r: rouge(c, r, split=str), "CHARACTERS"),
-        (lambda c, r: rouge(c, r, split=lambda text: re.findall(r"\w+", text)), "cut in another way"),
-        (lambda c, r: rouge(c, r, split=lambda text: text.lower().split()), "cut in another way"),
-        (lambda c, r: rouge(c, r, split=str.split), "cut in another way"),
-        (
-            lambda c, r: rouge(c, r, split=lambda text: re.findall("[a-z]+", text.lower())),
-            "cut in another way",
-        ),
-        (lambda c, r: rouge(c, r, common=overlap), "ROUGE-1"),
-        (lambda c, r: rouge(c, r, common=lambda a, b: len([w for w in a if w in b])), "ROUGE-1"),
-        (lambda c, r: rouge(c, r, common=longest_run), "longest RUN"),
-        (
-            lambda c, r: rouge(c, r, common=lambda a, b: sum(x == y for x, y in zip(a, b, strict=False))),
-            "index by index",
-        ),
-        (lambda c, r: rouge(c, r, common=first_match), "first match"),
-        (lambda c, r: rouge(c, r, common=functools.partial(lcs_table, cut=1)), "expected .* got"),
-        (rouge_unguarded, "divides by 0"),
-        (rouge_guarded_against_empty_only, "divides by 0"),
-        (lambda c, r: torch.tensor(rouge(c, r)), "expected .* got"),
-        (lambda c, r: rouge(c, r, empty=1.0), "expected .* got"),
-        (lambda c, r: rouge(c, r, empty=math.nan), "expected .* got"),
-        (lambda c, r: rouge(c, r, common=lambda a, b: len({*a} & {*b})), "expected .* got"),
-        (
-            lambda c, r: rouge(c, r, split=lambda text: tokens(text.replace("boats", "boat"))),
-            "expected .* got",
-        ),
-        (lambda c, r: 100 * rouge(c, r), "expected .* got"),
-        (lambda c, r: SequenceMatcher(None, tokens(c), tokens(r)).ratio(), "expected .* got"),
-        (lambda c, r: lcs(c, r) / c, "raised TypeError"),
+    "guarded_reply": [
+        (guard_that_crashes, "a check that fails stops the chatbot"),
+        (guard_that_trusts, "expected .* got"),
+        (lambda answers, *given: guard(answers, *given, failed=answers[0]), "nobody judged"),
+        (guard_first_then_check, "best of ALL answers"),
+        (guard_without_safety, "safety plays no part"),
+        (lambda *given: guard(*given, safe=lambda p, t: True), "safety plays no part"),
+        (lambda *given: guard(*given, safe=lambda p, t: p > t), "EQUAL to the threshold"),
+        (lambda *given: guard(*given, safe=lambda p, t: not p < t), "NaN was let through"),
+        (lambda *given: guard_filled(*given, fill=0.0), "rewards may be negative"),
+        (lambda *given: guard(*given, best=0.0), "expected .* got"),
+        (lambda *given: guard(*given, better=lambda r, best: r >= best), "FIRST answer"),
+        (lambda *given: guard(*given, worth=lambda r, p: r * p), "was weighed"),
+        (lambda *given: guard(*given, worth=lambda r, p: r + p), "expected .* got|FIRST|weighed"),
+        (lambda *given: guard(*given, worth=lambda r, p: p), "decided alone"),
+        (lambda *given: guard_filled(*given, alone=True), "decided alone"),
+        (lambda *given: guard(*given, none=None, failed=None), "not None"),
+        (lambda *given: guard(*given, none="", failed=""), "no text of your own"),
+        (lambda *given: guard(*given, none="Sorry.", failed="Sorry."), "expected .* got"),
+        (lambda *given: guard(*given, failed=None), "expected .* got"),
+        (lambda answers, *given: given and int(guard(answers, *given)[-1]), "expected .* got"),
+        (lambda a, *given: a.index(t) if (t := guard(a, *given)) in a else t, "this is an index"),
+        (lambda *given: guard(*given, safe=lambda p, t: p < t), "BELOW the threshold"),
     ],
     "fact_scores": [
         (lambda *given: facts(*given, share=lambda r, w, n, t: r / t if t else 0.0), "slots TOLD"),
@@ -519,10 +261,6 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
             "told WRONGLY were counted as covered",
         ),
         (lambda *given: facts(*given, wrong=lambda r, w, n, t: w / n), "hallucinated by nothing"),
-        (
-            lambda *given: facts(*given, wrong=lambda r, w, n, t: w / t if t else 0.0),
-            "hallucinated by nothing",
-        ),
         (lambda *given: facts(*given, share=lambda r, w, n, t: r), "divide the coverage"),
         (lambda *given: facts(*given)[::-1], "swapped"),
         (lambda *given: facts(*given, share=lambda r, w, n, t: r / n if w == 0 else 0.0), "measured apart"),
@@ -540,13 +278,13 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda *given: facts(*given, share=lambda r, w, n, t: 1 - r / n), "expected .* got"),
         (lambda told, true: facts(told, true, same=lambda a, b: a in true.values()), "ANOTHER slot"),
         (facts_by_position, "by their order"),
-        (lambda *given: facts(*given, same=lambda a, b: a in b), "part of the true one"),
+        (lambda *given: facts(*given, same=lambda a, b: a in b), "expected .* got"),
         (lambda *given: facts(*given)[0], "one is missing"),
-        (lambda *given: facts(*given)[1], "one is missing"),
+        (lambda *given: facts(*given)[1], "expected .* got"),
         (lambda *given: torch.tensor(facts(*given)), "expected .* got"),
         (lambda *given: facts(*given, share=lambda r, w, n, t: 100 * r / n), "expected .* got"),
         (lambda *given: facts(*given, share=lambda r, w, n, t: r / 3), "expected .* got"),
-        (lambda *given: facts(*given, same=lambda a, b: b in a), "part of the true one"),
+        (lambda *given: facts(*given, same=lambda a, b: b in a), "expected .* got"),
         (
             lambda *given: dict(zip(("coverage", "hallucinated"), facts(*given), strict=True)),
             "expected .* got",
@@ -554,48 +292,23 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda told, true: facts(told, true, same=lambda a, b: a.lower() is b), "expected .* got"),
         (lambda told, true: (told == true) / len(told - true), "raised TypeError"),
     ],
-    "length_controlled": [
-        (lambda r, x, limit, cost: r - cost * (x - limit), "reward ROSE"),
-        (lambda *given: lengths_by_loop(*given, excess=lambda x, limit: x - limit), "reward ROSE"),
-        (lambda r, x, limit, cost: r + cost * torch.clamp(x - limit, min=0), "sign is flipped"),
-        (
-            lambda *given: lengths_by_loop(*given, excess=lambda x, limit: max(0, limit - x)),
-            "BELOW the limit",
-        ),
-        (
-            lambda *given: lengths_by_loop(*given, excess=lambda x, limit: min(0, x - limit)),
-            "BELOW the limit",
-        ),
-        (lambda r, x, limit, cost: r - cost * torch.abs(x - limit), "BELOW the limit"),
-        (lambda r, x, limit, cost: r - cost * x, "whole length"),
-        (
-            lambda *given: lengths_by_loop(*given, excess=lambda x, limit: x if x > limit else 0),
-            "whole length",
-        ),
-        (lambda r, x, limit, cost: torch.where(x > limit, r - cost, r), "every excess cost the same"),
-        (lambda r, x, limit, cost: r - torch.relu(x - limit), "at the price cost"),
-        (lambda r, x, limit, cost: -cost * torch.relu(x - limit), "reward itself was lost"),
-        (lambda r, x, limit, cost: r * (x <= limit), "reward itself was lost"),
-        (lambda *given: lengths_by_loop(*given).relu(), "at or above 0"),
-        (lambda r, x, limit, cost: r * (1 - cost * torch.relu(x - limit)), "MULTIPLIES"),
-        (lambda r, x, limit, cost: r / x, "or divides it"),
-        (lambda *given: lengths_by_loop(*given, excess=lambda x, limit: max(0, x - limit) ** 2), "squared"),
-        (
-            lambda *given: lengths_by_loop(*given, excess=lambda x, limit: max(0, x / limit - 1)),
-            "divided by the limit",
-        ),
-        (lambda r, x, limit, cost: r - cost * max(0, x.double().mean() - limit), "a mean over the batch"),
-        (lambda *given: lengths_by_loop(*given).mean(), "reward of its own"),
-        (lambda *given: sum(lengths_by_loop(*given)), "reward of its own"),
-        (lambda *given: lengths_by_loop(*given).tolist(), "expected .* got"),
-        (lambda *given: lengths_by_loop(*given)[:, None], "expected .* got"),
-        (lambda *given: lengths_by_loop(*given).long(), "expected .* got"),
-        (
-            lambda *given: lengths_by_loop(*given, excess=lambda x, limit: max(0, x - limit + 1)),
-            "expected .* got",
-        ),
-        (lambda *given: lengths_by_loop(*given).numpy(), "expected .* got"),
-        (lambda r, x, limit, cost: r - cost * max(0, x - limit), "raised RuntimeError"),
+    "summary_weights": [
+        (weights(coverage=1.45, faithfulness=-0.51, nothing_made_up=1.5, ten_words=4.67), "still paid for"),
+        (weights(ten_words=1.0), "still paid for"),
+        (weights(ten_words=0.2), "still paid for"),
+        (weights(ten_words=0), "words cost nothing"),
+        (weights(ten_words=-1.0), "more than a fact"),
+        (weights(coverage=0.0), "more than a fact"),
+        (weights(coverage=0.0, ten_words=-1), "more than a fact"),
+        (weights(coverage=2.0, ten_words=-1.0), "more than a fact"),
+        (weights(nothing_made_up=0.0), "a wrong place wins"),
+        (weights(nothing_made_up=0.0, ten_words=-0.1), "a wrong place wins"),
+        (weights(nothing_made_up=0.2), "expected .* got"),
+        (weights(nothing_made_up=-3.0), "a wrong place wins"),
+        (weights(coverage=-1.0), "more than a fact"),
+        (lambda: {"coverage": 1.0}, "raised KeyError"),
+        (lambda: [1.0, 0.0, 3.0, -0.2], "raised AttributeError"),
+        (lambda: weights, "raised"),
     ],
     "pass_at_k": [
         (lambda n, c, k: 1 - (1 - c / n) ** k, "biased"),
@@ -634,7 +347,7 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda *given: rewards_by_loop(*given, partial=lambda share: 0.0), "all or nothing"),
         (lambda *given: rewards_by_loop(*given, whole=1 / 3), "whole programs got a third"),
         (lambda *given: rewards_by_loop(*given, partial=lambda share: 1 / 3), "not a fixed reward"),
-        (lambda *given: rewards_by_loop(*given, partial=lambda share: share - 1 / 3), "not a fixed reward"),
+        (lambda *given: rewards_by_loop(*given, partial=lambda share: share - 1 / 3), "expected .* got"),
         (
             lambda *given: rewards_by_loop(*given, partial=lambda share: 1 / 3 if share else 0.0),
             "not a fixed reward",
@@ -653,8 +366,8 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda p, u: p.float().mean(0), "one reward per program"),
         (lambda *given: rewards_by_loop(*given).mean(), "one reward per program"),
         (lambda *given: rewards_by_loop(*given).sum(), "one reward per program"),
-        (lambda *given: rewards_by_loop(*given).unsqueeze(1), "one reward per program"),
-        (lambda *given: rewards_by_loop(*given).tolist(), "one reward per program"),
+        (lambda *given: rewards_by_loop(*given).unsqueeze(1), "expected .* got"),
+        (lambda *given: rewards_by_loop(*given).tolist(), "expected .* got"),
         (lambda p, u: p.all(1) & ~u, "expected .* got"),
         (lambda *given: rewards_by_loop(*given, partial=lambda share: share / 2), "expected .* got"),
         (lambda *given: rewards_by_loop(*given, partial=lambda share: 0.3 * share), "expected .* got"),
@@ -662,84 +375,45 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda *given: rewards_by_loop(*given).numpy(), "expected .* got"),
         (lambda p, u: p.mean(1), "raised RuntimeError"),
     ],
-    "unsafe_calls": [
-        (calls_by_text, "TEXT was searched"),
-        (text_after_parsing, "TEXT was searched"),
-        (names_anywhere, "not called"),
+    "test_inputs": [
+        (lambda: [[4], [3], [-6]], "lists of one number"),
+        (lambda: [[2], [5], [-8]], "lists of one number|expected .* got"),
+        (lambda: [[6], [7], [-4]], "lists of one number"),
+        (lambda: [[4, 6], [-2, 8]], "every number is even"),
+        (lambda: [[4, 8], [-2, 6]], "every number is even"),
+        (lambda: [[3, 4, 8], [5, 6]], "no number is negative"),
+        (lambda: [[1, 4, 6]], "no number is negative"),
+        (lambda: [[2], [2, 1]], "expected .* got"),
+        (lambda: [[]], "expected .* got"),
+        (lambda: [], "expected .* got"),
+        (lambda: [[3, -2, 8]] * 4, "more than 3 inputs"),
+        (lambda: [3, -2, 8], "raised TypeError"),
+        (lambda: [[3, 5], [1]], "expected .* got"),
+        (lambda: [[0, 2, 1]], "expected .* got"),
+        (lambda: "3, -2, 8", "expected .* got"),
+    ],
+    "failed_limits": [
+        (lambda *given: gate(*given, low=lambda e: e.value, high=lambda e: e.value), "estimate itself"),
+        (lambda *given: gate(*given, low=lambda e: e.high, high=lambda e: e.low), "wrong end"),
+        (lambda *given: gate(*given, low=lambda e: e.high), "wrong end"),
+        (lambda *given: gate(*given, high=lambda e: e.low), "wrong end"),
+        (lambda *given: gate(*given, missing=False), "not measured passed"),
+        (gate_that_lets_nan_through, "NaN passed"),
         (
-            lambda code: calls(code, name=lambda f: n if is_unsafe(n := name_of(f)) else n.split(".")[-1]),
-            "methods",
+            lambda *given: gate(*given, over=lambda x, b: x > b, under=lambda x, b: x < b),
+            "EQUAL to the bound",
         ),
-        (lambda code: calls(code, walk=lambda tree: outermost(tree)), "outermost"),
-        (lambda code: calls(code, order=list), "not sorted"),
-        (lambda code: calls(code, order=lambda rows: sorted(rows, key=lambda row: row[1])), "not sorted"),
-        (lambda code: calls(code, line=lambda node: node.lineno - 1), "count from 1"),
-        (lambda code: [(name, line) for line, name in calls(code)], "in this order"),
-        (lambda code: [name for _, name in calls(code)], "each entry is"),
-        (lambda code: [line for line, _ in calls(code)], "each entry is"),
-        (lambda code: calls(code, unsafe=lambda name: name in UNSAFE), "names were forgotten"),
-        (lambda code: calls(code, unsafe=lambda name: name.split(".")[0] in MODULES), "names were forgotten"),
-        (lambda code: calls(code, unsafe=lambda n: is_unsafe(n) and n != "compile"), "names were forgotten"),
-        (
-            lambda code: calls(code, unsafe=lambda n: is_unsafe(n) and n != "__import__"),
-            "names were forgotten",
-        ),
-        (
-            lambda code: calls(code, unsafe=lambda n: is_unsafe(n) and "socket" not in n),
-            "names were forgotten",
-        ),
-        (
-            lambda code: calls(
-                code, name=ast.unparse, unsafe=lambda n: is_unsafe(n) and re.fullmatch(r"[\w.]+", n)
-            ),
-            "TWO calls",
-        ),
-        (lambda code: calls(code, name=unparsed), "done with a result"),
-        (lambda code: [(line, name.split(".")[-1]) for line, name in calls(code)], "whole path"),
-        (lambda code: [(line, name.split(".")[0]) for line, name in calls(code)], "whole path"),
-        (lambda code: calls(code, order=lambda rows: sorted(set(rows))), "expected .* got"),
-        (
-            lambda code: sorted(
-                (n.lineno, name_of(n.func))
-                for n in ast.walk(ast.parse(code))
-                if isinstance(n, ast.Call) and is_unsafe(name_of(n.func))
-            ),
-            "catch SyntaxError",
-        ),
-        (lambda code: calls(code, error=lambda e: []), "pass as harmless"),
-        (lambda code: calls(code, error=lambda e: None), "expected .* got"),
-        (lambda code: calls(code, error=lambda e: [(1, "SyntaxError")]), "line of the error"),
-        (lambda code: calls(code, error=lambda e: [(0, "SyntaxError")]), "line of the error"),
-        (lambda code: calls(code, error=lambda e: [(e.lineno, e.msg)]), "and this word"),
-        (lambda code: calls(code, error=lambda e: (e.lineno, "SyntaxError")), "expected .* got"),
-        (lambda code: calls(code, line=lambda node: node.end_lineno), "expected .* got"),
-        (lambda code: calls(code, line=lambda node: node.col_offset), "expected .* got"),
-        (lambda code: dict(calls(code)), "expected .* got"),
-        (lambda code: len(calls(code)), "expected .* got"),
-        (lambda code: calls(code)[:1], "expected .* got"),
-        (lambda code: calls(code, name=lambda func: func.id), "raised AttributeError"),
+        (lambda *given: [n for n in given[1] if n not in gate(*given)], "ARE kept"),
+        (lambda *given: not gate(*given), "names of the limits"),
+        (lambda *given: len(gate(*given)), "expected .* got"),
+        (lambda *given: gate(*given)[:1], "expected .* got"),
+        (lambda m, limits: [n for n, (k, b) in limits.items() if not m[n].low >= b], "expected .* got"),
+        (lambda *given: set(gate(*given)), "expected .* got"),
+        (lambda *given: gate(*given, over=lambda x, b: x <= b), "expected .* got"),
+        (lambda *given: [], "expected .* got"),
+        (lambda *given: None, "is a return missing"),
     ],
 }
-
-
-def refusing(fn):
-    """An answer that raises, as it should, where the last message alone does not fit."""
-
-    def mine(lengths, limit):
-        if lengths[-1] > limit:
-            raise ValueError("the last message is too long")
-        return fn(lengths, limit)
-
-    return mine
-
-
-WRONG["kept_turns"] = [
-    *((refusing(fn), word) for fn, word in WRONG["kept_turns"]),
-    (lambda x, limit: turns(x, limit, raises=False), "must raise ValueError"),
-    (lambda x, limit: turns(x, limit) if x[-1] <= limit else 0, "must raise ValueError"),
-    (lambda x, limit: turns(x, limit) if x[-1] <= limit else None, "must raise ValueError"),
-]
-RIGHT["kept_turns"] = [refusing(fn) for fn in RIGHT["kept_turns"]]
 
 
 @pytest.mark.parametrize("name, fn", [(n, f) for n, fns in RIGHT.items() for f in fns])
@@ -761,4 +435,4 @@ def test_every_exercise_is_mutation_tested():
     for name in MINE:
         assert len(RIGHT[name]) >= 3
         assert len(WRONG[name]) >= 15
-        assert len([word for _, word in WRONG[name] if not word.startswith(("expected", "raised"))]) >= 10
+        assert len([word for _, word in WRONG[name] if not word.startswith(("expected", "raised"))]) >= 6

@@ -4,12 +4,10 @@ The key of each slip says what is wrong with it. What changes an input, a settin
 test_lab_checks_isolation.py and, for every exercise, at the end of this file.
 """
 
-import ast
 import copy
 import inspect
 import itertools
 import math
-import re
 
 import numpy as np
 import pytest
@@ -716,211 +714,107 @@ RIGHT["debate_reward"] = [
 ]
 
 
-# ---- lesson 4: a chatbot's turns, summaries, programs
+# ---- lesson 4: a guard and a gate, summaries, programs
 
 
-def fitting(lengths, limit):
-    if lengths[-1] > limit:
-        raise ValueError("the last message is too long")
-    kept = len(lengths)
-    while sum(lengths[-kept:]) > limit:
-        kept -= 2
-    return kept
+def guarded(answers, reward_fn, safety_fn, threshold, *, fill=-math.inf, errors=Exception, rounded=False):
+    try:
+        rewards, p_safe = reward_fn(answers), safety_fn(answers)
+    except errors:
+        return "I cannot help with that."
+    safe = (p_safe * 10).round() / 10 >= threshold if rounded else p_safe >= threshold
+    best = rewards.masked_fill(~safe, fill).argmax()
+    return answers[best] if safe.any() else "I cannot help with that."
 
 
-def fitting_by_cumsum(lengths, limit):
-    sums = np.cumsum(lengths[::-1])[::2]
-    if sums[0] > limit:
-        raise ValueError
-    return int(2 * np.sum(sums <= limit) - 1)
+def safety_is_asked_alone(answers, reward_fn, safety_fn, threshold):
+    try:
+        p_safe = safety_fn(answers)
+    except ConnectionError:
+        return "I cannot help with that."
+    return guarded(answers, reward_fn, lambda _: p_safe, threshold, errors=ValueError)
 
 
-def fitting_by_recursion(lengths, limit):
-    if sum(lengths) <= limit:
-        return len(lengths)
-    if len(lengths) == 1:
-        raise ValueError(lengths)
-    return fitting_by_recursion(lengths[2:], limit)
+def by_reward(answers, reward_fn, safety_fn, threshold):
+    try:
+        ranked = np.argsort(-reward_fn(answers).numpy(), kind="stable")
+        p_safe = safety_fn(answers).tolist()
+    except OSError:
+        return "I cannot help with that."
+    return next((answers[k] for k in ranked if p_safe[k] >= threshold), "I cannot help with that.")
 
 
-def fitting_in_place(lengths, limit):
-    kept = fitting(lengths, limit)
-    del lengths[:-kept]
-    return kept
+def among_safe(answers, reward_fn, safety_fn, threshold):
+    try:
+        safe = [k for k, p in enumerate(safety_fn(answers)) if p >= threshold]
+        rewards = reward_fn(answers)
+        return answers[max(safe, key=lambda k: rewards[k])]
+    except (OSError, ValueError):
+        return "I cannot help with that."
 
 
-SLIPS["kept_turns"] = {
-    "at most 7": lambda lengths, limit: min(7, fitting(lengths, limit)),
-    "empty messages count 1": lambda lengths, limit: fitting([x or 1 for x in lengths], limit),
-    "empties the list": fitting_in_place,
+SLIPS["guarded_reply"] = {
+    "only the check of safety may fail": safety_is_asked_alone,
+    "unsafe rewards of -10": lambda *given: guarded(*given, fill=-10.0),
+    "unsafe rewards of -999": lambda *given: guarded(*given, fill=-999.0),
+    "P(safe) rounded": lambda *given: guarded(*given, rounded=True),
+    "another error caught": lambda *given: guarded(*given, errors=KeyError),
 }
-RIGHT["kept_turns"] = [
-    fitting_by_cumsum,
-    fitting_by_recursion,
-    lambda lengths, limit: np.int64(fitting(tuple(lengths), limit)),
+RIGHT["guarded_reply"] = [guarded, by_reward, among_safe]
+
+
+def weighed(coverage, faithfulness, nothing_made_up, ten_words):
+    return lambda: {
+        "coverage": coverage,
+        "faithfulness": faithfulness,
+        "nothing_made_up": nothing_made_up,
+        "ten_words": ten_words,
+    }
+
+
+SLIPS["summary_weights"] = {
+    "faithfulness alone": weighed(0.0, 1.0, 0.0, -0.01),
+    "a length of almost nothing": weighed(1.0, 0.0, 0.0, -0.001),
+    "the reward of the hand-made example": weighed(2.0, 0.0, 3.0, -1.0),
+}
+RIGHT["summary_weights"] = [
+    weighed(1.01, 0.36, 3.17, -0.17),
+    weighed(100, 0, 100, -1),
+    weighed(1.0, 0.5, 1.0, -0.1),
+]
+
+SLIPS["test_inputs"] = {
+    "the largest is the sum": lambda: [[2, 1], [0, 3]],
+    "squares": lambda: [[2, 2, 1, -2]],
+    "without the odd": lambda: [[4, 6, -2]],
+}
+RIGHT["test_inputs"] = [
+    lambda: [[3, -2, 8, 4]],
+    lambda: [(5, -4, 6), (2, 10, 7)],
+    lambda: [list(range(-3, 9))],
 ]
 
 
-def pick(rewards, p_safe, threshold, fill=-math.inf):
-    safe = p_safe >= threshold
-    return rewards.masked_fill(~safe, fill).argmax().item() if safe.any() else None
+def unkept(measured, limits, *, slack=0.0):
+    kept = {"at least": lambda e, b: e.low >= b - slack, "at most": lambda e, b: e.high <= b + slack}
+    return [n for n, (kind, b) in limits.items() if n not in measured or not kept[kind](measured[n], b)]
 
 
-def pick_by_loop(rewards, p_safe, threshold):
-    best = None
-    for i, (reward, p) in enumerate(zip(rewards.tolist(), p_safe.tolist(), strict=True)):
-        if p >= threshold and (best is None or reward > rewards[best]):
-            best = i
-    return best
-
-
-def pick_in_place(rewards, p_safe, threshold):
-    if not (p_safe >= threshold).any():
-        return None
-    rewards[~(p_safe >= threshold)] = -math.inf
-    return int(rewards.argmax())
-
-
-SLIPS["pick_answer"] = {
-    "the test turned round": lambda r, p, t: None if (p >= t).any() else int(r.argmax()),
-    "a single answer is taken": lambda r, p, t: pick(r, p, t) if len(r) > 1 else 0,
-    "a single answer is refused": lambda r, p, t: pick(r, p, t) if len(r) > 1 else None,
-    "unsafe rewards of -10": lambda *given: pick(*given, fill=-10.0),
-    "unsafe rewards of -999": lambda *given: pick(*given, fill=-999.0),
-    "p_safe rounded": lambda r, p, t: pick(r, (p * 10).round() / 10, t),
-    "changes the rewards": pick_in_place,
+SLIPS["failed_limits"] = {
+    "a little slack": lambda *given: unkept(*given, slack=0.06),
+    "in the order of what was measured": lambda m, limits: [
+        n for n in (*m, *limits) if n in unkept(m, limits)
+    ],
+    "adds to what was measured": lambda m, limits: m.setdefault("recall", None) and unkept(m, limits),
 }
-
-
-def pick_among_safe(rewards, p_safe, threshold):
-    safe = (p_safe >= threshold).nonzero()[:, 0]
-    return safe[rewards[safe].argmax()].item() if len(safe) else None
-
-
-RIGHT["pick_answer"] = [
-    pick_by_loop,
-    pick_among_safe,
-    lambda r, p, t: next(
-        (k for k in np.argsort(-r.numpy(), kind="stable").tolist() if p[k].item() >= t), None
-    ),
-]
-
-
-def words(text):
-    return re.findall("[a-z0-9]+", text.lower())
-
-
-def common(one, other, *, near=lambda table, i, j: table[i - 1][j - 1]):
-    """L by the table of the hint; `near` is the entry that a match continues."""
-    table = [[0] * (len(other) + 1) for _ in range(len(one) + 1)]
-    for i, word in enumerate(one, 1):
-        for j, rival in enumerate(other, 1):
-            table[i][j] = max(table[i - 1][j], table[i][j - 1])
-            if word == rival:
-                table[i][j] = near(table, i, j) + 1
-    return table[-1][-1]
-
-
-def rouge(candidate, reference, *, split=words, length=common, empty=0.0):
-    one, other = split(candidate), split(reference)
-    if not one or not other:
-        return empty
-    return 2 * length(one, other) / (len(one) + len(other))
-
-
-def common_with_one_row(one, other):
-    """All rows of the table are the same list."""
-    table = [[0] * (len(other) + 1)] * (len(one) + 1)
-    for i, word in enumerate(one, 1):
-        for j, rival in enumerate(other, 1):
-            same = word == rival
-            table[i][j] = table[i - 1][j - 1] + 1 if same else max(table[i - 1][j], table[i][j - 1])
-    return table[-1][-1]
-
-
-def split_by(pattern):
-    return lambda text: re.findall(pattern, text.lower())
-
-
-def above(table, i, j):
-    return table[i - 1][j]
-
-
-def left(table, i, j):
-    return table[i][j - 1]
-
-
-def larger(table, i, j):
-    return max(table[i - 1][j], table[i][j - 1])
-
-
-def common_at_most_the_words(one, other):
-    return min(len(one), len(other), common(one, other, near=above))
-
-
-SLIPS["rouge_l"] = {
-    **{
-        f"a match continues {near.__name__}": lambda c, r, near=near: rouge(
-            c, r, length=lambda one, other: common(one, other, near=near)
-        )
-        for near in (above, left, larger)
-    },
-    "a match continues above, at most 1": lambda c, r: min(
-        1, rouge(c, r, length=lambda one, other: common(one, other, near=above))
-    ),
-    "a match continues above, at most all": lambda c, r: rouge(c, r, length=common_at_most_the_words),
-    "one row for all": lambda c, r: rouge(c, r, length=common_with_one_row),
-    "both empty are equal": lambda c, r: rouge(c, r) if words(c + r) else 1.0,
-    "equal texts": lambda c, r: 1.0 if c == r else rouge(c, r),
-    "None without words": lambda c, r: rouge(c, r) if words(c) or words(r) else None,
-    r"\w+": lambda c, r: rouge(c, r, split=split_by(r"\w+")),
-    "punctuation deleted": lambda c, r: rouge(
-        c, r, split=lambda text: re.sub(r"[^\w\s]", "", text.lower()).split()
-    ),
-    "all but a-z and 0-9 deleted": lambda c, r: rouge(
-        c, r, split=lambda text: re.sub(r"[^a-z0-9\s]", "", text.lower()).split()
-    ),
-    "apostrophes kept": lambda c, r: rouge(c, r, split=split_by("[a-z0-9']+")),
-    "hyphens kept": lambda c, r: rouge(c, r, split=split_by("[a-z0-9-]+")),
-    "letters and digits apart": lambda c, r: rouge(c, r, split=split_by("[a-z]+|[0-9]+")),
-    "letters of other scripts": lambda c, r: rouge(c, r, split=split_by(r"[^\W_]+")),
-    "punctuation stripped": lambda c, r: rouge(
-        c, r, split=lambda text: [w for w in (x.strip(".,;!?") for x in text.lower().split()) if w]
-    ),
-}
-
-
-def common_by_two_rows(one, other):
-    before = [0] * (len(other) + 1)
-    for word in one:
-        row = [0]
-        for j, rival in enumerate(other):
-            row.append(before[j] + 1 if word == rival else max(before[j + 1], row[j]))
-        before = row
-    return before[-1]
-
-
-def common_from_the_front(one, other):
-    if not one or not other:
-        return 0
-    if one[0] == other[0]:
-        return 1 + common_from_the_front(one[1:], other[1:])
-    return max(common_from_the_front(one[1:], other), common_from_the_front(one, other[1:]))
-
-
-def f1(candidate, reference):
-    one, other = words(candidate), words(reference)
-    length = common(other, one)
-    precision, recall = length / max(len(one), 1), length / max(len(other), 1)
-    return 2 * precision * recall / (precision + recall) if length else 0
-
-
-RIGHT["rouge_l"] = [
-    lambda c, r: np.float32(rouge(c, r, length=common_by_two_rows)),
-    lambda c, r: rouge(
-        c, r, length=common_from_the_front, split=lambda t: re.sub("[^a-z0-9]+", " ", t.lower()).split()
-    ),
-    f1,
+RIGHT["failed_limits"] = [
+    unkept,
+    lambda m, limits: tuple(unkept(m, limits)),
+    lambda m, limits: [
+        n
+        for n, (kind, b) in limits.items()
+        if not ((m[n].low >= b if kind == "at least" else m[n].high <= b) if n in m else False)
+    ],
 ]
 
 
@@ -969,25 +863,6 @@ RIGHT["fact_scores"] = [
 ]
 
 
-def charged(rewards, lengths, limit, cost):
-    return rewards - cost * (lengths - limit).clamp(min=0)
-
-
-SLIPS["length_controlled"] = {
-    "squeezed": lambda *given: charged(*given).squeeze(),
-    "a cost of at most 0.25": lambda r, x, limit, cost: charged(r, x, limit, min(cost, 0.25)),
-    "at least -10": lambda *given: charged(*given).clamp(min=-10),
-    "changes the rewards": lambda r, x, limit, cost: r.sub_(cost * (x - limit).clamp(min=0)),
-}
-RIGHT["length_controlled"] = [
-    lambda r, x, limit, cost: r - cost * torch.maximum(x - limit, torch.tensor(0)),
-    lambda r, x, limit, cost: r - cost * (x - limit) * (x > limit),
-    lambda r, x, limit, cost: torch.stack(
-        [a - cost * max(0, n - limit) for a, n in zip(r, x.tolist(), strict=True)]
-    ),
-]
-
-
 def at_least_one(n, c, k):
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
@@ -1030,97 +905,6 @@ RIGHT["verifiable_reward"] = [
     ),
 ]
 
-BARE = ("eval", "exec", "compile", "open", "__import__")
-MODULES = ("os", "subprocess", "socket")
-
-
-def dotted(func):
-    return ast.unparse(func).replace("__import__('", "").replace("')", "")
-
-
-def is_path(name):
-    return all(part.isidentifier() for part in name.split("."))
-
-
-def starts_in_module(name):
-    return is_path(name) and name.split(".")[0] in MODULES and "." in name
-
-
-def reaching(
-    code,
-    *,
-    name=dotted,
-    module=starts_in_module,
-    walk=ast.walk,
-    line=lambda node: node.lineno,
-    error=lambda e: [(e.lineno, "SyntaxError")],
-):
-    """As the printed solution; each option is one slip."""
-    try:
-        tree = ast.parse(code)
-    except SyntaxError as problem:
-        return error(problem)
-    nodes = [node for node in walk(tree) if isinstance(node, ast.Call)]
-    names = [(line(node), name(node.func)) for node in nodes]
-    return sorted((at, text) for at, text in names if text in BARE or module(text))
-
-
-def outside_classes(tree):
-    return (node for top in tree.body if not isinstance(top, ast.ClassDef) for node in ast.walk(top))
-
-
-def outside_lambdas(tree):
-    inner = {node for top in ast.walk(tree) if isinstance(top, ast.Lambda) for node in ast.walk(top)}
-    return (node for node in ast.walk(tree) if node not in inner)
-
-
-SLIPS["unsafe_calls"] = {
-    "methods of a result": lambda code: reaching(
-        code, module=lambda n: n.startswith(("os.", "subprocess.", "socket."))
-    ),
-    "modules that begin alike": lambda code: reaching(
-        code, module=lambda n: is_path(n) and n.startswith(MODULES) and "." in n
-    ),
-    "modules that end alike": lambda code: reaching(
-        code, module=lambda n: is_path(n) and ("os." in n or "subprocess." in n)
-    ),
-    "attributes named like a module": lambda code: reaching(
-        code, module=lambda n: is_path(n) and any(part in MODULES for part in n.split(".")[:-1])
-    ),
-    "builtins.eval": lambda code: reaching(code, name=lambda func: dotted(func).removeprefix("builtins.")),
-    "__import__ of os only": lambda code: reaching(
-        code, name=lambda func: ast.unparse(func).replace("__import__('os')", "os")
-    ),
-    "one dot only": lambda code: reaching(code, module=lambda n: starts_in_module(n) and n.count(".") <= 2),
-    "the name of the error": lambda code: reaching(code, error=lambda e: [(e.lineno, type(e).__name__)]),
-    "errors in line 2": lambda code: reaching(code, error=lambda e: [(2, "SyntaxError")]),
-    "the last line of a name": lambda code: reaching(code, line=lambda node: node.func.end_lineno),
-    "not within classes": lambda code: reaching(code, walk=outside_classes),
-    "not within lambdas": lambda code: reaching(code, walk=outside_lambdas),
-    "not with keywords": lambda code: reaching(
-        code, walk=lambda tree: (n for n in ast.walk(tree) if not getattr(n, "keywords", None))
-    ),
-    "an empty program is an error": lambda code: reaching(code) if code else [(1, "SyntaxError")],
-}
-
-
-def parts_of(func):
-    """Names of a dotted call from left to right; empty where it is something else."""
-    if isinstance(func, ast.Name):
-        return [func.id]
-    if isinstance(func, ast.Attribute) and (parts := parts_of(func.value)):
-        return [*parts, func.attr]
-    if isinstance(func, ast.Call) and parts_of(func.func) == ["__import__"]:
-        return [func.args[0].value]
-    return []
-
-
-RIGHT["unsafe_calls"] = [
-    lambda code: reaching(code, name=lambda func: ".".join(parts_of(func))),
-    lambda code: [list(row) for row in reaching(code)],
-    lambda code: reaching(code, module=lambda n: re.fullmatch(r"(os|subprocess|socket)(\.\w+)+", n)),
-]
-
 
 def named(table):
     return [
@@ -1161,7 +945,7 @@ MUTABLE = [
     (name, k)
     for name, exercise in EXERCISES.items()
     for k, arg in enumerate(exercise.probes[0])
-    if isinstance(arg, torch.Tensor | list | dict)
+    if exercise.trial is None and isinstance(arg, torch.Tensor | list | dict)
 ]
 
 

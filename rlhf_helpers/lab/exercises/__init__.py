@@ -41,14 +41,13 @@ NAMES = {  # of each lesson, in its order
         "debate_reward",
     ),
     4: (
-        "pick_answer",
+        "guarded_reply",
         "fact_scores",
-        "length_controlled",
+        "summary_weights",
         "pass_at_k",
         "verifiable_reward",
-        "rouge_l",
-        "unsafe_calls",
-        "kept_turns",
+        "test_inputs",
+        "failed_limits",
     ),
 }
 LESSONS = {name: lesson for lesson, names in NAMES.items() for name in names}

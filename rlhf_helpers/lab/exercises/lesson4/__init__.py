@@ -1,4 +1,4 @@
-"""Exercises of lesson 4: a chatbot's turns, summaries, programs."""
+"""Exercises of lesson 4: a guard and a gate, rewards for summaries, tests for programs."""
 
 from rlhf_helpers.lab.exercises.lesson4 import chat, programs, summaries
 

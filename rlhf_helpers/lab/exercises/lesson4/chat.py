@@ -1,150 +1,132 @@
-"""What a chatbot decides in each turn: what still fits of the conversation, and which answer it gives."""
+"""What stands between a model and a person: a guard with its fallback, and a gate before the release."""
 
 import math
+from collections.abc import Callable
 
-from torch import tensor
+import torch
+from torch import Tensor
 
-from rlhf_helpers.chatbot_rlhf.chatbot import kept_turns
-from rlhf_helpers.guards import pick_answer
-from rlhf_helpers.lab.exercises.exercise import Function, each, exercise, table
+from rlhf_helpers.chatbot_rlhf.chatbot import FALLBACK
+from rlhf_helpers.core.stats import Estimate
+from rlhf_helpers.lab.exercises.exercise import Function, exercise
 
-LONG = [5, 4, 3, 6, 2, 7, 4]
-OTHER = [9, 8, 1, 2, 6, 5, 3]
-
-
-def _fitted(total: Function, step: int = 2) -> Function:
-    """Keep the most of 1, 1 + step, ... messages whose `total` is within the limit."""
-
-    def wrong(lengths: list[int], limit: int) -> int:
-        alone = kept_turns(lengths[-1:], limit)  # raises as it should
-        return max(k for k in range(1, len(lengths) + 1, step) if k == alone or total(lengths, k) <= limit)
-
-    return wrong
+Check = Callable[[list[str]], Tensor]
 
 
-def _top(worth: Function) -> Function:
-    """Pick by `worth` of rewards, p_safe and which answers are safe; None where none is."""
-    return lambda rewards, p_safe, safe: int(worth(rewards, p_safe, safe).argmax()) if safe.any() else None
+def guarded_reply(answers: list[str], reward_fn: Check, safety_fn: Check, threshold: float) -> str:
+    """Show the best of the safe answers; the fallback where there is none, or where a check fails."""
+    try:
+        rewards, p_safe = reward_fn(answers), safety_fn(answers)
+    except Exception:  # whatever went wrong, nothing was judged safe
+        return FALLBACK
+    safe = p_safe >= threshold  # False where P(safe) is NaN
+    if not safe.any():
+        return FALLBACK
+    return answers[int(rewards.where(safe, -math.inf).argmax())]
 
+
+def _reply(guard: Function, rewards: list[float], p_safe: list[float], broken: str, threshold: float) -> str:
+    """Let a guard answer where the checks give these numbers, and the one called `broken` fails."""
+
+    def check(name: str, values: list[float]) -> Check:
+        def measure(answers: list[str]) -> Tensor:
+            if name == broken:
+                raise ConnectionError(f"the {name} check does not answer")
+            return torch.tensor(values)
+
+        return measure
+
+    answers = [f"answer {i}" for i in range(len(rewards))]
+    return guard(answers, check("reward", rewards), check("safety", p_safe), threshold)
+
+
+def failed_limits(measured: dict[str, Estimate], limits: dict[str, tuple[str, float]]) -> list[str]:
+    """Name the limits that a model is not shown to keep, by the unfavorable end of each interval."""
+    failed = []
+    for name, (kind, bound) in limits.items():
+        found = measured.get(name)
+        keeps = found is not None and (found.low >= bound if kind == "at least" else found.high <= bound)
+        if not keeps:
+            failed.append(name)
+    return failed
+
+
+GATE = {"win_rate": ("at least", 0.6), "compliance": ("at most", 0.1), "recall": ("at least", 0.3)}
+MEASURED = [
+    {"win_rate": (0.7, 0.6, 0.8), "compliance": (0.05, 0.0, 0.1), "recall": (0.4, 0.35, 0.45)},
+    {"win_rate": (0.7, 0.55, 0.8), "compliance": (0.05, 0.0, 0.15), "recall": (0.2, 0.1, 0.35)},
+    {"win_rate": (0.5, 0.4, 0.65), "compliance": (0.2, 0.05, 0.3)},
+    {"win_rate": (math.nan,) * 3, "compliance": (math.nan,) * 3, "recall": (0.9, 0.8, 1.0)},
+    {"compliance": (0.02, 0.01, 0.04), "score": (0.1, 0.0, 0.2), "win_rate": (0.9, 0.8, 0.95)},
+]
 
 EXERCISES = {
-    "kept_turns": exercise(
-        kept_turns,
+    "guarded_reply": exercise(
+        guarded_reply,
         [
-            (LONG, 25),
-            (LONG, 13),
-            (LONG, 12),
-            (LONG, 30),
-            (LONG, 31),
-            (OTHER, 17),
-            (OTHER, 10),
-            (OTHER, 15),
-            (OTHER, 3),
-            ([1, 2, 9, 9, 1], 8),
-            ([1, 9, 2, 8, 6], 13),
-            ([6], 6),
-            ([1, 1, 4], 3),
-            ([7], 6),
-            ([9, 2, 1, 1, 3, 1, 2, 1, 1, 2, 4], 16),
-            ([4, 0, 0, 2, 3], 5),
+            ([0.5, 2.0, -1.0, 1.0], [0.9, 0.8, 0.2, 0.6], "", 0.5),
+            ([-0.5, 1.5, 2.0, 0.25], [0.9, 0.75, 0.5, 0.95], "", 0.75),  # one stands exactly at the threshold
+            ([-1.0, -5.0, -2.0], [0.1, 0.9, 0.3], "", 0.5),
+            ([3.0, 1.0, 2.0], [math.nan, 0.6, 0.7], "", 0.5),
+            ([1.0, 2.0, 2.0, 2.0], [0.95, 0.2, 0.6, 0.8], "", 0.5),
+            ([2.0, 2.25, 1.0], [0.95, 0.55, 0.9], "", 0.5),
+            ([1.0, 2.0], [0.9, 0.49], "", 0.5),
+            ([3.0, -5000.0, -7000.0], [0.2, 0.9, 0.8], "", 0.5),
+            ([0.25, 0.5], [0.125, math.nan], "", 0.5),
+            ([1.0, 2.0], [0.9, 0.8], "safety", 0.5),
+            ([1.0, 2.0], [0.9, 0.8], "reward", 0.5),
         ],
-        "single messages were dropped: what is kept may then begin with an answer whose question is gone",
-        lambda singly: singly,
-        "one message MORE was kept where the number came out even: the sum is then above the limit",
-        lambda singly: singly // 2 * 2 + 1,
-        "a sum that EQUALS the limit still fits",
-        lambda lengths, limit: kept_turns(lengths, max(limit - 1, min(limit, lengths[-1]))),
-        lambda lengths, limit: kept_turns(lengths, limit - 1),
-        "a last message that alone exceeds the limit must raise ValueError: dropping others does not help",
-        *each(
-            lambda x, lengths, limit: kept_turns(lengths, limit) if lengths[-1] <= limit else x,
-            1,
-            0,
-            -1,
-            None,
-        ),
-        lambda lengths, limit: kept_turns(lengths, limit) if lengths[-1] <= limit else lengths[len(lengths)],
-        "the messages were counted from the oldest: keep the LAST ones",
-        _fitted(lambda lengths, k: sum(lengths[:k])),
-        "these are tokens, exchanges, or messages DROPPED: return how many messages are kept",
-        lambda lengths, right: sum(lengths[-right:]),
-        lambda lengths, right: len(lengths) - right,
-        lambda right: right // 2,
-        lambda right: right // 2 + 1,
-        "the last message is missing: it is one of those kept, and its length is part of the sum",
-        lambda right: right - 1,
-        _fitted(lambda lengths, k: sum(lengths[-k:-1])),
-        "the loop ends too early: drop until the rest fits, and keep even the oldest exchange where all fits",
-        lambda lengths, right: max(len(lengths) - 2, right),
-        lambda lengths, right: min(right, max(1, len(lengths) - 2)),
-        "of each exchange only one message was counted: its length is that of both",
-        _fitted(lambda lengths, k: sum(lengths[-k:][::2])),
-        _fitted(lambda lengths, k: sum(lengths[-k:][1::2]) + lengths[-1]),
-        "the limit plays no part, or was compared with the number of messages: it is a number of tokens",
-        _fitted(lambda lengths, k: k),
-        lambda lengths, limit: min(len(lengths), limit),
-        lambda lengths, right: len(lengths),
-        lambda right: 1,
-        singly=_fitted(lambda lengths, k: sum(lengths[-k:]), step=1),
-    ),
-    "pick_answer": exercise(
-        pick_answer,
-        table(
-            ([0.5, 2.0, -1.0, 1.0], [0.9, 0.8, 0.2, 0.6], 0.5),
-            ([-0.5, 1.5, 2.0, 0.25], [0.9, 0.75, 0.5, 0.95], 0.75),  # one stands exactly at the threshold
-            ([-1.0, -5.0, -2.0], [0.1, 0.9, 0.3], 0.5),
-            ([3.0, 1.0, 2.0], [math.nan, 0.6, 0.7], 0.5),
-            ([1.0, 2.0, 2.0, 2.0, 2.0], [0.9, 0.2, 0.8, 0.95, 0.85], 0.5),
-            ([2.0, 2.25, 1.0], [0.95, 0.55, 0.9], 0.5),
-            ([3.0, 1.0], [0.9, 0.9], 0.25),
-            ([0.5, 1.0, 2.0], [0.125, math.nan, 0.3], 0.5),
-            ([3.0, -5000.0, -7000.0], [0.2, 0.9, 0.8], 0.5),
-            ([1.0, 2.0], [0.9, 0.49], 0.5),
-            ([0.25], [0.75], 0.5),
-            ([0.25], [0.125], 0.5),
-        ),
+        "a check that fails stops the chatbot: catch what it raises, and show the fallback",
+        ("except Exception", "except ZeroDivisionError"),
+        "a check failed, and an answer was shown all the same: what nobody judged must not pass",
+        ("        return FALLBACK\n    safe", "        return answers[0]\n    safe"),
         "the best of ALL answers was taken first, and given up when unsafe: another one may be safe",
-        lambda best, p_safe, threshold: best if p_safe[best] >= threshold else None,
-        lambda best, p_safe, threshold: None if p_safe[best] < threshold else best,
+        ("not safe.any()", "not safe[rewards.argmax()]"),
         "safety plays no part: an answer was picked for its reward alone",
-        lambda best: best,
-        _top(lambda rewards, p_safe, safe: rewards),
-        "p_safe EQUAL to the threshold is safe enough",
-        lambda rewards, p_safe, threshold: pick_answer(
-            rewards, p_safe.where(p_safe > threshold, -1.0), threshold
-        ),
-        "the answers BELOW the threshold were taken: p_safe is the probability that an answer is safe",
-        lambda rewards, p_safe, threshold: pick_answer(rewards, -p_safe, -threshold),
-        "NaN was let through: a check that failed has not called the answer safe",
-        lambda rewards, p_safe, threshold: pick_answer(rewards, p_safe.nan_to_num(math.inf), threshold),
-        "this is an index among the safe answers only: return the index among all",
-        lambda right, safe: None if right is None else int(safe[:right].sum()),
+        ("p_safe >= threshold", "rewards == rewards"),
+        ("p_safe >= threshold", "rewards == rewards", "safety_fn(answers)", "None"),
+        "P(safe) EQUAL to the threshold is safe enough",
+        ("p_safe >= threshold", "p_safe > threshold"),
+        "the answers BELOW the threshold were taken: P(safe) is the probability that an answer is safe",
+        ("p_safe >= threshold", "p_safe < threshold"),
+        "NaN was let through: a check that gives no number has not called the answer safe",
+        ("p_safe >= threshold", "~(p_safe < threshold)"),
         "unsafe answers got a reward above that of a safe one: rewards may be negative; use -inf",
-        _top(lambda rewards, p_safe, safe: rewards.where(safe, 0.0)),
-        _top(lambda rewards, p_safe, safe: rewards.where(safe, -99.0)),
-        _top(lambda rewards, p_safe, safe: rewards.where(safe, rewards.min())),
-        lambda rewards, safe: int((rewards * safe).argmax()),
-        "in a tie take the FIRST answer",
-        lambda rewards, safe, right: (
-            None if right is None else int((safe & (rewards == rewards[right])).nonzero()[-1])
+        ("-math.inf", "0.0"),
+        ("-math.inf", "-99.0"),
+        "P(safe) was weighed against the reward, or decided alone: among safe answers only the reward counts",
+        ("rewards.where", "(rewards * p_safe).where"),
+        ("rewards.where", "p_safe.where"),
+        "in a tie show the FIRST answer",
+        ("answers[int(rewards.where(safe, -math.inf)", "answers[~int(rewards.where(safe, -math.inf).flip(0)"),
+        "where no answer is safe, or a check fails, show the fallback: not None, and no text of your own",
+        ("return FALLBACK", "return None"),
+        ("return FALLBACK", "return ''"),
+        "this is an index: return the text of the answer",
+        (
+            "answers[int(rewards.where(safe, -math.inf).argmax())]",
+            "rewards.where(safe, -math.inf).argmax().item()",
         ),
-        _top(lambda rewards, p_safe, safe: (rewards + 1e-3 * p_safe).where(safe, -math.inf)),
-        "p_safe was weighed against the reward, or decided alone: above the threshold only the reward counts",
-        _top(lambda rewards, p_safe, safe: (rewards * p_safe).where(safe, -math.inf)),
-        _top(lambda rewards, p_safe, safe: p_safe.where(safe, 0.0)),
-        lambda p_safe: int(p_safe.argmax()),
-        "where no answer is safe return None, so that the chatbot gives its fallback: no index, no error",
-        *each(lambda x, right: x if right is None else right, 0, -1, 2, "fallback"),
-        lambda rewards, right: max(rewards[:0]) if right is None else right,
-        lambda rewards, right: rewards[:0].argmax() if right is None else right,
-        "index 0 was taken for None: 0 counts as false, so ask `is None`",
-        lambda right: right or None,
-        "this is a reward, a tensor, or an index counted from 1: return the index, a Python int from 0 on",
-        lambda rewards, right: None if right is None else float(rewards[right]),
-        lambda rewards, right: None if right is None else rewards[right],
-        lambda right: None if right is None else right + 1,
-        lambda right: None if right is None else tensor(right),
-        best=lambda rewards: int(rewards.argmax()),
-        safe=lambda p_safe, threshold: p_safe >= threshold,
+        trial=_reply,
+    ),
+    "failed_limits": exercise(
+        failed_limits,
+        [({name: Estimate(*ends, 20) for name, ends in row.items()}, GATE) for row in MEASURED],
+        "the estimate itself was compared: a limit is kept only if the whole interval keeps it",
+        ("found.low", "found.value", "found.high", "found.value"),
+        "the wrong end of an interval was used: low for `at least`, high for `at most`",
+        ("found.low >=", "found.high >=", "found.high <=", "found.low <="),
+        ("found.low >=", "found.high >="),
+        ("found.high <=", "found.low <="),
+        "what was not measured passed: a limit without a measurement is not shown to be kept",
+        ("found is not None and", "found is None or"),
+        "NaN passed: every comparison with NaN is False, so ask what is kept, not what is broken",
+        ("found.low >=", "not found.low <", "found.high <=", "not found.high >"),
+        "an end EQUAL to the bound keeps it",
+        (">= bound", "> bound", "<= bound", "< bound"),
+        "these are the limits that ARE kept: return the others",
+        ("if not keeps", "if keeps"),
+        "this says whether the model may go out: return the names of the limits that stop it",
+        ("return failed", "return not failed"),
     ),
 }
