@@ -59,9 +59,8 @@ def memory_rows(limit: int = 120) -> list[Row]:
     """
     rows = []
     for between in (0, 1):
-        prompts, originals = memory_questions("train", between=between, limit=limit)
-        answers = [best_answer(find_prompt(original)) for original in originals]
-        rows += [{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True)]
+        for prompt, asked in zip(*memory_questions("train", between=between, limit=limit), strict=True):
+            rows.append({"prompt": prompt, "completion": best_answer(find_prompt(asked))})
     return rows
 
 
