@@ -196,8 +196,8 @@ def test_the_stub_is_bare_and_the_printed_solution_is_right(name):
     assert "    raise NotImplementedError\n" in stub
     solution = re.search(r"<summary>Solution</summary>(.*?)</details>", statement, re.DOTALL)[1]
     namespace = {}
-    for line in imported.values():
-        if "rlhf_helpers" not in line:
+    for alias, line in imported.items():
+        if "rlhf_helpers" not in line or alias.isupper():  # of the package only constants
             exec(line, namespace)
     exec("\n".join(re.findall(r"```python\n(.*?)```", solution, re.DOTALL)), namespace)
     verdict = judge(EXERCISES[name], namespace[function])
