@@ -55,6 +55,7 @@ CEILINGS = {
     "lab": 13_580,
     "lab/explorers": 2_150,
     "lab/classroom": 3_200,
+    "lab/labeling": 3_200,
     "lab/exercises": 16_500,
     "lab/studies": 20_200,
     "train": 2_200,

@@ -1,0 +1,209 @@
+"""Labels of any number of people in one SQLite file, on the disk before the next item is shown."""
+
+import contextlib
+import json
+import sqlite3
+import warnings
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_helpers.core.stats import krippendorff_alpha
+
+TIE, SKIP = "tie", "skip"
+_TABLE = """
+CREATE TABLE IF NOT EXISTS labels (
+    annotator TEXT NOT NULL,
+    item TEXT NOT NULL,     -- JSON: task, prompt, answers in the order of the data
+    shown TEXT NOT NULL,    -- JSON: the answers' indices in the order in which this person saw them
+    label TEXT NOT NULL,    -- JSON
+    PRIMARY KEY (annotator, item)
+)
+"""
+_WAIT_S = 30.0  # for another kernel that is writing
+
+
+@dataclass(frozen=True)
+class Item:
+    """What is labeled: `pair` (two answers), `ranking` (several) or `rating` (one)."""
+
+    task: str
+    prompt: str
+    answers: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """The text by which the store knows this item."""
+        return json.dumps([self.task, self.prompt, list(self.answers)])
+
+
+@dataclass(frozen=True)
+class Label:
+    """One person's label of one item.
+
+    `value` is, for a pair, the index of the better answer or "tie"; for a ranking, the indices, best first;
+    for a rating, the points; for any of them "skip". Indices are those of the data, whatever order was shown.
+    """
+
+    annotator: str
+    item: Item
+    shown: tuple[int, ...]
+    value: Any
+
+
+class LabelStore:
+    """Labels in one SQLite file (None: in memory); what `add` has returned from is on the disk.
+
+    Several kernels and annotators can write at once. A second label of the same person for the same item
+    replaces the first.
+
+    Raises:
+        ValueError: The file is no store of labels; the message names it. A file of the earlier format
+            (.jsonl) is refused by name: `import_clicks` reads it.
+    """
+
+    def __init__(self, path: str | Path | None) -> None:
+        """Open or create the store."""
+        self.path = None if path is None else Path(path)
+        if self.path is not None and self.path.suffix == ".jsonl":
+            raise ValueError(
+                f"{self.path}: labels are kept in SQLite; name a file such as {self.path.stem}.sqlite, and "
+                "read the old labels with its import_clicks"
+            )
+        self._memory = sqlite3.connect(":memory:") if self.path is None else None
+        if self._memory is not None:
+            weakref.finalize(self, self._memory.close)
+        try:
+            with self._database() as database:
+                database.execute(_TABLE)
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{self.path} is no store of labels ({error}); name another file") from error
+
+    @contextlib.contextmanager
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        """Give a connection; commit at the end. A file is opened anew each time, so nothing stays locked."""
+        database = self._memory or sqlite3.connect(self.path, timeout=_WAIT_S)
+        try:
+            with database:
+                yield database
+        finally:
+            if database is not self._memory:
+                database.close()
+
+    def add(self, label: Label) -> None:
+        """Save a label; it is on the disk when this returns."""
+        row = (label.annotator, label.item.key, json.dumps(label.shown), json.dumps(label.value))
+        with self._database() as database:
+            database.execute("INSERT OR REPLACE INTO labels VALUES (?, ?, ?, ?)", row)
+
+    def remove(self, annotator: str, item: Item) -> None:
+        """Take back a person's label of an item, if there is one."""
+        with self._database() as database:
+            database.execute("DELETE FROM labels WHERE annotator = ? AND item = ?", (annotator, item.key))
+
+    def labels(self, annotator: str | None = None) -> list[Label]:
+        """Return all labels, or those of one annotator, in the order in which they were given."""
+        with self._database() as database:
+            rows = database.execute("SELECT * FROM labels ORDER BY rowid").fetchall()
+        found = []
+        for name, item, shown, value in rows:
+            if annotator in (None, name):
+                task, prompt, answers = json.loads(item)
+                found.append(
+                    Label(
+                        name, Item(task, prompt, tuple(answers)), tuple(json.loads(shown)), json.loads(value)
+                    )
+                )
+        return found
+
+    def import_clicks(self, path: str | Path, annotator: str) -> int:
+        """Add the rated pairs of a file of the earlier format and return how many it holds.
+
+        Such a file has one JSON object per line: prompt, a, b, choice ("a", "b" or "tie"). A broken line is
+        named in a warning and costs no other line. A label that the person has given here stays.
+        """
+        known = {label.item.key for label in self.labels(annotator)}
+        clicks = list(_read_clicks(Path(path)))
+        for item, value in clicks:
+            if item.key not in known:
+                self.add(Label(annotator, item, (0, 1), value))
+        return len(clicks)
+
+    def merge(self, stores: Mapping[str, str | Path]) -> None:
+        """Add the labels of other files, each under a person's name: a class becomes a panel."""
+        for name, path in stores.items():
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"no store of labels: {path}")
+            others = LabelStore(path).labels()
+            several = len({label.annotator for label in others}) > 1
+            for label in others:
+                annotator = f"{name}: {label.annotator}" if several else name
+                self.add(Label(annotator, label.item, label.shown, label.value))
+
+    def preferences(self) -> list[dict[str, Any]]:
+        """Return the labels as rows that `read_preferences`, `read_rankings` and `read_ratings` read.
+
+        Ties and skipped items are left out. Rows: prompt, chosen, rejected for a pair; prompt, responses
+        (best first) for a ranking; prompt, response, rating for a rating; each with its annotator.
+        """
+        rows: list[dict[str, Any]] = []
+        for label in self.labels():
+            answers, value = label.item.answers, label.value
+            row: dict[str, Any] = {"prompt": label.item.prompt, "annotator": label.annotator}
+            if value in (TIE, SKIP):
+                continue
+            if label.item.task == "pair":
+                row |= {"chosen": answers[value], "rejected": answers[1 - value]}
+            elif label.item.task == "ranking":
+                row["responses"] = [answers[index] for index in value]
+            else:
+                row |= {"response": answers[0], "rating": float(value)}
+            rows.append(row)
+        return rows
+
+    def agreement(self) -> float:
+        """Return Krippendorff's alpha of all annotators on the pairs: 1 is perfect, 0 is chance.
+
+        A tie or a skipped pair counts as not labeled.
+
+        Raises:
+            ValueError: Fewer than two people have labeled the same pair.
+        """
+        table: dict[str, dict[str, float]] = defaultdict(dict)
+        for label in self.labels():
+            if label.item.task == "pair" and label.value not in (TIE, SKIP):
+                table[label.item.key][label.annotator] = float(label.value)
+        people = sorted({name for row in table.values() for name in row})
+        shared = [row for row in table.values() if len(row) > 1]
+        if not shared:
+            raise ValueError("agreement needs a pair that two people have labeled")
+        return krippendorff_alpha(
+            np.array([[row.get(name, np.nan) for name in people] for row in shared]),
+        )
+
+
+def _read_clicks(path: Path) -> Iterator[tuple[Item, Any]]:
+    """Read a file of the earlier format."""
+    # Not splitlines(): a text may hold U+2028 or U+0085.
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            value = {"a": 0, "b": 1, "tie": TIE}[row["choice"]]
+            texts: Sequence[str] = [row[key] for key in ("prompt", "a", "b")]
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError("prompt, a and b must be texts")
+        except (ValueError, KeyError, TypeError) as error:
+            warnings.warn(
+                f"{path}, line {number} is not a rated pair and does not count ({error!r}): fix it or label "
+                "its pair again",
+                stacklevel=3,
+            )
+        else:
+            yield Item("pair", texts[0], (texts[1], texts[2])), value

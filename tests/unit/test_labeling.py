@@ -1,0 +1,278 @@
+"""The labeling form and its store: keys, order, undo, several people, killed kernels."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from rlhf_helpers.lab.labeling import Annotator, Item, Label, LabelStore, rate_pairs
+from rlhf_helpers.preference_data import read_preferences, read_rankings, read_ratings
+
+PAIRS = [{"prompt": f"<q{n}>", "a": "yes " * (n + 1), "b": "no"} for n in range(3)]
+STORED = ["a", "b", "tie"]
+ITEMS = [Item("pair", pair["prompt"], (pair["a"], pair["b"])) for pair in PAIRS]
+COMPLETE = json.dumps({**PAIRS[0], "choice": "b"}).encode()
+
+
+def send(form, content):
+    """Handle a message as it comes from the page."""
+    form._handle_msg({"content": {"data": {"method": "custom", "content": content}}, "buffers": []})
+
+
+def made_by(form):
+    return [row["by"] for row in form.rows]
+
+
+def key_for(form, answer):
+    """The key of the side on which the open pair shows an answer."""
+    return "ab"[form.shown["answers"].index(answer)]
+
+
+class TestForm:
+    def test_stored_choices_stand_in_until_a_person_labels(self, tmp_path):
+        path = tmp_path / "labels.sqlite"
+        form = rate_pairs(PAIRS, stored=STORED, path=path)
+        assert [row["choice"] for row in form.rows] == STORED
+        assert made_by(form) == ["stored"] * 3
+        form.press(key_for(form, "no"))
+        assert [row["choice"] for row in form.rows] == ["b", "b", "tie"]
+        assert made_by(form) == ["person", "stored", "stored"]
+        again = rate_pairs(PAIRS, stored=STORED, path=path)  # after a kernel restart
+        assert again.rows == form.rows
+        assert again.shown["index"] == 1
+
+    def test_the_label_is_saved_before_the_next_item_is_shown(self, tmp_path):
+        path = tmp_path / "labels.sqlite"
+        form = rate_pairs(PAIRS, path=path)
+        found = []
+        form.observe(lambda change: found.append(len(LabelStore(path).labels())), names="shown")
+        form.press("a")
+        form.press("t")
+        assert found == [1, 2]
+
+    def test_a_key_means_the_side_that_was_shown_and_the_order_is_recorded(self):
+        pairs = [{"prompt": f"q{n}", "a": "first", "b": "second"} for n in range(40)]
+        form = rate_pairs(pairs)
+        for _ in pairs:
+            form.press(key_for(form, "first"))
+        assert {row["choice"] for row in form.rows} == {"a"}
+        left = [label.shown[0] for label in form.store.labels()]
+        assert 10 <= sum(left) <= 30, "both answers stand on the left about as often"
+
+    def test_tie_skip_and_undo(self):
+        form = rate_pairs(PAIRS)
+        for key in "tsu":
+            form.press(key)
+        assert form.values == ["tie", None, None]
+        assert form.shown["index"] == 1
+        form.press("u")
+        form.press("u")  # nothing is left to take back
+        assert form.values == [None] * 3
+        assert form.store.labels() == []
+
+    def test_a_second_key_for_the_same_item_is_dropped(self):
+        form = rate_pairs(PAIRS)
+        send(form, {"key": "a", "index": 0})
+        send(form, {"key": "b", "index": 0})  # before the page showed the next pair
+        send(form, {"key": "x", "index": 1})  # means nothing
+        assert made_by(form) == ["person", "stored", "stored"]
+        for index in (1, 2, 3):
+            send(form, {"key": "t", "index": index})
+        assert form.shown["index"] == form.shown["total"] == 3
+
+    def test_a_key_without_meaning_is_refused(self):
+        with pytest.raises(ValueError, match="'x'"):
+            rate_pairs(PAIRS).press("x")
+
+    def test_a_ranking_is_given_from_the_best_down(self):
+        item = Item("ranking", "q", ("poor", "best", "good"))
+        form = Annotator([item], LabelStore(None), annotator="you")
+        places = {text: str(form.shown["answers"].index(text) + 1) for text in item.answers}
+        form.press(places["good"])
+        form.press("u")
+        form.press(places["best"])
+        form.press(places["best"])  # is placed already
+        form.press(places["good"])
+        assert form.values == [[1, 2, 0]]
+
+    def test_a_rating_takes_points(self):
+        form = Annotator([Item("rating", "q", ("answer",))], LabelStore(None), annotator="you")
+        form.press("4")
+        assert form.values == [4]
+
+    def test_the_report_says_what_the_labels_follow(self):
+        form = rate_pairs(PAIRS, references={"the gold judge": [1.0, -1.0, 0.0]})
+        assert form.report()["agreement with the gold judge"] == "nothing to compare yet"
+        for pair in PAIRS:
+            form.press(key_for(form, pair["a"]))
+        report = form.report()
+        assert report["labeled"] == "3 of 3"
+        assert report["agreement with the gold judge"] == "1 of 2"
+        assert report["chose the longer answer"] == "3 of 3"
+        assert report["chose the left answer"] == f"{sum(order[0] == 0 for order in form.orders)} of 3"
+
+    def test_the_page_without_a_kernel_shows_escaped_text_and_the_same_in_every_run(self):
+        bundles = [rate_pairs(PAIRS, stored=STORED)._repr_mimebundle_()[0] for _ in range(2)]
+        assert "&lt;q0&gt;" in bundles[0]["text/html"]
+        assert bundles[0]["text/plain"] == "Annotator: 0 of 3 labeled by a person"
+        assert bundles[0]["text/html"] == bundles[1]["text/html"]
+
+    def test_what_does_not_fit_is_refused(self):
+        with pytest.raises(ValueError, match=r"pairs\[0\] lacks \['b'\]"):
+            rate_pairs([{"prompt": "p", "a": "x"}], stored=["a"])
+        with pytest.raises(ValueError, match="stored has 1"):
+            rate_pairs(PAIRS, stored=["a"])
+        with pytest.raises(ValueError, match="stored needs one of"):
+            rate_pairs(PAIRS, stored=["a", "b", "left"])
+        with pytest.raises(ValueError, match="gold has 1"):
+            rate_pairs(PAIRS, references={"gold": [1.0]})
+        with pytest.raises(ValueError, match="at least one"):
+            rate_pairs([])
+
+    def test_the_script_keeps_keys_from_the_notebook_and_sets_text_only(self):
+        script = str(Annotator._esm)
+        assert 'setAttribute("data-lm-suppress-shortcuts", "true")' in script
+        # JupyterLab asks the focused element first, so the root alone is not enough.
+        for node in ("root", "button", "undo"):
+            assert f"keepKeys({node});" in script
+        assert "innerHTML =" not in script
+
+
+class TestStore:
+    def test_a_second_label_of_a_person_replaces_the_first(self, tmp_path):
+        store = LabelStore(tmp_path / "labels.sqlite")
+        for value in (0, 1):
+            store.add(Label("you", ITEMS[0], (0, 1), value))
+        assert [label.value for label in store.labels()] == [1]
+
+    @pytest.mark.parametrize(
+        "text", ["\u2028", "\x85", "\r\n", "\x1c", "\ud800", "ä", "'; DROP TABLE labels; --"]
+    )
+    def test_any_text_can_be_read_again(self, tmp_path, text):
+        label = Label("you", Item("pair", text, (text, "no")), (1, 0), 0)
+        LabelStore(tmp_path / "labels.sqlite").add(label)
+        assert LabelStore(tmp_path / "labels.sqlite").labels() == [label]
+
+    def test_two_annotators_at_once_lose_nothing(self, tmp_path):
+        code = """
+            import sys
+            from rlhf_helpers.lab.labeling.store import Item, Label, LabelStore
+            store = LabelStore(sys.argv[1])
+            for n in range(60):
+                store.add(Label(sys.argv[2], Item("pair", f"q{n}", ("a", "b")), (0, 1), n % 2))
+        """
+        path = tmp_path / "labels.sqlite"
+        people = [
+            subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), path, name])
+            for name in ("ada", "bo")
+        ]
+        assert [person.wait(120) for person in people] == [0, 0]
+        store = LabelStore(path)
+        assert {name: len(store.labels(name)) for name in ("ada", "bo")} == {"ada": 60, "bo": 60}
+
+    def test_a_class_is_a_panel(self, tmp_path):
+        files = {}
+        for name, values in {"ada": (0, 1, 0), "bo": (0, 1, 1), "cy": (0, 1, 0)}.items():
+            files[name] = tmp_path / f"{name}.sqlite"
+            store = LabelStore(files[name])
+            for item, value in zip(ITEMS, values, strict=True):
+                store.add(Label("you", item, (0, 1), value))
+        panel = LabelStore(tmp_path / "class.sqlite")
+        panel.merge(files)
+        assert len(panel.labels()) == 9
+        assert {label.annotator for label in panel.labels()} == {"ada", "bo", "cy"}
+        assert 0.3 < panel.agreement() < 0.7
+        with pytest.raises(FileNotFoundError, match="absent"):
+            panel.merge({"dee": tmp_path / "absent.sqlite"})
+
+    def test_agreement_needs_two_people(self):
+        with pytest.raises(ValueError, match="two people"):
+            LabelStore(None).agreement()
+
+    def test_the_export_is_read_as_preference_data(self):
+        store = LabelStore(None)
+        store.add(Label("you", ITEMS[0], (1, 0), 1))
+        store.add(Label("you", ITEMS[1], (0, 1), "tie"))
+        (pair,) = read_preferences(store.preferences())[0]
+        assert (pair["chosen"], pair["rejected"]) == ("no", PAIRS[0]["a"])
+        ranked = LabelStore(None)
+        ranked.add(Label("you", Item("ranking", "q", ("poor", "best", "good")), (0, 1, 2), [1, 2, 0]))
+        assert read_rankings(ranked.preferences())[0][0]["responses"] == ["best", "good", "poor"]
+        rated = LabelStore(None)
+        rated.add(Label("you", Item("rating", "q", ("answer",)), (0,), 4))
+        assert read_ratings(rated.preferences())[0][0]["rating"] == 4.0
+
+    def test_another_file_is_refused_by_name(self, tmp_path):
+        (tmp_path / "notes.sqlite").write_text("no database" * 100)
+        with pytest.raises(ValueError, match=r"notes\.sqlite"):
+            LabelStore(tmp_path / "notes.sqlite")
+        with pytest.raises(ValueError, match="import_clicks"):
+            LabelStore(tmp_path / "rated_pairs.jsonl")
+
+
+class TestEarlierFormat:
+    def test_old_clicks_are_taken_over_once_and_later_labels_stay(self, tmp_path):
+        (tmp_path / "labels.jsonl").write_bytes(COMPLETE + b"\n")
+        form = rate_pairs(PAIRS, path=tmp_path / "labels.sqlite")
+        assert form.rows[0]["choice"] == "b"
+        form.press("u")
+        form.press(key_for(form, PAIRS[0]["a"]))
+        assert rate_pairs(PAIRS, path=tmp_path / "labels.sqlite").rows[0]["choice"] == "a"
+
+    @pytest.mark.parametrize(
+        "line, message",
+        [
+            (b'{"prompt": "<q1>", "a": "ye', "Unterminated string"),  # a killed kernel
+            ('{"prompt": "ü'.encode()[:-1], "Unicode"),
+            (b"\0\0\0\0", "Error"),
+            (b'{"prompt": "p"}', "KeyError"),
+            (b'["prompt"]', "TypeError"),
+            (COMPLETE.replace(b'"choice": "b"', b'"choice": "left"'), "left"),
+        ],
+    )
+    def test_a_broken_line_is_named_and_costs_no_other_line(self, tmp_path, line, message):
+        path = tmp_path / "clicks.jsonl"
+        path.write_bytes(COMPLETE + b"\n\n" + line)
+        store = LabelStore(None)
+        with pytest.warns(UserWarning, match=rf"clicks\.jsonl, line 3 is not a rated pair.*{message}"):
+            assert store.import_clicks(path, "you") == 1
+        assert [label.value for label in store.labels()] == [1]
+
+
+KERNEL = """
+import sys
+from rlhf_helpers.lab.labeling import rate_pairs
+pairs = [{"prompt": f"q{n}", "a": f"yes {n}", "b": f"no {n}"} for n in range(200)]
+form = rate_pairs(pairs, path=sys.argv[1])
+while form.shown["index"] < 200:
+    index = form.shown["index"]
+    form.press("ab"[form.shown["answers"].index(f"yes {index}")])
+    print(index, flush=True)  # the next pair is shown
+"""
+
+
+@pytest.mark.slow
+def test_a_kernel_killed_at_random_moments_loses_and_doubles_no_label(tmp_path):
+    path, moments = tmp_path / "labels.sqlite", random.Random(0)
+    shown_after = -1
+    for _ in range(20):
+        kernel = subprocess.Popen([sys.executable, "-c", KERNEL, path], stdout=subprocess.PIPE, text=True)
+        assert kernel.stdout is not None
+        line = kernel.stdout.readline()  # the imports are over
+        time.sleep(moments.uniform(0, 0.05))
+        kernel.send_signal(signal.SIGKILL)
+        rest = kernel.communicate()[0]
+        shown_after = max([shown_after, *map(int, (line + rest).split())])
+        values = [label.value for label in LabelStore(path).labels()]
+        assert len(values) >= shown_after + 1, "a label is lost although the next pair was shown"
+        assert set(values) <= {0}
+        if len(values) == 200:
+            break
+    subprocess.run([sys.executable, "-c", KERNEL, path], check=True, capture_output=True)
+    labels = LabelStore(path).labels()
+    assert len(labels) == len({label.item.key for label in labels}) == 200
