@@ -53,7 +53,7 @@ CEILINGS = {
     "summarization_rl": 4_200,
     "code_generation": 3_700,
     "lab": 13_580,
-    "lab/explorers": 2_150,
+    "lab/explorers": 2_480,
     "lab/classroom": 3_200,
     "lab/labeling": 3_200,
     "lab/exercises": 16_500,

@@ -1,9 +1,12 @@
 """Explorers: what the pictures say, the form around them, and what a page without a kernel shows."""
 
 import base64
+import copy
 import io
 import json
 import re
+from dataclasses import replace
+from functools import cache
 from xml.etree import ElementTree
 
 import numpy as np
@@ -11,9 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
+from rlhf_helpers.core.generation import generate
+from rlhf_helpers.core.models import load_model
 from rlhf_helpers.lab import explorers, notebooks
 from rlhf_helpers.lab.explorers.form import ASSETS, Explorer, explore
 from rlhf_helpers.lab.plots import show
+from rlhf_helpers.policy_optimization.ppo import new_value_head
 
 FORMS = json.loads((ASSETS / "explorers.json").read_text(encoding="utf8"))
 SCRIPT = (ASSETS / "explorer.js").read_text(encoding="utf8")
@@ -27,8 +33,28 @@ DATA = {
 }
 
 
+@cache
+def sampled_answer():
+    model, tokenizer = load_model("tiny")
+    policy = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.mul_(1.02)
+    answer = generate(policy, tokenizer, ["My back hurts"], max_new_tokens=12, seed=0)
+    head = new_value_head(model)
+    head.linear.weight.data.fill_(0.01)
+    return {
+        "answer": answer,
+        "reference": model,
+        "value_head": head,
+        "tokenizer": tokenizer,
+        "score": torch.tensor([0.7]),
+    }
+
+
 def made(name):
-    return explore(getattr(explorers, name), **DATA.get(name, {}))
+    data = sampled_answer() if name == "token_heat_map_figure" else DATA.get(name, {})
+    return explore(getattr(explorers, name), **data)
 
 
 def message(name, **settings):
@@ -44,7 +70,7 @@ def curves(name, **settings):
 
 def test_every_figure_has_a_form_and_every_form_a_figure():
     assert {name for name in vars(explorers) if name.endswith("_figure")} == set(FORMS)
-    assert len(FORMS) == 10
+    assert len(FORMS) == 11
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -202,6 +228,37 @@ def test_rules_choose_for_the_people_who_are_there():
     assert message("value_rules_figure", **people, rule="maximin") == (
         'The rule maximin chooses "explains": worth 0.74 on average, and 0.60 to the worst-off'
     )
+
+
+def test_the_heat_map_shows_the_terms_of_ppo(monkeypatch):
+    # d = 0.5, -0.2, 0.1; rewards = -0.1 d, plus the score 1 at the end; V = 0.5, 0.8, 0.6
+    # deltas = 0.25, -0.18, 0.39; with lambda 0 these are the advantages
+    data = made("token_heat_map_figure").figure_fn.keywords
+    answer = data["answer"]
+    three = replace(
+        answer,
+        response_mask=torch.ones(1, 3, dtype=torch.bool),
+        old_logps=torch.tensor([[-1.0, -0.5, -2.0]]),
+    )
+    ref_logps, values = torch.tensor([[-1.5, -0.3, -2.1]]), torch.tensor([[0.5, 0.8, 0.6]])
+    monkeypatch.setattr(explorers, "rollout_logps", lambda *_: ref_logps)
+    monkeypatch.setattr(explorers, "rollout_values", lambda *_: values)
+    figure = explorers.token_heat_map_figure(
+        0.1, 0.0, **{**data, "answer": three, "score": torch.tensor([1.0])}
+    )
+    assert "Score 1.00, KL 0.40 nats: most credit goes to token 3" in " ".join(figure.get_suptitle().split())
+    (axis,) = figure.axes
+    drawn = np.asarray(axis.images[0].get_array())
+    np.testing.assert_allclose(drawn[0], np.array([-0.05, 0.02, 0.99]) / 0.99, atol=1e-5)
+    np.testing.assert_allclose(drawn[3], np.array([0.25, -0.18, 0.39]) / 0.39, atol=1e-5)
+    assert [label.get_text() for label in axis.get_yticklabels()] == [
+        "reward 0.99",
+        "value 0.80",
+        "KL (nats) 0.50",
+        "advantage 0.39",
+    ]
+    words = [label.get_text() for label in axis.get_xticklabels()]
+    assert words == [data["tokenizer"].decode([token]) for token in three.response_ids[0].tolist()]
 
 
 def test_the_script_keeps_keys_from_the_notebook_and_sets_text_only():

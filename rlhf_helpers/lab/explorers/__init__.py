@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
+from rlhf_helpers.core.generation import Rollout, rollout_logps, rollout_values
 from rlhf_helpers.core.policy_losses import clipped_policy_loss, gae, kl_estimate, kl_shaped_rewards
 from rlhf_helpers.core.preference_losses import bradley_terry_loss, dpo_loss
 from rlhf_helpers.core.stats import mean_interval, proportion, to_frame
 from rlhf_helpers.lab.explorers.form import explore
-from rlhf_helpers.lab.plots import AFTER, bar_with_intervals, line_plot
+from rlhf_helpers.lab.plots import AFTER, axes, bar_with_intervals, line_plot
 from rlhf_helpers.lab.studies.record import load_study
 from rlhf_helpers.policy_optimization.best_of_n import best_of_n_curve, best_of_n_kl
 from rlhf_helpers.safety_alignment.values import choose
@@ -241,3 +242,43 @@ def value_rules_figure(
         ylabel="mean, worst-off to best-off (0 to 1)",
         colors={best: AFTER},
     )
+
+
+@torch.no_grad()
+def token_heat_map_figure(
+    kl_coef: float,
+    lam: float,
+    *,
+    answer: Rollout,
+    reference: nn.Module,
+    value_head: nn.Module,
+    tokenizer: Any,
+    score: Tensor,
+) -> Figure:
+    """Draw reward, value, KL and advantage of each token of a sampled answer. Lesson 2.
+
+    answer has one row and score one number; the value head reads the hidden states of the reference.
+    """
+    mask, logps = answer.response_mask, answer.old_logps
+    ref_logps = rollout_logps(reference, answer)
+    values = rollout_values(reference, answer, value_head)
+    words = tokenizer.batch_decode(answer.response_ids.T)
+    rewards = kl_shaped_rewards(score, logps, ref_logps, mask, kl_coef=kl_coef)
+    advantages, _ = gae(rewards, values, mask, gamma=1, lam=lam)
+    kl = kl_estimate(logps, ref_logps, estimator="k1")
+    rows = torch.cat([rewards, values, kl, advantages])
+    sizes = rows.abs().amax(1, keepdim=True)
+    best = int(advantages.argmax())
+    names = ("reward", "value", "KL (nats)", "advantage")
+    title = (
+        f"Score {score.item():.2f}, KL {kl.sum():.2f} nats: most credit goes to token {best + 1}, "
+        f'"{words[best].strip()}": {advantages[0, best]:+.2f}'
+    )
+    with axes(title=title, xlabel="token (text)", ylabel="largest in the row (±)") as (figure, axis):
+        axis.imshow((rows / sizes.clamp(min=1e-9)).numpy(), cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+        axis.set_xticks(range(len(words)), words, rotation=90)
+        axis.set_yticks(
+            range(4), [f"{name} {size:.2f}" for name, size in zip(names, sizes[:, 0], strict=True)]
+        )
+        axis.grid(visible=False)
+    return figure
