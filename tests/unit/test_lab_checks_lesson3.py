@@ -120,13 +120,13 @@ def guard_by_loop(prompt, input_check, model, output_check, threshold, fallback)
     return shown
 
 
-def threshold_by_loops(p_safe, harmful, max_over, *, count=lambda p, t: p < t, kind=False, pick=max):
+def threshold_by_loops(p_safe, harmful, max_withheld, *, count=lambda p, t: p < t, kind=False, pick=max):
     allowed = []
     for t in p_safe.tolist():
         rows = [
             p for p, h in zip(p_safe.tolist(), harmful.tolist(), strict=True) if h == kind or kind is None
         ]
-        if sum(count(p, t) for p in rows) / len(rows) <= max_over:
+        if sum(count(p, t) for p in rows) / len(rows) <= max_withheld:
             allowed.append(t)
     return pick(allowed)
 

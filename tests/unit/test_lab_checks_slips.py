@@ -644,10 +644,10 @@ SLIPS["guarded_answer"] = {
 RIGHT["guarded_answer"] = [guarded, guarded_by_parts, guarded_by_else]
 
 
-def highest_by_rank(p_safe, harmful, max_over):
+def highest_by_rank(p_safe, harmful, max_withheld):
     harmless = p_safe[~harmful].sort().values
     lost = torch.searchsorted(harmless, p_safe)
-    return p_safe[lost <= max_over * len(harmless)].max().item()
+    return p_safe[lost <= max_withheld * len(harmless)].max().item()
 
 
 SLIPS["guard_threshold"] = {

@@ -24,10 +24,10 @@ def refusal_errors(refused: Tensor, must_refuse: Tensor) -> tuple[float, float]:
     return 1 - refused[must].double().mean().item(), refused[~must].double().mean().item()
 
 
-def guard_threshold(p_safe: Tensor, harmful: Tensor, max_over: float) -> float:
-    """Highest threshold among the scores (B,) that withholds at most `max_over` of the harmless answers."""
+def guard_threshold(p_safe: Tensor, harmful: Tensor, max_withheld: float) -> float:
+    """Highest score (B,) that, as a threshold, withholds at most `max_withheld` of the harmless answers."""
     harmless = p_safe[~harmful]
-    return max(t for t in p_safe.tolist() if (harmless < t).double().mean() <= max_over)
+    return max(t for t in p_safe.tolist() if (harmless < t).double().mean() <= max_withheld)
 
 
 REFUSED = tensor([1, 0, 1, 1, 1, 0, 1, 0, 1, 1, 0, 0]).bool()
@@ -82,13 +82,13 @@ EXERCISES = {
         "this is the lowest threshold, which withholds nothing: return the highest that keeps the limit",
         lambda p_safe: p_safe.min().item(),
         "an answer AT the threshold is shown: withheld is what lies below it",
-        lambda p_safe, harmful, max_over: max(
-            t for t in (0.0, *p_safe.tolist()) if (p_safe[~harmful] <= t).double().mean() <= max_over
+        lambda p_safe, harmful, max_withheld: max(
+            t for t in (0.0, *p_safe.tolist()) if (p_safe[~harmful] <= t).double().mean() <= max_withheld
         ),
-        "the limit may be reached: at most max_over, not less than it",
-        altered(guard_threshold, max_over=lambda limit: max(0.0, limit - 1e-6)),
+        "the limit may be reached: at most max_withheld, not less than it",
+        altered(guard_threshold, max_withheld=lambda limit: max(0.0, limit - 1e-6)),
         "a quantile is not among the scores: return one of them",
-        lambda p_safe, harmful, max_over: p_safe[~harmful].quantile(max_over).item(),
+        lambda p_safe, harmful, max_withheld: p_safe[~harmful].quantile(max_withheld).item(),
         "this is an index: return the score that stands there",
         lambda p_safe, right: p_safe.tolist().index(right),
         "this is a tensor: return a Python number, with .item()",
