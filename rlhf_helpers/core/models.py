@@ -382,7 +382,7 @@ def as_reward_fn(model_or_function: nn.Module | Callable[..., Tensor]) -> Reward
         if not rewards.isfinite().all():
             row = int((~rewards.isfinite()).nonzero()[0])
             value = rewards[row].item()
-            raise ValueError(f"{name} returned {value} for row {row} of {len(prompts)}: rewards are finite")
+            raise ValueError(f"{name} returned {value} for row {row} of {len(prompts)}: it must be finite")
         return rewards
 
     return reward_fn
