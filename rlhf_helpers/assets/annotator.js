@@ -6,19 +6,11 @@ const LABELS = {
   rating: { s: "Skip (S)" },
 };
 
-function add(parent, tag, className = "", text = "") {
-  const node = document.createElement(tag);
+function addText(parent, tag, className = "", text = "") {
+  const node = add(parent, tag);
   node.className = className;
   node.textContent = text; // never innerHTML: the text is a model's
-  parent.append(node);
   return node;
-}
-
-// JupyterLab looks for this attribute from the focused element upward, and reads a key as a command of the
-// notebook ("a" inserts a cell, "dd" deletes one) if the element matches first. So it stands on the root
-// and on everything that can have the focus.
-function keepKeys(node) {
-  node.setAttribute("data-lm-suppress-shortcuts", "true");
 }
 
 function labelOf(shown, key) {
@@ -28,25 +20,25 @@ function labelOf(shown, key) {
 }
 
 function render({ model, el }) {
-  const root = add(el, "div", "rlhf-annotator");
+  const root = addText(el, "div", "rlhf-annotator");
   root.tabIndex = 0; // a click on a text puts the focus here, so that keys stay in the form
   keepKeys(root);
   root.setAttribute("role", "group");
   root.setAttribute("aria-label", "Labeling form");
 
-  const guideline = add(root, "p", "guideline");
+  const guideline = addText(root, "p", "guideline");
   // A live region must stay in the page, so that a screen reader reads out what changes inside it.
-  const status = add(root, "p");
+  const status = addText(root, "p");
   status.setAttribute("role", "status");
-  const progress = add(status, "span");
-  const prompt = add(status, "span", "prompt");
-  const answers = add(root, "div", "answers");
-  const buttons = add(root, "div", "buttons");
-  const undo = add(root, "button", "jupyter-button", "Undo (U)");
+  const progress = addText(status, "span");
+  const prompt = addText(status, "span", "prompt");
+  const answers = addText(root, "div", "answers");
+  const buttons = addText(root, "div", "buttons");
+  const undo = addText(root, "button", "jupyter-button", "Undo (U)");
   undo.type = "button";
   keepKeys(undo);
   undo.addEventListener("click", () => press("u"));
-  const report = add(root, "ul", "report");
+  const report = addText(root, "ul", "report");
   report.setAttribute("aria-label", "Your labels so far");
 
   // The index lets Python drop a second key for an item that is labeled already.
@@ -73,7 +65,7 @@ function render({ model, el }) {
     const focused = buttons.contains(document.activeElement);
     buttons.replaceChildren();
     for (const key of keys) {
-      const button = add(buttons, "button", "jupyter-button", labelOf(shown, key));
+      const button = addText(buttons, "button", "jupyter-button", labelOf(shown, key));
       button.type = "button";
       keepKeys(button);
       button.addEventListener("click", () => press(key));
@@ -90,10 +82,10 @@ function render({ model, el }) {
     prompt.textContent = done ? "" : shown.prompt;
     answers.replaceChildren();
     for (const [place, text] of (shown.answers || []).entries()) {
-      const box = add(answers, "div", "answer");
+      const box = addText(answers, "div", "answer");
       const rank = (shown.ranked || []).indexOf(place);
-      add(box, "b", "", LETTERS[place] + (rank < 0 ? "" : ` (rank ${rank + 1})`));
-      add(box, "span", "", text);
+      addText(box, "b", "", LETTERS[place] + (rank < 0 ? "" : ` (rank ${rank + 1})`));
+      addText(box, "span", "", text);
     }
     drawButtons(shown);
     report.replaceChildren(...shown.report.map((line) => Object.assign(document.createElement("li"), { textContent: line })));

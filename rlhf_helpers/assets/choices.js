@@ -1,19 +1,5 @@
 // Draws the buttons that Python shows and sends each click back. What a click means is in lab/quizzes.py and
 // lab/progress.py.
-function add(parent, tag, style = "") {
-  const node = document.createElement(tag);
-  node.style.cssText = style;
-  parent.append(node);
-  return node;
-}
-
-// JupyterLab looks for this attribute from the focused element upward, and reads a key as a command of the
-// notebook ("a" inserts a cell, "dd" deletes one) if the element matches first. So it stands on the root
-// and on everything that can have the focus.
-function keepKeys(node) {
-  node.setAttribute("data-lm-suppress-shortcuts", "true");
-}
-
 function render({ model, el }) {
   const root = add(el, "div");
   keepKeys(root);

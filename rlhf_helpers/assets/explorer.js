@@ -2,20 +2,6 @@
 // lab/explorers/form.py.
 const HIDDEN = "position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%)";
 
-function add(parent, tag, style = "") {
-  const node = document.createElement(tag);
-  node.style.cssText = style;
-  parent.append(node);
-  return node;
-}
-
-// JupyterLab looks for this attribute from the focused element upward, and reads a key as a command of the
-// notebook (an arrow leaves the cell) if the element matches first. So it stands on the root and on
-// everything that can have the focus.
-function keepKeys(node) {
-  node.setAttribute("data-lm-suppress-shortcuts", "true");
-}
-
 // Words make a list, numbers a slider.
 function isList(control) {
   return typeof control.values[0] === "string";

@@ -7,6 +7,13 @@ from typing import Any
 import anywidget
 import traitlets
 
+ASSETS = Path(__file__).parents[1] / "assets"
+
+
+def page_script(name: str) -> str:
+    """Return the script of a form, with what the scripts of all forms begin with in front of it."""
+    return "".join((ASSETS / part).read_text(encoding="utf8") for part in ("form.js", name))
+
 
 class Form(anywidget.AnyWidget):
     """A form whose stored output is `_static_html()`: what a reader without a kernel sees."""
@@ -31,7 +38,7 @@ class Choices(Form):
     that a screen reader reads out. It sends {"index": 0}.
     """
 
-    _esm = Path(__file__).parents[1] / "assets" / "choices.js"
+    _esm = page_script("choices.js")
 
     def __init__(self, title: str, labels: Sequence[str], marks: Sequence[str]) -> None:
         """Show the buttons with their first marks and no message."""

@@ -3,15 +3,12 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from rlhf_helpers.lab.plots import image_html
-from rlhf_helpers.lab.widgets import Form
-
-ASSETS = Path(__file__).parents[2] / "assets"
+from rlhf_helpers.lab.widgets import ASSETS, Form, page_script
 
 
 class Explorer(Form):
@@ -20,7 +17,7 @@ class Explorer(Form):
     The page (assets/explorer.js) draws `shown` and sends {"indices": [0, 3]}, the position of each control.
     """
 
-    _esm = ASSETS / "explorer.js"
+    _esm = page_script("explorer.js")
 
     def __init__(self, figure_fn: Callable[..., Figure], form: Mapping[str, Any]) -> None:
         """Draw the picture for the defaults of a form of assets/explorers.json."""

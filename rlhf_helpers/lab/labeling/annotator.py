@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_helpers.lab.labeling.store import SKIP, TIE, Item, Label, LabelStore
-from rlhf_helpers.lab.widgets import Form
+from rlhf_helpers.lab.widgets import ASSETS, Form, page_script
 
-ASSETS = Path(__file__).parents[2] / "assets"
 POINTS = (1, 2, 3, 4, 5)
 _BOX = "flex:1;border:1px solid #767676;border-radius:4px;padding:6px;white-space:pre-wrap"
 
@@ -24,7 +23,7 @@ class Annotator(Form):
     The page (assets/annotator.js) draws `shown` and sends {"key": "a", "index": 0}.
     """
 
-    _esm = ASSETS / "annotator.js"
+    _esm = page_script("annotator.js")
     _css = ASSETS / "annotator.css"
 
     def __init__(
