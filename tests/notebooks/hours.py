@@ -31,7 +31,7 @@ def text_minutes(source: str) -> float:
 
 def exercise_minutes(source: str) -> float:
     """Minutes of the exercise that a Markdown cell states, 0 where it states none."""
-    found = re.search(r"^### Exercise .*?Difficulty: (\w+)", source, flags=re.DOTALL)
+    found = re.search(r"^### Exercise .*?Difficulty: (\w+)", source, flags=re.DOTALL | re.MULTILINE)
     return EXERCISE_MINUTES[found[1]] if found else 0.0
 
 
