@@ -27,6 +27,12 @@ class Part:
     needs: set[str] = field(default_factory=set)  # read before the part itself binds them
     binds: set[str] = field(default_factory=set)
     changes: set[str] = field(default_factory=set)  # bound elsewhere, and changed here in place
+    sure: set[str] = field(default_factory=set, compare=False)  # bound whatever an `if` decides
+
+    @property
+    def tree(self) -> ast.Module:
+        """The part as Python reads it, magics translated."""
+        return ast.parse(TransformerManager().transform_cell(self.source))
 
 
 def stage(lesson: str, anchor: str) -> None:
@@ -92,7 +98,12 @@ def code_cells(path: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
 def read_lesson(path: Path) -> tuple[dict[str, str], list[Part]]:
     """Read a notebook: anchor -> title of each section, and the parts of its code cells after the first."""
     sections, cells = code_cells(path)
-    return sections, [part for title, source in cells[1:] for part in split_cell(source, title)]
+    parts = [part for title, source in cells[1:] for part in split_cell(source, title)]
+    # Python deletes the name of `except ... as name`, whatever it stood for before.
+    handlers = [node for part in parts for node in ast.walk(part.tree) if isinstance(node, ast.ExceptHandler)]
+    for part in parts:
+        part.sure -= {handler.name for handler in handlers if handler.name}
+    return sections, parts
 
 
 def split_cell(source: str, section: str = "") -> list[Part]:
@@ -100,12 +111,14 @@ def split_cell(source: str, section: str = "") -> list[Part]:
 
     A section that needs an import or a function of an earlier cell need not repeat the training beside it.
     """
-    statements = ast.parse(TransformerManager().transform_cell(source)).body
+    statements = Part(source).tree.body
     alone = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     parts = [_part(ast.unparse(s), [s], section) for s in statements if isinstance(s, alone)]
     if len(parts) < len(statements):
         whole = _part(source, statements, section)
-        whole.binds -= set().union(*(part.binds for part in parts))
+        alone_binds = set().union(*(part.binds for part in parts))
+        whole.binds -= alone_binds
+        whole.sure -= alone_binds
         parts.append(whole)
     return parts
 
@@ -115,24 +128,31 @@ def _part(source: str, statements: Sequence[ast.stmt], section: str) -> Part:
     for statement in statements:
         names.visit(statement)
     needs = names.needs | (names.later - names.binds)
-    return Part(source, section, needs - set(dir(builtins)), names.binds, names.changes - names.binds)
+    sure = _Names()
+    for statement in statements:
+        if not isinstance(statement, ast.If):
+            sure.visit(statement)
+    return Part(
+        source, section, needs - set(dir(builtins)), names.binds, names.changes - names.binds, sure.binds
+    )
 
 
 def missing_parts(parts: Sequence[Part], section: str, namespace: Mapping[str, Any]) -> list[Part]:
     """Parts before `section` that must run first, in order: they bind or change what is read later.
 
-    A part counts as run when all the names that it binds exist: names that several cells bind, such as `rng`,
-    do not tell which of them ran.
+    A part counts as run when all the names that it binds exist, but those that an `if` may leave out: names
+    that several cells bind, such as `rng`, do not tell which of them ran.
     """
     inside = [index for index, part in enumerate(parts) if part.section == section]
     readers, todo = list(inside), set(inside)
     while readers:
         reader = readers.pop()
         for name in parts[reader].needs:
-            makers = [i for i in range(inside[-1]) if name in parts[i].binds]
+            makers = [i for i in range(inside[-1]) if name in parts[i].sure]
+            makers = makers or [i for i in range(inside[-1]) if name in parts[i].binds]
             # A function may read what is bound below it, because it is called still further down.
             maker = max((i for i in makers if i < reader), default=min(makers, default=None))
-            if maker is None or maker in todo or parts[maker].binds <= namespace.keys():
+            if maker is None or maker in todo or parts[maker].sure | {name} <= namespace.keys():
                 continue
             changers = [i for i in range(maker + 1, reader) if name in parts[i].changes]
             readers += {maker, *changers} - todo

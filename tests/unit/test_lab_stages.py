@@ -163,6 +163,16 @@ def test_a_name_of_several_cells_does_not_tell_which_of_them_ran(tmp_path):
     assert missing_parts(parts, "3", {"x": 0, "rng": 1, "b": 2}) == []
 
 
+def test_what_an_if_may_leave_out_or_an_except_deletes_is_not_missed(tmp_path):
+    live = "live = False\nif live:\n    import math\n    model = 1"
+    failing = "error = 1\nfit = 2\ntry:\n    1 / 0\nexcept ZeroDivisionError as error:\n    print(error)"
+    sources = ["x = 0", *ONE, "import math", failing, live, *TWO, "print(math.pi, fit)"]
+    _, parts = read_lesson(write_lesson(tmp_path, sources))
+    assert missing_parts(parts, "2", {"x": 0, "math": 0, "fit": 2, "live": False}) == []
+    missing = [part.source for part in missing_parts(parts, "2", {"x": 0})]
+    assert missing == ["import math", failing]
+
+
 def test_a_function_may_read_what_stands_below_it(tmp_path):
     cell = "def twice():\n    return 2 * start\n\nstart = 4"
     sources = ["x = 0", *ONE, cell, "later = 1", *TWO, "print(twice())", *THREE, "start = 5"]
