@@ -123,12 +123,15 @@ def test_a_program_holds_what_the_exercise_needs_and_nothing_else():
         "import os\nimport torch.nn.functional as F\nSCALE = 2\nmodel = train_for_hours()",
         "%matplotlib inline\ndef helper(x):\n    return SCALE * x",
     ]
-    cell = "def my_fn(x):\n    return helper(F.relu(x))\n\nfn = check('bradley_terry', my_fn)"
+    cell = (
+        "stage('lesson', 'section')\ndef my_fn(x):\n    return helper(F.relu(x))\n\n"
+        "fn = check('bradley_terry', my_fn)"
+    )
     program = program_of([*above, cell], "bradley_terry")
     assert "import torch.nn.functional as F" in program
     assert program.index("SCALE = 2") < program.index("def helper") < program.index("def my_fn")
     assert program.endswith("submitted = my_fn\n")
-    assert not [text for text in ("train_for_hours", "import os", "check(") if text in program]
+    assert not [text for text in ("train_for_hours", "import os", "check(", "stage(") if text in program]
 
 
 def test_a_notebook_that_never_checks_an_exercise_lacks_it():

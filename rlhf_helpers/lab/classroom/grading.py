@@ -190,7 +190,7 @@ def program_of(sources: Sequence[str], name: str) -> str:
                 (node for part in statements for node in ast.walk(part) if _is_check(node, name)), None
             )
             if isinstance(call, ast.Call):
-                own = [part for part in statements if call not in ast.walk(part)]
+                own = [part for part in statements if call not in ast.walk(part) and not _is_stage(part)]
                 submitted = ast.Assign([ast.Name("submitted", ast.Store())], call.args[1])
                 kept = [*_needed(above, [*own, submitted]), *own]
                 lines = [*map(ast.unparse, kept), _TRY, ast.unparse(ast.fix_missing_locations(submitted))]
@@ -214,6 +214,11 @@ def _is_check(node: ast.AST, name: str) -> bool:
         and isinstance(node.args[0], ast.Constant)
         and node.args[0].value == name
     )
+
+
+def _is_stage(node: ast.stmt) -> bool:
+    """Recognize stage(...), which prepares a section in a notebook."""
+    return ast.unparse(node).startswith("stage(")
 
 
 def _is_definition(node: ast.stmt) -> bool:
