@@ -1,12 +1,7 @@
 // Draws the buttons that Python shows and sends each click back. What a click means is in lab/quizzes.py and
 // lab/progress.py.
 function render({ model, el }) {
-  const root = add(el, "div");
-  keepKeys(root);
-  root.className = "rlhf-choices";
-  root.setAttribute("role", "group");
-  root.setAttribute("aria-label", model.get("shown").title);
-  add(add(root, "p"), "b").textContent = model.get("shown").title;
+  const root = openForm(el, "rlhf-choices", model.get("shown").title);
 
   const list = add(root, "div", "display: flex; flex-direction: column; gap: 6px");
   const buttons = model.get("shown").labels.map((label, index) => {

@@ -27,12 +27,7 @@ function addInput(parent, control) {
 }
 
 function render({ model, el }) {
-  const root = add(el, "div");
-  keepKeys(root);
-  root.className = "rlhf-explorer";
-  root.setAttribute("role", "group");
-  root.setAttribute("aria-label", model.get("shown").title);
-  add(add(root, "p"), "b").textContent = model.get("shown").title;
+  const root = openForm(el, "rlhf-explorer", model.get("shown").title);
 
   const rows = model.get("shown").controls.map((control) => {
     const row = add(root, "div", "display: flex; flex-wrap: wrap; gap: 8px; align-items: center");

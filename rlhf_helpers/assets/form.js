@@ -13,3 +13,14 @@ function keepKeys(node) {
   node.setAttribute("data-lm-suppress-shortcuts", "true");
 }
 
+// The root of a form, under its title.
+function openForm(el, className, title) {
+  const root = add(el, "div");
+  keepKeys(root);
+  root.className = className;
+  root.setAttribute("role", "group");
+  root.setAttribute("aria-label", title);
+  add(add(root, "p"), "b").textContent = title;
+  return root;
+}
+
