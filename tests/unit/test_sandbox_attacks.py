@@ -1163,7 +1163,9 @@ def test_attacks_as_an_ordinary_user(tmp_path_factory, without):
         os.chmod(temp, 0o777)
         environment = {"PATH": os.environ["PATH"], "PYTHONPATH": package, "TMPDIR": temp, "HOME": temp}
         options = {"env": environment, "cwd": "/", "capture_output": True, "text": True}
-        tries = subprocess.run([*user, sys.executable, "-c", "import rlhf_helpers.sandbox"], **options)
+        # setpriv may start an interpreter that lies where the user itself may not start it again.
+        starts = "import os, sys, rlhf_helpers.sandbox; os.execv(sys.executable, [sys.executable, '-c', ''])"
+        tries = subprocess.run([*user, sys.executable, "-c", starts], **options)
         if tries.returncode:
             pytest.skip("an ordinary user may not read this interpreter or its packages")
         command = [*user, sys.executable, "-c", AS_A_USER, __file__, *without]
