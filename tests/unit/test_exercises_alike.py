@@ -82,6 +82,7 @@ def test_the_reference_leaves_the_probes_alone(name):
     assert judge(exercise, exercise.reference).state == "solved"
 
 
+@pytest.mark.slow
 def test_only_the_lesson_that_is_asked_for_is_loaded():
     program = (
         "import sys\n"

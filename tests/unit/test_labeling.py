@@ -158,6 +158,7 @@ class TestStore:
         LabelStore(tmp_path / "labels.sqlite").add(label)
         assert LabelStore(tmp_path / "labels.sqlite").labels() == [label]
 
+    @pytest.mark.slow
     def test_two_annotators_at_once_lose_nothing(self, tmp_path):
         code = """
             import sys

@@ -40,6 +40,7 @@ def test_cusum_by_hand():
     assert refused.cusum.tolist() == pytest.approx([0, 1.5, 1.0])
 
 
+@pytest.mark.slow
 def test_false_alarms_are_as_rare_as_stated_and_a_drift_is_found():
     rng = np.random.default_rng(0)
     monitor = Monitor([{"x": v} for v in rng.normal(size=20_000)], slack=0.5, limit=3.0)

@@ -926,6 +926,7 @@ def test_the_kernel_limits_cpu_where_no_clock_does(targets, monkeypatch):
     assert result.seconds < 55
 
 
+@pytest.mark.slow
 def test_a_keeper_that_hangs_is_killed_with_its_program(targets, monkeypatch):
     monkeypatch.setattr(run, "_GRACE", 0.5)
     monkeypatch.setattr(run, "_WITHOUT", frozenset({"wall", "CPU"}))

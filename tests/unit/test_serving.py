@@ -115,6 +115,7 @@ def test_no_batch_is_larger_than_asked_for():
     assert server.batch_sizes == [1, 4, 4, 1]
 
 
+@pytest.mark.slow
 def test_the_first_waits_for_others():
     with ChatServer(Echo(), max_wait=2.0) as server:
         ask_all(server, ["one", "two", "three"])
@@ -238,6 +239,7 @@ def test_it_listens_to_this_computer_alone():
     assert ChatServer(Echo(), host="0.0.0.0", allow_remote=True).host == "0.0.0.0"
 
 
+@pytest.mark.slow
 def test_an_end_that_does_not_come_is_told(monkeypatch):
     monkeypatch.setattr("rlhf_helpers.chatbot_rlhf.serving.PATIENCE", 2.0)
     server = ChatServer(Echo()).__enter__()
