@@ -56,7 +56,7 @@ CEILINGS = {
     "lab/explorers": 2_480,
     "lab/classroom": 3_200,
     "lab/labeling": 3_200,
-    "lab/exercises": 15_850,
+    "lab/exercises": 15_580,
     "lab/studies": 20_200,
     "train": 2_200,
     "__main__": 1_260,

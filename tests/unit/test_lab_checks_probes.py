@@ -84,7 +84,6 @@ SWITCHES = {  # what a loss, written with max, abs or where, compares with 0
         advantages,
         *((logps - old).exp() - edge for edge in (1, 1 - c, 1 + c)),
     ],
-    "k3": lambda logps, ref_logps: [logps - ref_logps],
     "repaired_loss": lambda logps, *others: [logps],
     "dpo_loss": lambda pc, pr, rc, rr, beta: [
         (margin := pc - pr - rc + rr),

@@ -385,16 +385,6 @@ RIGHT["clipped_loss"] = [
 ]
 
 
-RIGHT["k3"] = [
-    lambda lp, ref: (ref - lp).exp() - (1 - (lp - ref)),
-    lambda lp, ref: torch.exp(ref) / torch.exp(lp) - 1 - ref + lp,
-    lambda lp, ref: torch.special.expm1(ref - lp) - (ref - lp),
-]
-SLIPS["k3"] = {
-    "d clipped at 3": lambda lp, ref: torch.expm1(-(lp - ref).clamp(-3, 3)) + (lp - ref).clamp(-3, 3)
-}
-
-
 def rloo_of(rewards):
     return (rewards - rewards.mean(1, keepdim=True)) * rewards.shape[1] / (rewards.shape[1] - 1)
 

@@ -72,8 +72,8 @@ def test_exercises_and_quizzes_share_one_file(progress_file):
     )  # as older versions wrote it
     click(quiz(QUIZ), ANSWER)
     assert saved(progress_file) == {"exercises": {"rloo": "solved"}, "quizzes": {QUIZ: "right at once"}}
-    check("k3", lambda *args: 0)
-    assert saved(progress_file)["exercises"] == {"rloo": "solved", "k3": "tried"}
+    check("dpo_loss", lambda *args: 0)
+    assert saved(progress_file)["exercises"] == {"rloo": "solved", "dpo_loss": "tried"}
 
 
 @pytest.mark.parametrize("text", ['{"exercises": {}, "quizzes": {"a": "solved"}}', '{"quizzes": {}}'])
@@ -86,7 +86,7 @@ def test_states_of_a_wrong_kind_are_kept_aside(text, progress_file, capsys):
 
 def test_a_missing_file_is_a_learner_who_has_done_nothing(progress_file):
     click(quiz(QUIZ), ANSWER)
-    check("k3", EXERCISES["k3"].reference)
+    check("dpo_loss", EXERCISES["dpo_loss"].reference)
     progress_file.unlink()  # the next learner starts in the same kernel
     assert progress.load_states() == {"exercises": {}, "quizzes": {}, "checklists": {}}
     assert set(progress.progress().state) == {"open"}
@@ -155,16 +155,20 @@ def test_progress_is_a_table_that_shows_a_page(monkeypatch):
 
 @pytest.mark.parametrize(
     "answer, mark, color",
-    [(EXERCISES["k3"].reference, "✓", "#0a7d33"), (lambda *args: 0, "✗", "#c62828"), (None, "○", "#616161")],
+    [
+        (EXERCISES["dpo_loss"].reference, "✓", "#0a7d33"),
+        (lambda *args: 0, "✗", "#c62828"),
+        (None, "○", "#616161"),
+    ],
 )
 def test_a_verdict_has_mark_color_and_count(answer, mark, color, monkeypatch, capsys):
     shown = []
     monkeypatch.setattr("rlhf_helpers.lab.checks.display", shown.append)
-    check("k3", answer)
+    check("dpo_loss", answer)
     page, plain = shown[0]._repr_html_(), repr(shown[0])
     assert f"background: {color}" in page
     assert mark in page
-    assert plain.startswith(f"{mark} k3: ")
+    assert plain.startswith(f"{mark} dpo_loss: ")
     count = f"{int(mark == '✓')} of {len(NAMES[2])} solved in lesson 2."
     assert count in page
     assert count in plain
@@ -174,7 +178,7 @@ def test_a_verdict_has_mark_color_and_count(answer, mark, color, monkeypatch, ca
 def test_a_message_escapes_what_a_function_says(monkeypatch):
     shown = []
     monkeypatch.setattr("rlhf_helpers.lab.checks.display", shown.append)
-    check("k3", lambda *args: {}["<script>"])
+    check("dpo_loss", lambda *args: {}["<script>"])
     assert "<script>" not in shown[0]._repr_html_()
 
 

@@ -24,7 +24,6 @@ NAMES = {  # of each lesson, in its order
         "rloo_step",
         "gae",
         "clipped_loss",
-        "k3",
         "safe_search",
         "dpo_loss",
         "repaired_loss",

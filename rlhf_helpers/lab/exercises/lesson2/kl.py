@@ -1,17 +1,11 @@
-"""What ties a policy to the reference: an estimator of the KL, its coefficient, and a loss to repair."""
+"""What ties a policy to the reference: the coefficient of the KL, and a loss to repair."""
 
 import torch
 from torch import Tensor, tensor
 
-from rlhf_helpers.core import policy_losses
-from rlhf_helpers.lab.exercises.exercise import Function, as_asked, averaged, exercise, negated
+from rlhf_helpers.lab.exercises.exercise import Function, as_asked, exercise, negated
 from rlhf_helpers.lab.exercises.lesson2.policy import LOGPS, rloo
 from rlhf_helpers.lab.studies.record import load_study
-
-
-def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """`core.policy_losses.kl_estimate` "k3", (B, T), with a gradient by logps alone."""
-    return policy_losses.kl_estimate(logps, ref_logps.detach(), estimator="k3")
 
 
 def stored_search(kl_coef: float) -> str:
@@ -64,41 +58,6 @@ MASK = tensor([[[4], [2], [1]], [[3], [4], [2]]]) > torch.arange(4)
 ANSWERS = OLD + 0.1, OLD, REF, MASK, tensor([[0.7, -1.2, 3.0], [0.2, 0.9, 0.4]])
 
 EXERCISES = {
-    "k3": exercise(
-        k3,
-        [
-            (LOGPS, LOGPS - GAPS),
-            (LOGPS[:1] + GAPS[1:], LOGPS[:1]),
-            (LOGPS.T, LOGPS.T - 2 * GAPS.T),  # more rows than tokens
-        ],
-        "d is reversed: d = log pi - log ref (this measures chi^2 - KL)",
-        lambda d: d.expm1() - d,
-        "this is exp of the wrong difference: it is exp(-d), which is ref / pi",
-        lambda d: d.expm1() + d,
-        "the last d has the wrong sign: the three terms must cancel to first order in d",
-        lambda right, d: right - 2 * d,
-        "this is k1 = d: it has the right mean, but it is often negative and has a large variance",
-        lambda d: d,
-        "this is -d, k1 with its sign flipped",
-        lambda d: -d,
-        "this is k2 = d^2 / 2, which is biased",
-        lambda d: d**2 / 2,
-        "the - 1 is missing: at pi = ref the estimate must be 0",
-        lambda right: right + 1,
-        "+ d is missing: without it the mean is 0, whatever the KL",
-        lambda right, d: right - d,
-        "the sign of the whole is flipped: k3 is never negative",
-        negated,
-        "this is kl_div, made for whole distributions: k3 needs the two log-probs of the sampled token",
-        lambda d, ref_logps: -ref_logps.exp() * d,
-        "d was computed from probabilities: it is a difference of LOG-probs",
-        lambda logps, ref_logps: k3(logps.exp(), ref_logps.exp()),
-        "the tokens were averaged or summed: return one value per token, shape (B, T)",
-        averaged,
-        lambda right: right.sum(1),
-        lambda right: right.mean(1),
-        d=lambda logps, ref_logps: logps - ref_logps,
-    ),
     "safe_search": exercise(
         safe_search,
         [(stored_search,)],
