@@ -43,10 +43,10 @@ NAMES = {  # of each lesson, in its order
         "guarded_reply",
         "fact_scores",
         "summary_weights",
-        "pass_at_k",
         "verifiable_reward",
         "test_inputs",
         "failed_limits",
+        "pass_at_k",
     ),
 }
 LESSONS = {name: lesson for lesson, names in NAMES.items() for name in names}
