@@ -1,4 +1,4 @@
-"""Small tables, the source of a package function as a coloured listing, and figures as PNG."""
+"""Small tables, the source of a package function as a colored listing, and figures as PNG."""
 
 import inspect
 import io
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
-from IPython.display import Code, display
+from IPython.display import display
 from matplotlib.figure import Figure
 
 from rlhf_helpers.core.stats import mean_interval, wilson_interval  # noqa: F401  (lessons)
@@ -20,14 +20,16 @@ def table(rows: Mapping[str, tuple[float, float, float]], *, quantity: str, digi
 
 
 def show_source(fn: Callable[..., Any], *, docstring: bool = True) -> None:
-    """Display the source of a package function or class, coloured; without its docstring when asked."""
+    """Display the source of a package function or class, with or without its docstring.
+
+    As Markdown, which each page colors in its own theme: HTML would bring 5 KB of styles for each listing.
+    """
     source = inspect.getsource(fn)
     if not docstring and (text := fn.__doc__) and text in source:
-        start = source.index(text)
-        source = (
-            source[: source.rindex("\n", 0, start) + 1] + source[source.index("\n", start + len(text)) + 1 :]
-        )
-    display(Code(inspect.cleandoc(f"\n{source}"), language="python"))
+        before, _, after = source.partition(text)
+        source = before[: before.rindex("\n") + 1] + after[after.index("\n") + 1 :]
+    source = inspect.cleandoc(f"\n{source}")
+    display({"text/markdown": f"```python\n{source}\n```", "text/plain": source}, raw=True)
 
 
 def figure_png(figure: Figure) -> bytes:

@@ -261,7 +261,9 @@ def test_table_is_a_small_frame():
 def test_show_source_prints_the_function_with_or_without_docstring(displayed):
     for docstring in (True, False):
         reports.show_source(reports.wilson_interval, docstring=docstring)
-        text = displayed[-1][0].data
+        shown = displayed[-1][0]
+        text = shown["text/plain"]
+        assert shown["text/markdown"] == f"```python\n{text}\n```"
         assert text.startswith("def wilson_interval(")
         assert "return float(min(" in text
         assert ("Wilson 1927" in text) is docstring
