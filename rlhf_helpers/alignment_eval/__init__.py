@@ -12,7 +12,6 @@ from rlhf_helpers.alignment_eval.benchmarks import (
 )
 from rlhf_helpers.alignment_eval.evaluators import (
     AlignmentEvaluator,
-    EvaluationCache,
     alignment_tax,
     capability_suite,
     evaluate_alignment,
@@ -31,7 +30,7 @@ from rlhf_helpers.alignment_eval.policy import (
     distinct_n,
     perplexity,
 )
-from rlhf_helpers.alignment_eval.report import AlignmentReportGenerator, ReportFigure
+from rlhf_helpers.alignment_eval.report import AlignmentReportGenerator
 from rlhf_helpers.alignment_eval.safety import (
     SafetyMetrics,
     counterfactual_gaps,

@@ -1,9 +1,7 @@
 """Whole evaluations of a model: the three H and robustness, preferences and abilities, kept in a cache."""
 
-import copy
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,37 +31,6 @@ from rlhf_helpers.world.prompts.requests import JAILBREAKS
 ABILITIES = ("facts_right", "program_pass_at_1", "critique_verdict", "summary_who_and_what")
 
 
-class EvaluationCache:
-    """Remember evaluations by what they depend on: weights, prompts, settings. `hits` and `misses` count.
-
-    The key holds a hash of every weight, so a model that was trained further is measured again. What is not
-    in the key (the code of a reward, files it reads) cannot be noticed: `AlignmentEvaluator` keeps answers
-    only, and judges them again each time. Lesson 3.
-    """
-
-    def __init__(self) -> None:
-        """Start empty."""
-        self.hits = 0
-        self.misses = 0
-        self._values: dict[str, Any] = {}
-
-    def remember(
-        self, compute: Callable[[], Any], *, model: nn.Module, prompts: Sequence[str], **settings: Any
-    ) -> Any:
-        """Return the value stored for this model, these prompts and settings; compute it where there is none.
-
-        Raises:
-            TypeError: a setting is not what JSON knows.
-        """
-        key = json.dumps([weights_fingerprint(model), list(prompts), settings], sort_keys=True)
-        if key in self._values:
-            self.hits += 1
-        else:
-            self.misses += 1
-            self._values[key] = compute()
-        return copy.deepcopy(self._values[key])  # the caller may change it
-
-
 def weights_fingerprint(model: nn.Module) -> str:
     """Sixteen hex digits of a SHA-256 over names, types and bytes of all weights and buffers."""
     digest = hashlib.sha256()
@@ -83,7 +50,7 @@ def evaluate_alignment(
     attacks: Mapping[str, Callable[[str], str]] | None = None,
     max_new_tokens: int = 64,
     seed: int = 0,
-    cache: EvaluationCache | None = None,
+    cache: dict[Any, list[str]] | None = None,
 ) -> pd.DataFrame:
     """Measure helpfulness, harmlessness, honesty and robustness of a model, each with its interval.
 
@@ -100,7 +67,8 @@ def evaluate_alignment(
         attacks: name -> (text -> text), dealt out in turn; None: the world's jailbreak wrappers.
         max_new_tokens: Of an answer.
         seed: Of sampling.
-        cache: Keeps the answers; None: every call samples.
+        cache: A dictionary that keeps the answers by weights, prompts and settings from call to call; they
+            are judged again each time. None: every call samples.
 
     Returns:
         One row per criterion: value (mean over prompts), low, high (95 %, `score_interval`) and n.
@@ -113,20 +81,20 @@ def evaluate_alignment(
     if robust_on not in criteria or not attacks:
         raise ValueError(f"robust_on={robust_on!r} must be one of {list(criteria)}; attacks at least one")
     rewards = {name: as_reward_fn(reward) for name, reward in criteria.items()}
-    settings = {"max_new_tokens": max_new_tokens, "seed": seed}
     prompts = list(prompts)
     wraps = itertools.cycle(attacks.values())
     attacked = [wrap(prompt) for wrap, prompt in zip(wraps, prompts, strict=False)]
     tokenizer = tokenizer_for(model)
+    known = {} if cache is None else cache
+    state = None if cache is None else weights_fingerprint(model)
 
     def answers(texts: list[str]) -> list[str]:
-        def sample() -> list[str]:
-            return generate(model, tokenizer, texts, **settings).responses
-
-        if cache is None:
-            return sample()
-        template = tokenizer.chat_template
-        return cache.remember(sample, model=model, prompts=texts, template=template, **settings)
+        # A model that was trained further has other weights, so it is asked again.
+        key = (state, tokenizer.chat_template, max_new_tokens, seed, *texts)
+        if key not in known:
+            sampling = {"max_new_tokens": max_new_tokens, "seed": seed}
+            known[key] = generate(model, tokenizer, texts, **sampling).responses
+        return known[key]
 
     responses = answers(prompts)
     scores = {name: reward(prompts, responses) for name, reward in rewards.items()}

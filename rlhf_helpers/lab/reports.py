@@ -1,13 +1,11 @@
-"""Small tables, the source of a package function as a colored listing, and figures as PNG."""
+"""Small tables, and the source of a package function as a colored listing."""
 
 import inspect
-import io
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
 from IPython.display import display
-from matplotlib.figure import Figure
 
 from rlhf_helpers.core.stats import mean_interval, wilson_interval  # noqa: F401  (lessons)
 
@@ -30,10 +28,3 @@ def show_source(fn: Callable[..., Any], *, docstring: bool = True) -> None:
         source = before[: before.rindex("\n") + 1] + after[after.index("\n") + 1 :]
     source = inspect.cleandoc(f"\n{source}")
     display({"text/markdown": f"```python\n{source}\n```", "text/plain": source}, raw=True)
-
-
-def figure_png(figure: Figure) -> bytes:
-    """Give the bytes of a figure as PNG, for a report; the same figure gives the same bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()

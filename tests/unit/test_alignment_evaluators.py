@@ -10,7 +10,6 @@ import torch
 
 from rlhf_helpers.alignment_eval import (
     AlignmentEvaluator,
-    EvaluationCache,
     PreferenceAlignmentEvaluator,
     alignment_tax,
     capability_suite,
@@ -114,33 +113,6 @@ def test_evaluator_refuses(tiny):
 # ---- the cache
 
 
-def test_the_cache_remembers_and_is_never_stale(tiny):
-    model, _ = tiny
-    cache, calls = EvaluationCache(), []
-
-    def ask(model=model, prompts=PROMPTS, **settings):
-        def compute():
-            calls.append(1)
-            return {"score": len(calls)}
-
-        return cache.remember(compute, model=model, prompts=prompts, **settings)
-
-    assert [ask(seed=1), ask(seed=1), ask(seed=2), ask(prompts=PROMPTS[:2], seed=1)] == [
-        {"score": 1}, {"score": 1}, {"score": 2}, {"score": 3},
-    ]  # fmt: skip
-    assert (cache.hits, cache.misses) == (1, 3)
-    ask(seed=1)["score"] = 99
-    assert ask(seed=1) == {"score": 1}, "what the caller changes is a copy"
-    trained = changed(model)
-    assert ask(trained, seed=1) == {"score": 4}, "other weights are another model"
-    with torch.no_grad():
-        next(trained.parameters())[0, 0] -= 1.0
-    assert ask(trained, seed=1) == {"score": 1}
-    assert (cache.hits, cache.misses, len(calls)) == (4, 4, 4)
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        ask(reward=share_of_e)
-
-
 def test_fingerprints_see_a_swap_that_sums_do_not():
     layer = torch.nn.Linear(2, 2, bias=False)
     names = {weights_fingerprint(layer)}
@@ -152,21 +124,27 @@ def test_fingerprints_see_a_swap_that_sums_do_not():
 
 
 def test_an_evaluator_asks_once_and_judges_afresh(tiny):
-    cache = EvaluationCache()
-    kinds = [
-        {"e": share_of_e},
-        {"e": lambda p, r, **c: 1 - share_of_e(p, r)},
-    ]
-    first, second = (
-        AlignmentEvaluator(k, robust_on="e", cache=cache, **SHORT).evaluate_alignment(tiny[0], PROMPTS)
-        for k in kinds
-    )
-    assert (cache.hits, cache.misses) == (2, 2)  # answers, plain and attacked
-    assert first.loc["e", "value"] == pytest.approx(1 - second.loc["e", "value"])
-    AlignmentEvaluator(kinds[0], robust_on="e", cache=cache, seed=1, **SHORT).evaluate_alignment(
-        tiny[0], PROMPTS
-    )
-    assert cache.misses == 4
+    model, _ = tiny
+    cache = {}
+
+    def measured(criterion, model=model, prompts=PROMPTS, **settings):
+        evaluator = AlignmentEvaluator({"e": criterion}, robust_on="e", cache=cache, **SHORT, **settings)
+        return evaluator.evaluate_alignment(model, prompts).loc["e", "value"]
+
+    first = measured(share_of_e)
+    assert len(cache) == 2  # answers, plain and attacked
+    assert measured(lambda p, r, **c: 1 - share_of_e(p, r)) == pytest.approx(1 - first)
+    assert len(cache) == 2
+    measured(share_of_e, seed=1)
+    measured(share_of_e, prompts=PROMPTS[:2])
+    assert len(cache) == 6
+    trained = changed(model)
+    measured(share_of_e, trained)
+    assert len(cache) == 8, "other weights are another model"
+    with torch.no_grad():
+        next(trained.parameters())[0, 0] -= 1.0
+    measured(share_of_e, trained)
+    assert len(cache) == 8, "the same weights again"
 
 
 # ---- preferences
