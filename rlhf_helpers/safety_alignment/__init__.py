@@ -15,7 +15,6 @@ from rlhf_helpers.safety_alignment.constrained import (
     weighted_sum,
 )
 from rlhf_helpers.safety_alignment.operations import (
-    AdaptivePolicy,
     CheckpointLedger,
     EnsembleFallback,
     Monitor,
