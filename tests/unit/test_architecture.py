@@ -52,7 +52,7 @@ CEILINGS = {
     "chatbot_rlhf": 6_250,
     "summarization_rl": 4_200,
     "code_generation": 3_700,
-    "lab": 12_900,
+    "lab": 12_920,
     "lab/explorers": 2_480,
     "lab/classroom": 3_200,
     "lab/labeling": 3_200,

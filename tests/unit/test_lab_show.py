@@ -20,8 +20,9 @@ from rlhf_helpers.lab import notebooks, plots, quizzes, reports
 ALT = "Line chart of the loss over 3 steps; it falls from 3 to 1 without a bump."
 
 
-def curve():
-    return plots.line_plot([1, 2, 3], {"loss": [3, 2, 1]}, xlabel="step (count)", ylabel="loss (nats)")
+def curve(title="The loss falls"):
+    labels = {"xlabel": "step (count)", "ylabel": "loss (nats)", "title": title}
+    return plots.line_plot([1, 2, 3], {"loss": [3, 2, 1]}, **labels)
 
 
 def test_line_plot_draws_what_it_is_given():
@@ -130,7 +131,7 @@ def test_names_of_no_method_have_no_color_of_their_own():
 
 def test_titles_are_found_wherever_they_stand():
     message = "The proxy keeps rising while the gold reward turns around after twenty steps and falls"
-    plain, titled, by_hand = curve(), curve(), curve()
+    plain, titled, by_hand = curve(""), curve(""), curve("")
     plots.set_title(titled, message)
     by_hand.axes[0].set_title("Loss falls", loc="left")
     assert [plots.has_title(figure) for figure in (plain, titled, by_hand)] == [False, True, True]
@@ -228,13 +229,20 @@ def test_show_puts_the_alt_text_into_the_page_and_gives_the_same_bytes_twice(dis
     assert image.tag == "img"
     assert image.get("alt") == alt
     kind, data = image.get("src").split(",")
-    assert kind == "data:image/png;base64"
+    assert kind == "data:image/webp;base64"
     drawn = Image.open(io.BytesIO(base64.b64decode(data)))
-    assert (drawn.format, drawn.size) == ("PNG", (960, 540))  # 6.4 x 3.6 inches at 150 dpi
+    assert (drawn.format, drawn.size) == ("WEBP", (960, 540))  # 6.4 x 3.6 inches at 150 dpi
     assert (image.get("width"), image.get("style")) == ("640", "max-width: 100%; height: auto")
     assert drawn.convert("RGBA").getpixel((0, 0)) == pytest.approx((255, 255, 255, 255), abs=1)
+    assert len(set(drawn.convert("RGB").get_flattened_data())) <= 128
     with pytest.raises(ValueError, match="at least 40 characters, got 6"):
         plots.show(curve(), alt="a plot")
+
+
+def test_show_refuses_a_figure_without_a_title(displayed):
+    with pytest.raises(ValueError, match="the figure has no title"):
+        plots.show(curve(title=""), alt=ALT)
+    assert not displayed
 
 
 def test_wilson_interval_literal_values():
