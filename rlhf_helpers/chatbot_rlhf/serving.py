@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import Route
 
 from rlhf_helpers.core.tensors import require_number
@@ -54,6 +54,9 @@ class ChatServer:
     while a batch is answered forms the next. Above max_waiting requests the next one gets 503. batch_sizes:
     the requests of each batch so far. Answers come from a thread of this process: do not train meanwhile.
 
+    form: a page for people at http://host:port/, or None. Its page() is HTML; its receive(message) takes the
+    JSON object that the page posts to /form and gives what it shows next (`lab.chat.SideBySide` has both).
+
     It listens to this computer alone. Another host needs allow_remote=True too, and should not have it: there
     is no password, no encryption and no limit on a stranger's use; put a proxy that has them in front. Lesson
     4. Raises ValueError for such a host or numbers out of range, OSError where the port is taken.
@@ -70,6 +73,7 @@ class ChatServer:
         max_wait: float = 0.02,
         max_waiting: int = 256,
         allow_remote: bool = False,
+        form: Any = None,
     ) -> None:
         """Keep what is served and where; port 0 takes a free one. Nothing listens yet."""
         host = "127.0.0.1" if host == "localhost" else host
@@ -81,12 +85,15 @@ class ChatServer:
         self.chatbot, self.host, self.port, self.name = chatbot, host, port, name
         self.max_batch, self.max_wait, self.max_waiting = max_batch, max_wait, max_waiting
         self.batch_sizes: list[int] = []
+        self.form = form
+        pages = [Route("/", self._page), Route("/form", self._take, methods=["POST"])]
         # A web page elsewhere must not reach the server under a name of its own (DNS rebinding).
         hosts = ["*"] if allow_remote else ["127.0.0.1", "localhost", host]
         self.app = Starlette(
             routes=[
                 Route("/v1/chat/completions", self._complete, methods=["POST"]),
                 Route("/v1/models", self._models),
+                *(pages if form is not None else ()),
             ],
             middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
             exception_handlers={HTTPException: _refuse},
@@ -187,6 +194,12 @@ class ChatServer:
             "choices": [choice],
         }
         return JSONResponse(completion)
+
+    async def _page(self, _request: Request) -> HTMLResponse:
+        return HTMLResponse(self.form.page())
+
+    async def _take(self, request: Request) -> JSONResponse:
+        return JSONResponse(await asyncio.to_thread(self.form.receive, await _body(request)))
 
     async def _models(self, _request: Request) -> JSONResponse:
         model = {"id": self.name, "object": "model", "created": 0, "owned_by": "local"}

@@ -75,7 +75,8 @@ class LabelStore:
                 f"{self.path}: labels are kept in SQLite; name a file such as {self.path.stem}.sqlite, and "
                 "read the old labels with its import_clicks"
             )
-        self._memory = sqlite3.connect(":memory:") if self.path is None else None
+        # A form on a server takes its messages in other threads, one at a time.
+        self._memory = sqlite3.connect(":memory:", check_same_thread=False) if self.path is None else None
         if self._memory is not None:
             weakref.finalize(self, self._memory.close)
         try:
