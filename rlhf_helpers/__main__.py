@@ -133,13 +133,10 @@ def _student(arguments: argparse.Namespace) -> int:
 
 
 def _grade(arguments: argparse.Namespace) -> int:
-    from rlhf_helpers.lab.classroom.grading import grade, mistakes_figure
+    from rlhf_helpers.lab.classroom.report import write_grades
 
-    grades = grade(arguments.folder, due=arguments.due)
-    grades.to_csv(arguments.out, index=False)
-    print(grades.groupby(["learner", "lesson"])["points"].agg(["sum", "count"]).to_string())
-    if arguments.picture:
-        mistakes_figure(grades).savefig(arguments.picture)
+    points = write_grades(arguments.folder, arguments.out, due=arguments.due, report=arguments.report)
+    print(points.to_string())
     return 0
 
 
@@ -191,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     grade.add_argument(
         "--due", type=datetime.fromisoformat, help="2026-12-01T12:00; what comes later is late"
     )
-    grade.add_argument("--picture", type=Path, help="PNG file: how often each mistake was made")
+    grade.add_argument("--report", type=Path, help="HTML page: what was solved, the mistakes, who is late")
     grade.set_defaults(run=_grade)
 
     commands.add_parser("train", help="train your own model on your own data")  # see main

@@ -103,12 +103,22 @@ def _load(path: Path | None) -> States:
     return states
 
 
+def read_states(text: str) -> States:
+    """Read the text of a progress file.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, RecursionError: It is not one.
+    """
+    states = json.loads(text)
+    for kind, names in ({"exercises": states["exercises"]} | states).items():
+        if not set(names.values()) <= STATES[kind]:
+            raise ValueError(f"the states of {kind} must be among {sorted(STATES[kind])}")
+    return states
+
+
 def _read(path: Path) -> States:
     try:
-        states = json.loads(path.read_text(encoding="utf8"))
-        for kind, names in ({"exercises": states["exercises"]} | states).items():
-            if not set(names.values()) <= STATES[kind]:
-                raise ValueError(f"the states of {kind} must be among {sorted(STATES[kind])}")
+        return read_states(path.read_text(encoding="utf8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # ValueError: bad JSON, bad UTF-8
@@ -116,7 +126,6 @@ def _read(path: Path) -> States:
         path.rename(aside)
         print(f"progress: {path} was broken ({error}); it is kept as {aside.name}, and a new one starts.")
         return {}
-    return states
 
 
 class Progress(pd.DataFrame):
@@ -172,10 +181,10 @@ def progress_page() -> str:
     page = "".join(_lesson_html(lesson, items[lesson], states) for lesson in NOTEBOOKS)
     todo = ((lesson, item) for lesson in NOTEBOOKS for item in items[lesson] if not _is_done(states, item))
     lesson, item = next(todo, (0, None))
-    if item is None:
+    if not item:
         return f"<p><b>Every exercise is solved, and every quiz is answered.</b></p>{page}"
     where = f"lesson {lesson}, {html.escape(item.section)}".rstrip(", ")
-    return f"<p><b>Next: {_link(item, item.name)}</b> ({where})</p>{page}"
+    return f"<p><b>Next: {_link(item)}</b> ({where})</p>{page}"
 
 
 def _lesson_html(lesson: int, items: list[Item], states: States) -> str:
@@ -184,7 +193,7 @@ def _lesson_html(lesson: int, items: list[Item], states: States) -> str:
         of_kind = [item for item in items if item.kind == kind]
         final = sum(_is_done(states, item) for item in of_kind)
         counts.append(f"{final} of {len(of_kind)} {kind} {done}")
-        marked = [f"{_mark(states, item)} {_link(item, item.name)}" for item in of_kind]
+        marked = [f"{_mark(states, item)} {_link(item)}" for item in of_kind]
         lines.append(f"<p>{kind}: {', '.join(marked)}</p>")
     title = f"<a href='{NOTEBOOKS[lesson]}.ipynb'>Lesson {lesson}</a>"
     return f"<h4>{title}: {', '.join(counts)}</h4>{''.join(lines)}"
@@ -199,8 +208,8 @@ def _mark(states: States, item: Item) -> str:
     return f"<span title='{state}'>{MARKS.get(state, OPEN)}</span>"
 
 
-def _link(item: Item, text: str) -> str:
-    return f"<a href='{item.link}'>{text}</a>" if item.link else text
+def _link(item: Item) -> str:
+    return f"<a href='{item.link}'>{item.name}</a>" if item.link else item.name
 
 
 class Checklists(Choices):

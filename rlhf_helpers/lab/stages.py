@@ -15,6 +15,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from IPython.utils.capture import capture_output
 
 _SECTION = re.compile(r'^## (.+)\s+<a id="([^"]+)">', re.MULTILINE)
+ALONE = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _running = False  # a cell that runs for another section may begin with a call of its own
 
 
@@ -112,10 +113,9 @@ def split_cell(source: str, section: str = "") -> list[Part]:
     A section that needs an import or a function of an earlier cell need not repeat the training beside it.
     """
     statements = Part(source).tree.body
-    alone = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    parts = [_part(ast.unparse(s), [s], section) for s in statements if isinstance(s, alone)]
+    parts = [read_part(ast.unparse(s), [s], section) for s in statements if isinstance(s, ALONE)]
     if len(parts) < len(statements):
-        whole = _part(source, statements, section)
+        whole = read_part(source, statements, section)
         alone_binds = set().union(*(part.binds for part in parts))
         whole.binds -= alone_binds
         whole.sure -= alone_binds
@@ -123,18 +123,16 @@ def split_cell(source: str, section: str = "") -> list[Part]:
     return parts
 
 
-def _part(source: str, statements: Sequence[ast.stmt], section: str) -> Part:
+def read_part(source: str, statements: Sequence[ast.stmt], section: str) -> Part:
+    """Read what the statements of a source need, bind and change together."""
     names = _Names()
-    for statement in statements:
-        names.visit(statement)
-    needs = names.needs | (names.later - names.binds)
     sure = _Names()
     for statement in statements:
+        names.visit(statement)
         if not isinstance(statement, ast.If):
             sure.visit(statement)
-    return Part(
-        source, section, needs - set(dir(builtins)), names.binds, names.changes - names.binds, sure.binds
-    )
+    needs = (names.needs | (names.later - names.binds)) - set(dir(builtins))
+    return Part(source, section, needs, names.binds, names.changes - names.binds, sure.binds)
 
 
 def missing_parts(parts: Sequence[Part], section: str, namespace: Mapping[str, Any]) -> list[Part]:
@@ -204,7 +202,7 @@ class _Names(ast.NodeVisitor):
     def visit_alias(self, node: ast.alias) -> None:
         self.binds.add((node.asname or node.name).split(".")[0])
 
-    def visit_Lambda(self, node: ast.Lambda | ast.FunctionDef | ast.ClassDef) -> None:
+    def visit_Lambda(self, node: ast.AST) -> None:
         self.later |= _outer_names(node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.ClassDef) -> None:

@@ -1,12 +1,14 @@
 """The edition for learners holds no answer, and what a class hands in is graded in a sandbox."""
 
 import json
+import os
 import re
 from datetime import datetime
 from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -14,7 +16,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from rlhf_helpers.__main__ import main
 from rlhf_helpers.lab.classroom import grading
 from rlhf_helpers.lab.classroom.edition import points, student_edition, write_student_edition
-from rlhf_helpers.lab.classroom.grading import grade, mistakes_figure, program_of
+from rlhf_helpers.lab.classroom.grading import SELF_REPORTED, grade, program_of
+from rlhf_helpers.lab.classroom.report import class_report
 from rlhf_helpers.lab.classroom.worker import describe, restore
 from rlhf_helpers.lab.exercises import NAMES
 from rlhf_helpers.lab.isolation import Raised
@@ -25,7 +28,8 @@ ROOT = Path(__file__).parents[2]
 LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SOLUTION = re.compile(r"<details>\s*<summary>Solution</summary>.*?```python\n(.*?)```", re.S)
 RIGHT = "def my_bradley_terry(chosen, rejected):\n    return -F.logsigmoid(chosen - rejected)"
-CHECK = '\n\nbradley_terry = check("bradley_terry", my_bradley_terry)'
+CHECK = re.compile(r"^.*\bcheck\(\s*[\"'](\w+)[\"']\s*,\s*(\w+)\s*\)", re.M)
+CALL = '\n\nbradley_terry = check("bradley_terry", my_bradley_terry)'
 
 
 def text_of(notebook):
@@ -124,14 +128,54 @@ def test_a_program_holds_what_the_exercise_needs_and_nothing_else():
         "%matplotlib inline\ndef helper(x):\n    return SCALE * x",
     ]
     cell = (
-        "stage('lesson', 'section')\ndef my_fn(x):\n    return helper(F.relu(x))\n\n"
-        "fn = check('bradley_terry', my_fn)"
+        "stage('lesson', 'section')\nview = live(steps=3)\ntable = {}\ntable['a'] = make(1)\n\n"
+        "def my_fn(x):\n    return helper(F.relu(x)) + table['a']\n\nprint(my_fn(2))\n"
+        "fn = check('bradley_terry', my_fn)\nvalues = fn(model)"
     )
     program = program_of([*above, cell], "bradley_terry")
     assert "import torch.nn.functional as F" in program
     assert program.index("SCALE = 2") < program.index("def helper") < program.index("def my_fn")
+    assert program.index("table['a'] = make(1)") < program.index("def my_fn")
     assert program.endswith("submitted = my_fn\n")
-    assert not [text for text in ("train_for_hours", "import os", "check(", "stage(") if text in program]
+    left_out = ("train_for_hours", "import os", "check(", "stage(", "live(", "print(", "fn(model)")
+    assert not [text for text in left_out if text in program]
+
+
+def test_the_last_definition_above_counts():
+    above = ["SCALE = 2\ndef my_fn(x):\n    raise NotImplementedError", "SCALE = 3", "def my_fn(:"]
+    program = program_of([*above, "def my_fn(x):\n    return SCALE\n\ncheck('k3', my_fn)"], "k3")
+    assert [line for line in program.split("\n") if "SCALE" in line] == ["SCALE = 3", "    return SCALE"]
+    assert "NotImplementedError" not in program
+
+
+def with_solutions(lesson):
+    """The edition for learners with every printed solution pasted in."""
+    codes = [code for cell in lesson.cells for code in SOLUTION.findall(cell.source)]
+    edition = student_edition(lesson)
+    for cell in edition.cells:
+        call = (
+            CHECK.search(cell.source)
+            if cell.cell_type == "code" and "nbgrader" not in cell.metadata
+            else None
+        )
+        if call:
+            starts = re.compile(rf"^(def {call[2]}\b|{call[2]} = )", re.M)
+            (code,) = [code for code in codes if starts.search(code)]
+            cell.source = f"{cell.source[: call.start()]}{code}\n{cell.source[call.start() :]}"
+    return edition
+
+
+@pytest.mark.slow
+def test_every_printed_solution_earns_its_point_and_every_stub_is_open(tmp_path):
+    for make in (with_solutions, student_edition):
+        (tmp_path / make.__name__).mkdir()
+        for path in LESSONS:
+            edition = make(nbformat.read(path, as_version=4))
+            nbformat.write(edition, tmp_path / make.__name__ / path.name)
+    grades = grade(tmp_path, workers=1)
+    states = grades.groupby("learner")["state"].agg(list)
+    count = sum(map(len, NAMES.values()))
+    assert states.to_dict() == {"with_solutions": ["solved"] * count, "student_edition": ["open"] * count}
 
 
 def test_a_notebook_that_never_checks_an_exercise_lacks_it():
@@ -150,11 +194,12 @@ SUBMISSIONS = {
     "forks": "import os\ndef my_bradley_terry(*args):\n    while True:\n        os.fork()",
     "patches": (
         "import rlhf_helpers.lab.classroom.worker as worker\nworker.attempt = lambda *args: True\n"
-        "worker.describe = lambda value: ['plain', True]\ndef my_bradley_terry(*args):\n    return True"
+        "worker.describe = lambda value: ['plain', True]\n"
+        "def my_bradley_terry(*args):\n    return bool(worker)"
     ),
     "forges": (
         "import rlhf_helpers.lab.classroom.worker as worker\nworker.try_out = lambda name: {'outcomes': []}\n"
-        "def my_bradley_terry(*args):\n    return True"
+        "def my_bradley_terry(*args):\n    return bool(worker)"
     ),
     "syntax": "def my_bradley_terry(chosen, rejected)\n    return 1",
     "exits": "import os\ndef my_bradley_terry(*args):\n    os._exit(0)",
@@ -175,6 +220,19 @@ EXPECTED = {
 }
 
 
+# The progress files that some of them handed in beside it.
+REPORTS = {
+    "right": '{"exercises": {}, "quizzes": {"reward_offset": "right at once", "baseline_effect": "tried"}}',
+    "sign": '{"exercises": {}, "quizzes": {"reward_offset": "tried", "why_a_reward_model": "right later"}}',
+    "detached": '{"exercises": {}}',
+    "untouched": '{"exercises": {}, "quizzes": {"reward_offset": "=HYPERLINK(0)"}}',
+    "forks": "[" * 100_000,
+    "exits": "<script>",
+}
+DUE = datetime.fromisoformat("2026-12-01T09:00:00+00:00")
+UNREADABLE = {"untouched", "forks", "exits", "endless"}
+
+
 @pytest.fixture(scope="module")
 def graded(tmp_path_factory):
     """Grades of one exercise handed in by twelve learners, the hostile among them; and a file to protect."""
@@ -184,13 +242,19 @@ def graded(tmp_path_factory):
     for learner, code in SUBMISSIONS.items():
         (folder / learner).mkdir()
         setup = f"import torch\nimport torch.nn.functional as F\nVICTIM = {str(victim)!r}"
-        cells = [new_markdown_cell("# Lesson"), new_code_cell(setup), new_code_cell(code + CHECK)]
-        nbformat.write(new_notebook(cells=cells), folder / learner / "01_reward_modeling.ipynb")
+        cells = [new_markdown_cell("# Lesson"), new_code_cell(setup), new_code_cell(code + CALL)]
+        path = folder / learner / "01_reward_modeling.ipynb"
+        nbformat.write(new_notebook(cells=cells), path)
+        os.utime(path, (DUE.timestamp() - 60, DUE.timestamp() - 60))
     (folder / "right" / "timestamp.txt").write_text("2026-12-01 09:30:00 UTC")
+    (folder / "sign" / "timestamp.txt").write_text("tomorrow")
     (folder / "absent").mkdir()
+    for learner, text in REPORTS.items():
+        (folder / learner / ".rlhf_progress.json").write_text(text)
+    (folder / "endless" / ".rlhf_progress.json").symlink_to(folder / "right" / ".rlhf_progress.json")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grading, "SECONDS", 3.0)
-        grades = grade(folder, due=datetime.fromisoformat("2026-12-01T09:00:00+00:00"), workers=1)
+        grades = grade(folder, due=DUE, workers=1)
     return grades, victim
 
 
@@ -211,17 +275,98 @@ class TestGrading:
     def test_what_was_not_handed_in_is_missing(self, graded):
         grades, _ = graded
         assert set(grades[grades.learner == "absent"].state) == {"missing"}
-        others = grades[(grades.learner == "right") & (grades.exercise != "bradley_terry")]
+        exercises = grades[grades.state != SELF_REPORTED]
+        others = exercises[(exercises.learner == "right") & (exercises.exercise != "bradley_terry")]
         assert set(others.state) == {"missing"}
 
     def test_late_is_judged_by_the_note_of_nbgrader(self, graded):
         grades, _ = graded
         assert grades[grades.learner == "right"].late.all()
+        assert not grades[grades.learner != "right"].late.any()
 
-    def test_the_picture_counts_each_mistake(self, graded):
-        (axis,) = mistakes_figure(graded[0]).axes
-        labels = [text.get_text() for text in axis.get_yticklabels()]
-        assert any("the minus is missing" in label for label in labels)
+    def test_quiz_answers_are_self_reported_and_earn_nothing(self, graded):
+        grades, _ = graded
+        quizzes = grades[grades.state == SELF_REPORTED]
+        assert quizzes.points.isna().all()
+        assert grades[grades.state != SELF_REPORTED].points.notna().all()
+        answers = quizzes.pivot(index="learner", columns="exercise", values="message")
+        assert set(answers.index) == set(REPORTS) | UNREADABLE
+        assert answers.loc["right", "reward_offset"] == "right at once"
+        assert answers.loc["right", "why_a_reward_model"] == "not answered"
+        assert "baseline_effect" not in answers  # a quiz of lesson 2
+        assert answers.loc["sign", ["reward_offset", "why_a_reward_model"]].tolist() == [
+            "tried",
+            "right later",
+        ]
+        assert set(answers.loc["detached"].dropna()) == {"not answered"}
+
+    def test_a_broken_progress_file_is_named_and_touched_by_nobody(self, graded):
+        grades, victim = graded
+        broken = grades[(grades.exercise == "quizzes")]
+        assert set(broken.learner) == UNREADABLE
+        assert broken.message.str.startswith("the progress file cannot be read").all()
+        assert not broken.message.str.contains("HYPERLINK|script").any()
+        assert {p.name for p in (victim.parent / "exits").iterdir()} == {
+            "01_reward_modeling.ipynb",
+            ".rlhf_progress.json",
+        }
+
+    def test_the_report_shows_solved_mistakes_absence_and_quizzes(self, graded):
+        page = class_report(graded[0])
+        assert "<th scope='row'>Lesson 1: bradley_terry</th>" in page
+        assert "1 of 13" in page  # solved
+        assert "bradley_terry: the minus is missing" in page
+        assert "Lesson 1, missing (1): absent" in page
+        assert "Lesson 1, late (1): right" in page
+        assert "Points: 1% of all" in page
+        question = questions()["reward_offset"]["question"]
+        assert re.search(re.escape(question) + ".{,90}50%.{,40}1 of 2<", page)
+        assert page.index(questions()["why_a_reward_model"]["question"]) < page.index(question)
+        assert not re.search("https?:|src=|<script", page)
+
+
+def test_what_learners_wrote_cannot_become_a_part_of_the_report():
+    hostile = "<img src=x onerror=alert(1)>"
+    rows = [(hostile, 1, "k3", "wrong", 0, f"your function raised {hostile}", True)]
+    columns = ["learner", "lesson", "exercise", "state", "points", "message", "late"]
+    page = class_report(pd.DataFrame(rows, columns=columns))
+    assert "<img" not in page
+    assert page.count("&lt;img") == 2
+
+
+def test_equal_mistakes_count_as_one_whatever_values_they_have():
+    rows = [
+        (learner, 1, "k3", "wrong", 0, f"not right yet: {message}", False)
+        for learner, message in {
+            "ada": "with x = [1\n2] (shape (2,)) expected 3, got 4.",
+            "bob": "with x = [1\n2] (shape (2,)) expected 3, got 5.",
+            "eva": "your function raised ValueError: no (with x = 1).",
+        }.items()
+    ]
+    columns = ["learner", "lesson", "exercise", "state", "points", "message", "late"]
+    page = class_report(pd.DataFrame(rows, columns=columns))
+    assert re.search("k3: a wrong result that fits no known mistake<.*2 of 3<", page)
+    assert "k3: your function raised ValueError: no</th>" in page
+
+
+def test_a_class_without_a_mistake_or_a_quiz_has_a_report():
+    rows = [("ada", 1, "k3", "solved", 1, "right. Well done!", False)]
+    columns = ["learner", "lesson", "exercise", "state", "points", "message", "late"]
+    page = class_report(pd.DataFrame(rows, columns=columns))
+    assert page.count("<p>None.</p>") == 2
+    assert "late (0): nobody" in page
+
+
+@pytest.mark.slow
+def test_the_command_writes_the_table_and_the_report(tmp_path, capsys):
+    (tmp_path / "class" / "ada").mkdir(parents=True)
+    notebook = new_notebook(cells=[new_code_cell("def my_k3(*args):\n    return 1\n\ncheck('k3', my_k3)")])
+    nbformat.write(notebook, tmp_path / "class" / "ada" / "02_policy_optimization.ipynb")
+    out, report = tmp_path / "grades.csv", tmp_path / "class.html"
+    assert main(["grade", str(tmp_path / "class"), "--out", str(out), "--report", str(report)]) == 0
+    assert "ada" in capsys.readouterr().out
+    assert pd.read_csv(out).set_index("exercise").state["k3"] == "wrong"
+    assert "<h1>Class report</h1>" in report.read_text(encoding="utf8")
 
 
 def test_a_folder_without_learners_is_refused(tmp_path):

@@ -10,6 +10,7 @@ process, its check among it, changes no grade.
 
 import ast
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,18 +19,21 @@ from typing import Any
 
 import nbformat
 import pandas as pd
-from matplotlib.figure import Figure
 
 from rlhf_helpers.lab.classroom.worker import restore
 from rlhf_helpers.lab.exercises import EXERCISES, NAMES
 from rlhf_helpers.lab.isolation import standard_settings
 from rlhf_helpers.lab.judging import Verdict, verdict
-from rlhf_helpers.lab.plots import PALETTE, axes
+from rlhf_helpers.lab.progress import items_of, read_states
+from rlhf_helpers.lab.stages import ALONE, Part, missing_parts, read_part, split_cell
 from rlhf_helpers.sandbox import SandboxResult, run_programs
 
 SECONDS, MEMORY_MB, MAX_BYTES = 20.0, 3072, 20_000_000
 # Optimizers import torch._dynamo when they are made, which a program of the sandbox may not.
 PRELOAD = ("torch._dynamo", "rlhf_helpers.lab.classroom.worker")
+SELF_REPORTED = "self-reported"
+BROKEN = (SyntaxError, ValueError, RecursionError, MemoryError)  # what unreadable code makes Python raise
+PROGRESS = "*rlhf_progress.json"  # a leading dot hides it from the browser with which learners upload
 _TRY = "from rlhf_helpers.lab.classroom.worker import try_out"
 
 
@@ -57,6 +61,8 @@ def grade(folder: Path, *, due: datetime | None = None, workers: int | None = No
     Returns:
         One row per learner and exercise of the lessons that anybody handed in: learner, lesson, exercise,
         state ("solved", "wrong", "open" or "missing"), points (1 or 0), message (the mistake by name), late.
+        Where a progress file lies beside a notebook, also one row per quiz of the lesson, without points: its
+        state is "self-reported", for anyone can edit that file, and its message is the answer.
 
     Raises:
         FileNotFoundError: No folder of a learner holds a notebook.
@@ -82,9 +88,10 @@ def grade(folder: Path, *, due: datetime | None = None, workers: int | None = No
     rows = []
     for item in handed:
         found = item.verdict or verdicts[item.learner, item.exercise]
-        points = int(found.state == "solved")
+        points = None if found.state == SELF_REPORTED else int(found.state == "solved")
         rows.append((item.learner, item.lesson, item.exercise, found.state, points, found.message, item.late))
-    return pd.DataFrame(rows, columns=["learner", "lesson", "exercise", "state", "points", "message", "late"])
+    columns = ["learner", "lesson", "exercise", "state", "points", "message", "late"]
+    return pd.DataFrame(rows, columns=columns).astype({"points": "Int64"})
 
 
 def judge_result(exercise: str, result: SandboxResult) -> Verdict:
@@ -139,12 +146,12 @@ def _notebooks(learner: Path) -> dict[int, Path]:
 
 
 def _read(learner: str, lesson: int, path: Path, due: datetime | None) -> Iterator[Handed]:
-    """Yield the exercises of one notebook."""
+    """Yield the exercises of one notebook, and the quizzes that the progress file beside it reports."""
     late = due is not None and _handed_in(path) > due.astimezone()
+    for name, report in _reported_answers(lesson, path.parent).items():
+        yield Handed(learner, lesson, name, late, verdict=Verdict(SELF_REPORTED, report))
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"it is larger than {MAX_BYTES:,} bytes")
-        notebook = nbformat.reads(path.read_text(encoding="utf8"), as_version=4)
+        notebook = nbformat.reads(_text(path), as_version=4)
         sources = [str(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
     except Exception as error:  # whatever a broken or hostile file makes the reader raise
         unreadable = Verdict("wrong", f"the notebook cannot be read ({type(error).__name__}: {error})"[:300])
@@ -157,47 +164,80 @@ def _read(learner: str, lesson: int, path: Path, due: datetime | None) -> Iterat
         except LookupError:
             missing = Verdict("missing", "the notebook does not call check for this exercise.")
             yield Handed(learner, lesson, name, late, verdict=missing)
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        except BROKEN as error:
             broken = Verdict("wrong", f"the cell is not Python: {error}"[:300])
             yield Handed(learner, lesson, name, late, verdict=broken)
         else:
             yield Handed(learner, lesson, name, late, program)
 
 
+def _reported_answers(lesson: int, folder: Path) -> dict[str, str]:
+    """Return the answers to the quizzes of a lesson in a learner's progress file, if it was handed in."""
+    for path in sorted(folder.glob(PROGRESS)):
+        try:
+            answers = read_states(_text(path)).get("quizzes", {})
+        except Exception as error:  # as for a notebook
+            return {"quizzes": f"the progress file cannot be read ({type(error).__name__}: {error})"[:300]}
+        return {name: answers.get(name, "not answered") for name in _quiz_names(lesson)}
+    return {}
+
+
+@functools.cache
+def _quiz_names(lesson: int) -> list[str]:
+    return [item.name for item in items_of(lesson) if item.kind == "quizzes"]
+
+
+def _text(path: Path) -> str:
+    """Read a small file of a learner; a link could lead to a file of the teacher."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"not a plain file of at most {MAX_BYTES:,} bytes")
+    return path.read_text(encoding="utf8")
+
+
 def _handed_in(path: Path) -> datetime:
     """Return when a notebook was handed in, by nbgrader's note beside it or by its file."""
-    note = path.with_name("timestamp.txt")
-    if note.is_file():
-        return pd.Timestamp(note.read_text(encoding="utf8").strip()).to_pydatetime().astimezone()
+    with contextlib.suppress(Exception):  # there is no note, or none that can be read
+        note = _text(path.with_name("timestamp.txt"))
+        return pd.Timestamp(note.strip()).to_pydatetime().astimezone()
     return datetime.fromtimestamp(path.stat().st_mtime).astimezone()
 
 
 def program_of(sources: Sequence[str], name: str) -> str:
     """Build the program that defines `submitted`, the function that a notebook gives to check(name, ...).
 
-    It holds the cell of the exercise without its call of check, and of the cells above what that cell needs:
-    imports, functions, classes and plain constants. Nothing else of the notebook runs.
+    It holds what that function needs, as `stages` finds it: any statement of its own cell, and imports,
+    functions, classes and assignments that call nothing of the cells above. Nothing else of the notebook
+    runs, and so nothing that only prepares or shows something there.
 
     Raises:
         LookupError: No cell calls check for this exercise.
         SyntaxError: The cell that does is not Python.
     """
-    above: list[ast.stmt] = []
+    above: list[Part] = []
     for source in sources:
         if "check(" in source and name in source:
-            statements = _parse(source)
-            call = next(
-                (node for part in statements for node in ast.walk(part) if _is_check(node, name)), None
-            )
-            if isinstance(call, ast.Call):
-                own = [part for part in statements if call not in ast.walk(part) and not _is_stage(part)]
-                submitted = ast.Assign([ast.Name("submitted", ast.Store())], call.args[1])
-                kept = [*_needed(above, [*own, submitted]), *own]
-                lines = [*map(ast.unparse, kept), _TRY, ast.unparse(ast.fix_missing_locations(submitted))]
-                return "\n".join(lines) + "\n"
-        with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
-            above += [node for node in _parse(source) if _is_definition(node)]
+            own: list[Part] = []
+            for statement in _parse(source):
+                if call := next((node for node in ast.walk(statement) if _is_check(node, name)), None):
+                    submitted = f"submitted = {ast.unparse(call.args[1])}"
+                    parts = [*above, *own, *split_cell(submitted, "submitted")]
+                    needed = [part.source for part in missing_parts(parts, "submitted", {})]
+                    return "\n".join([*needed, _TRY, submitted, ""])
+                own.append(read_part(ast.unparse(statement), [statement], "own"))
+        above += _definitions(source)
     raise LookupError(name)
+
+
+@functools.cache  # each exercise of each learner reads the same cells
+def _definitions(source: str) -> list[Part]:
+    """Return what a cell defines, nothing if it cannot be read."""
+    with contextlib.suppress(*BROKEN):
+        return [
+            read_part(ast.unparse(statement), [statement], "above")
+            for statement in _parse(source)
+            if _is_definition(statement)
+        ]
+    return []
 
 
 def _parse(source: str) -> list[ast.stmt]:
@@ -216,55 +256,8 @@ def _is_check(node: ast.AST, name: str) -> bool:
     )
 
 
-def _is_stage(node: ast.stmt) -> bool:
-    """Recognize stage(...), which prepares a section in a notebook."""
-    return ast.unparse(node).startswith("stage(")
-
-
 def _is_definition(node: ast.stmt) -> bool:
-    """Say whether a statement only names something: an import, a function, a class, a plain constant."""
-    if isinstance(node, ast.Assign):
-        try:
-            ast.literal_eval(node.value)
-        except (ValueError, TypeError, MemoryError, RecursionError):
-            return False
-        return True
-    return isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef)
-
-
-def _needed(definitions: Sequence[ast.stmt], statements: Sequence[ast.stmt]) -> list[ast.stmt]:
-    """Return the definitions that the statements use, directly or through one another, in their order."""
-    used = {node.id for part in statements for node in ast.walk(part) if isinstance(node, ast.Name)}
-    kept: list[ast.stmt] = []
-    for definition in reversed(definitions):
-        if _bound(definition) & used:
-            kept.insert(0, definition)
-            used |= {node.id for node in ast.walk(definition) if isinstance(node, ast.Name)}
-    return kept
-
-
-def _bound(definition: ast.stmt) -> set[str]:
-    """Return the names that a definition binds."""
-    if isinstance(definition, ast.Import | ast.ImportFrom):
-        return {(alias.asname or alias.name).split(".")[0] for alias in definition.names}
-    if isinstance(definition, ast.Assign):
-        return {
-            node.id
-            for target in definition.targets
-            for node in ast.walk(target)
-            if isinstance(node, ast.Name)
-        }
-    return {definition.name} if isinstance(definition, ast.FunctionDef | ast.ClassDef) else set()
-
-
-def mistakes_figure(grades: pd.DataFrame, *, most: int = 12) -> Figure:
-    """Draw how many learners made each mistake, the most frequent first."""
-    wrong = grades[grades["state"] == "wrong"]
-    messages = wrong["message"].str.removeprefix("not right yet: ").str.slice(0, 90)
-    counts = (wrong["exercise"] + ": " + messages).value_counts().head(most)[::-1]
-    label = "learners (count)"
-    with axes(xlabel=label, ylabel="mistake (name)", title="Which mistakes the class made") as (figure, axis):
-        figure.set_size_inches(9, 1.2 + 0.4 * max(1, len(counts)))
-        axis.barh(list(counts.index), counts.to_numpy(), color=PALETTE[0])
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    return figure
+    """Say whether a statement names something and runs next to nothing."""
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        return not any(isinstance(part, ast.Call) for part in ast.walk(node))
+    return isinstance(node, ALONE)
