@@ -61,6 +61,7 @@ def flip(module, name, turn):
 GOLD = "rlhf_helpers.world.gold_judge:gold_reward"
 AIMS = "rlhf_helpers.world.gold_judge:gold_scores"
 INTERVAL = "rlhf_helpers.lab.reports:mean_interval"
+ADVANTAGES = "rlhf_helpers.core.policy_losses:rloo_advantages"
 PREDICTED = "rlhf_helpers.lab.studies:prediction_interval"
 # lesson -> section -> the function whose sign is flipped ("1 -": a share or a probability is turned round)
 FLIPS = {
@@ -83,13 +84,12 @@ FLIPS = {
     },
     "02_policy_optimization": {
         "gradient": "rlhf_helpers.policy_optimization:policy_logps",
-        "baselines": "rlhf_helpers.core.policy_losses:rloo_advantages",
+        "baselines": ADVANTAGES,
         "ppo": "rlhf_helpers.core.policy_losses:explained_variance",
         "grpo": "rlhf_helpers.core.policy_losses:group_advantages",
         "kl": "rlhf_helpers.core.policy_losses:kl_estimate",
         "over-optimization": PREDICTED,
         "dpo": "rlhf_helpers.core.preference_losses:dpo_loss",
-        "variants": "rlhf_helpers.core.preference_losses:ipo_loss",
         "methods": INTERVAL,
         "text": GOLD,
         "diagnose": GOLD,
@@ -108,6 +108,7 @@ FLIPS = {
         "taste": INTERVAL,
         "sizes": INTERVAL,
         "more-diagnosis": GOLD,
+        "real": INTERVAL,
     },
     "03_alignment_and_safety": {
         "aims": AIMS,
@@ -132,18 +133,19 @@ FLIPS = {
         "activities": GOLD,
     },
     "04_applications": {
-        "chatbot": "rlhf_helpers.world.gold_judge:gold_scores",
+        "chatbot": "rlhf_helpers.chatbot_rlhf.evaluation:told_rightly",
         "summaries": "rlhf_helpers.summarization_rl:fact_scores",
-        "programs": "rlhf_helpers.code_generation:unit_test_reward",
+        "programs": ADVANTAGES,
         "pipeline": "rlhf_helpers.alignment_eval:distinct_n",
         "rouge": "rlhf_helpers.summarization_rl:rouge_l",
         "personalities": "rlhf_helpers.alignment_eval:mean_interval",
         "judges": "rlhf_helpers.code_generation:safety_verdicts",
-        "project-methods": GOLD,
-        "project-pictures": "rlhf_helpers.core.policy_losses:rloo_advantages",
-        "project-domain": "rlhf_helpers.alignment_eval:mean_interval",
+        "project-methods": ADVANTAGES,
+        "project-pictures": ADVANTAGES,
+        "project-domain": ADVANTAGES,
         "three-tasks": "rlhf_helpers.alignment_eval:mean_interval",
-        "no-template": GOLD,
+        "no-template": f"1 - {GOLD}",
+        "real": "rlhf_helpers.core.stats:proportion",
     },
 }
 WITHOUT = {  # sections with asserts in which no sign can be wrong
