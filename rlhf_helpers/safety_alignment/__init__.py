@@ -15,6 +15,7 @@ from rlhf_helpers.safety_alignment.constrained import (
     weighted_sum,
 )
 from rlhf_helpers.safety_alignment.operations import (
+    AdaptivePolicy,
     CheckpointLedger,
     EnsembleFallback,
     Monitor,

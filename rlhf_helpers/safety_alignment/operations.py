@@ -1,8 +1,9 @@
-"""Running an aligned model: watch it, fall back when unsure, compare, and roll it back."""
+"""Running an aligned model: watch it, fall back when unsure, suit its users, compare, and roll it back."""
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -15,6 +16,8 @@ from rlhf_helpers.core.stats import WinRate, win_rate
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.core.training import checkpoints
 from rlhf_helpers.core.training.distributed import full_weights, load_full_weights
+from rlhf_helpers.policy_optimization import best_of_n
+from rlhf_helpers.safety_alignment.constrained import weighted_sum
 
 Limits = Mapping[str, float]
 
@@ -115,6 +118,53 @@ class EnsembleFallback:
 
     def _scores(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         return torch.stack([member(prompts, responses).double().cpu() for member in self.members])
+
+
+class AdaptivePolicy:
+    """Serve users who want different things by one model: of n samples the best by the user's own weights.
+
+    u = sum_k w_user,k r_k;  after feedback  w += rate sigmoid(-w . d) d,  d = r(chosen) - r(rejected)
+
+    A step of Bradley-Terry's gradient. user: any key, (user, context) too; a new one starts with all weights
+    1. required: objectives that no user can vote below that. Lesson 3.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objectives: Mapping[str, RewardFn],
+        *,
+        required: Sequence[str] = (),
+        rate: float = 0.5,
+    ) -> None:
+        """Raise ValueError where there is no objective, or required names none."""
+        if not objectives or not set(required) <= set(objectives):
+            raise ValueError(f"required={list(required)} must name objectives of {sorted(objectives)}")
+        self.model = model
+        self.objectives = {name: as_reward_fn(fn) for name, fn in objectives.items()}
+        self.required = list(required)
+        self.rate = rate
+        self.users: dict[Any, dict[str, float]] = {}
+
+    def weights(self, user: Any) -> dict[str, float]:
+        """Return the present weights of a user by objective."""
+        return self.users.get(user) or dict.fromkeys(self.objectives, 1.0)
+
+    def answer(self, prompt: str, user: Any, *, n: int = 4, seed: int = 0, max_new_tokens: int = 64) -> str:
+        """Return the best of n samples for this user, of a tie the first."""
+        reward = weighted_sum(self.objectives, self.weights(user))
+        options = {"n": n, "seed": seed, "max_new_tokens": max_new_tokens}
+        return best_of_n(self.model, tokenizer_for(self.model), [prompt], reward, **options)["responses"][0]
+
+    def feedback(self, user: Any, prompt: str, chosen: str, rejected: str) -> dict[str, float]:
+        """Learn that this user preferred `chosen`; returns the new weights."""
+        pair = [prompt] * 2, [rejected, chosen]
+        gap = pd.Series({name: fn(*pair).diff().item() for name, fn in self.objectives.items()})
+        weights = pd.Series(self.weights(user))
+        weights += self.rate / (1 + math.exp(weights @ gap)) * gap
+        weights[self.required] = weights[self.required].clip(lower=1.0)
+        self.users[user] = weights.to_dict()
+        return self.users[user]
 
 
 def ab_test(

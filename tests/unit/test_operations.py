@@ -1,4 +1,4 @@
-"""Monitoring, fallback, A/B test and rollback, each by hand and each refusing what is wrong."""
+"""Monitoring, fallback, adaptation, A/B test and rollback, each by hand and each refusing what is wrong."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.training import TrainingSettings, checkpoints, sft
-from rlhf_helpers.safety_alignment import CheckpointLedger, EnsembleFallback, Monitor, ab_test
+from rlhf_helpers.safety_alignment import AdaptivePolicy, CheckpointLedger, EnsembleFallback, Monitor, ab_test
 from tests.conftest import weights
 
 BASELINE = [{"safe": v, "refused": v / 10} for v in (0.8, 0.9, 1.0)]  # mean 0.9, std 0.1
@@ -91,6 +91,34 @@ def test_fallback_refuses():
         EnsembleFallback([long], ["p"], ["a"])
     with pytest.raises(ValueError, match="quantile"):
         EnsembleFallback([long, vowels], ["p"], ["a"], quantile=1.0)
+
+
+# ---- adaptation
+
+
+def test_feedback_by_hand(tiny):
+    policy = AdaptivePolicy(tiny[0], {"long": long, "vowels": vowels}, rate=1.0)
+    # d = (-3, -2) at weights 1: sigmoid(5)
+    step = 1 / (1 + math.exp(-5))
+    after = {"long": 1 - 3 * step, "vowels": 1 - 2 * step}
+    assert policy.feedback("ann", "p", "b", "bana") == pytest.approx(after)
+    step = 1 / (1 + math.exp(-3 * after["long"] - 2 * after["vowels"]))
+    assert policy.feedback("ann", "p", "b", "bana")["long"] == pytest.approx(after["long"] - 3 * step)
+    assert policy.weights("bob") == {"long": 1.0, "vowels": 1.0}
+
+
+def test_users_get_what_they_prefer_and_cannot_vote_down_what_is_required(tiny):
+    policy = AdaptivePolicy(tiny[0], {"long": long, "vowels": vowels}, required=["vowels"], rate=0.1)
+    for _ in range(30):
+        policy.feedback(("ann", "chat"), "p", "a", "bbbbbbbb")  # short, please
+        policy.feedback("bob", "p", "bbbbbbbb", "aa")
+    assert policy.weights(("ann", "chat"))["long"] < 0 < policy.weights("bob")["long"]
+    assert policy.weights("bob")["vowels"] == 1.0
+    short, tall = (policy.answer("Say it.", u, n=8, max_new_tokens=8) for u in (("ann", "chat"), "bob"))
+    assert len(short) < len(tall)
+    assert short == policy.answer("Say it.", ("ann", "chat"), n=8, max_new_tokens=8)
+    with pytest.raises(ValueError, match="must name objectives"):
+        AdaptivePolicy(tiny[0], {"long": long}, required=["short"])
 
 
 # ---- A/B test
