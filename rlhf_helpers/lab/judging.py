@@ -200,13 +200,14 @@ def _hint(got: Any, want: Any) -> str:
     if got is None:
         return ": is a return missing? (A body of only ... or pass returns None, too)"
     if isinstance(got, np.ndarray):
-        return ": this is a numpy array" + "; torch.from_numpy makes a tensor of it" * isinstance(
-            want, Tensor
-        )
+        return ": this is a numpy array; torch.from_numpy makes a tensor of it, .item() a number"
     if isinstance(got, Tensor) and isinstance(want, int | float):
         return ": this is a tensor; .item() makes a Python number of it"
-    if isinstance(got, Tensor) and isinstance(want, Tensor) and not _same_kind(got, want):
-        return f": its dtype is {got.dtype}, not {want.dtype}"
+    if isinstance(got, Tensor) and isinstance(want, Tensor):
+        if got.numel() < want.numel():
+            return f": its shape is {tuple(got.shape)}, not {tuple(want.shape)}, as if averaged or summed"
+        if not _same_kind(got, want):
+            return f": its dtype is {got.dtype}, not {want.dtype}"
     return ""
 
 

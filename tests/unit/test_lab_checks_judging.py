@@ -130,6 +130,7 @@ def test_equal(got, want):
         (torch.tensor([1]), torch.tensor([True]), "its dtype is torch.int64, not torch.bool"),
         (torch.tensor([1 + 0j]), torch.tensor([1.0]), "its dtype is torch.complex64"),
         (torch.tensor([1.0]), torch.tensor(1.0), r"shape \(\)"),
+        (torch.ones(2), torch.ones(2, 3), r"its shape is \(2,\), not \(2, 3\), as if averaged or summed"),
         (torch.tensor([1.0]).to_sparse(), torch.tensor([1.0]), r"a tensor of shape \(1,\)"),
         (torch.ones(1, device="meta"), torch.ones(1), r"a tensor of shape \(1,\)"),
         ((1, 2, 3), (1, 2), "got"),

@@ -251,7 +251,7 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda r: r - r.sum(1, keepdim=True) / (r.shape[1] - 1), "still in the sum"),
         (standardised, "GRPO's step"),
         (lambda r: r - torch.cat([r[:, -1:], r[:, :-1]], 1), "expected .* got"),
-        (lambda r: r.sum(1) / r.shape[1], "one number per prompt"),
+        (lambda r: r.sum(1) / r.shape[1], "averaged or summed"),
         (lambda r: r - r.mean(1), "expected .* got|raised"),
         (lambda r: len(r) / (len(r) - 1) * (r - r.mean(1, keepdim=True)), "expected .* got"),
         (lambda r: r - r.median(1, keepdim=True).values, "expected .* got"),

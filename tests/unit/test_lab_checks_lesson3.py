@@ -237,7 +237,7 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda *given: label_by_rows(*given).log(), "logarithm"),
         (lambda a, b, sa, sb: (torch.exp(a) + torch.exp(sb)) / 2, "do not sum to 1"),
         (lambda a, b, sa, sb: torch.sigmoid(a - sa), "without its rival"),
-        (lambda *given: label_by_rows(*given).mean(), "were averaged"),
+        (lambda *given: label_by_rows(*given).mean(), "as if averaged"),
         (lambda *given: label_by_rows(*given).tolist(), "expected .* got"),
         (lambda *given: label_by_rows(*given, half=4), "expected .* got"),
         (lambda a, b, sa, sb: (share_of_a(a, b) > 0.5) & (share_of_a(sb, sa) > 0.5), "expected .* got"),

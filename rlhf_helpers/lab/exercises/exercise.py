@@ -111,34 +111,9 @@ def each(wrong: Function, *values: Any) -> list[Function]:
     return [partial(wrong, value) for value in values]
 
 
-def altered(reference: Function, **changes: Function) -> Function:
-    """Give a wrong function: the reference with some arguments changed, by their names."""
-
-    @wraps(reference)
-    def wrong(**args: Any) -> Any:
-        return reference(**args | {name: change(args[name]) for name, change in changes.items()})
-
-    return wrong
-
-
 def negated(right: Tensor) -> Tensor:
     """Flip the sign."""
     return -right
-
-
-def averaged(right: Tensor) -> Tensor:
-    """Take one mean where one number per row was asked for."""
-    return right.mean()
-
-
-def summed(right: Tensor) -> Tensor:
-    """Take one sum where one number per row was asked for."""
-    return right.sum()
-
-
-def as_tensor(right: Any) -> Tensor:
-    """Make a tensor where Python numbers were asked for."""
-    return torch.tensor(right)
 
 
 # Of a loss -logsigmoid(gap), where an exercise says what gap, chosen and rejected are.

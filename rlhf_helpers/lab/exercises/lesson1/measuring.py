@@ -27,15 +27,6 @@ def cohen_kappa(first: Tensor, second: Tensor) -> Tensor:
     return ((first == second).double().mean() - chance) / (1 - chance)
 
 
-def _members(confidence: Tensor, bins: int) -> Tensor:
-    """1 where answer n lies in bin k, (N, bins)."""
-    return F.one_hot((confidence * bins).long().clamp(max=bins - 1), bins).to(confidence)
-
-
-def _mean_gap(error: Tensor, members: Tensor) -> Tensor:
-    return (error @ members).abs().sum() / len(error)
-
-
 @torch.no_grad()
 def calibration_error(confidence: Tensor, correct: Tensor, bins: int) -> Tensor:
     """Expected calibration error: sum_k n_k / N |mean correct in bin k - mean confidence in bin k|.
@@ -48,7 +39,10 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int) -> Tensor:
     require_number("bins", bins, at_least=1)
     for end in confidence.aminmax():
         require_number("confidence (a probability)", end.item(), at_least=0, at_most=1)
-    return _mean_gap(correct - confidence, _members(confidence, bins))
+    members = F.one_hot((confidence * bins).long().clamp(max=bins - 1), bins).to(confidence)  # (N, bins)
+    counts = members.sum(0)
+    gaps = ((correct - confidence) @ members / counts.clamp(min=1)).abs()
+    return (counts * gaps).sum() / len(confidence)
 
 
 def length_correction(rewards: Tensor, words: Tensor) -> Tensor:
@@ -73,12 +67,6 @@ def _choice(correction: Function) -> Any:
     return "long" if words.gather(1, corrected.argmax(1, keepdim=True)).mean() > words.mean() else "short"
 
 
-def _weighted(ranked: Tensor, n: int, *, below: int = 0, partners: int) -> Tensor:
-    """Sum of gold values in an order, the i-th times C(i + below, partners) / C(N, n), i from 0."""
-    weights = [comb(i + below, partners) for i in range(len(ranked))]
-    return ranked @ tensor(weights).to(ranked) / comb(len(ranked), n)
-
-
 @torch.no_grad()
 def best_of_n_gold(proxy: Tensor, gold: Tensor, n: int) -> Tensor:
     """Expected gold value of the best of n by proxy, unbiased, from N samples.
@@ -89,7 +77,9 @@ def best_of_n_gold(proxy: Tensor, gold: Tensor, n: int) -> Tensor:
     """
     require_shapes("N", proxy=proxy, gold=gold)
     require_number("n", n, at_least=1, at_most=len(proxy))
-    return _weighted(gold[proxy.argsort()], n, partners=n - 1)
+    ranked = gold[proxy.argsort()]
+    weights = [comb(i, n - 1) for i in range(len(ranked))]  # i of the others lie below
+    return ranked @ tensor(weights).to(ranked) / comb(len(ranked), n)
 
 
 AIM = 0.80  # gold reward of the best of 32; without a correction it is 0.76
@@ -97,6 +87,8 @@ AIM = 0.80  # gold reward of the best of 32; without a correction it is 0.76
 PROXY = tensor([0.3, 1.9, -0.4, 1.2, 0.8, 2.6])
 GOLD = tensor([0.35, 0.9, 0.1, 0.6, 0.75, 0.2])  # the proxy's favourite is not the best
 EQUAL = tensor([0.6, 0.2, 0.75, 0.2, 0.5])  # two answers are equally good
+
+WEIGHTED = "(counts * gaps).sum() / len(confidence)"  # how the bins enter
 
 EXERCISES = {
     "cohen_kappa": exercise(
@@ -137,25 +129,21 @@ EXERCISES = {
             ([0.0, 0.13, 0.4, 0.55, 0.8], [1.0, 0, 1, 0, 0], 4),
         ),
         "the bins were averaged as equals: a bin with more answers must weigh more",
-        lambda gaps: gaps.nanmean(),
-        lambda gaps: gaps.nansum() / len(gaps),
+        (WEIGHTED, "gaps[counts > 0].mean()"),
+        (WEIGHTED, "gaps.mean()"),
         "over- and underconfident bins cancel, which leaves the gap of the whole set: add up absolute gaps",
-        lambda error: error.mean(),
-        lambda error: error.mean().abs(),
+        (").abs()", ")"),
+        (").abs()", ")", ".sum() /", ".sum().abs() /"),
         "this is the LARGEST gap (maximum calibration error), not the expected one",
-        lambda gaps: gaps.nan_to_num().max(),
+        (WEIGHTED, "gaps.max()"),
         "an empty bin gave 0 / 0, and NaN spoils the sum: leave empty bins out",
-        lambda shares, gaps: shares @ gaps,
+        (".clamp(min=1)", ""),
         "the bins are not used: a single answer with confidence 0.7 is right or wrong, never 0.7 right",
-        lambda error: error.abs().mean(),
+        (WEIGHTED, "(correct - confidence).abs().mean()"),
         "the middle of the bin stands in for its mean confidence: take the mean",
-        lambda correct, members, bins: _mean_gap(correct - (members.argmax(1) + 0.5) / bins, members),
+        ("correct - confidence", "correct - (members.argmax(1) + 0.5) / bins"),
         "confidence 1 fell out of the last bin, where it belongs",
-        lambda error, members, confidence: _mean_gap(error * (confidence < 1), members),
-        members=_members,
-        error=lambda confidence, correct: correct - confidence,
-        shares=lambda members: members.mean(0),
-        gaps=lambda error, members: (error @ members).abs() / members.sum(0),
+        ("correct - confidence", "(correct - confidence) * (confidence < 1)"),
     ),
     "best_of_n_gold": exercise(
         best_of_n_gold,
@@ -167,23 +155,22 @@ EXERCISES = {
             (PROXY[1:], EQUAL, 5),
         ],
         "gold chose the samples: best-of-n knows only the proxy, and gold is looked up afterwards",
-        lambda gold, n: best_of_n_gold(gold, gold, n),
+        ("proxy.argsort", "gold.argsort"),
         lambda gold: gold.max(),
         "the order is descending: the weights of the best went to the worst by proxy",
-        lambda proxy, gold, n: best_of_n_gold(-proxy, gold, n),
+        ("argsort()", "argsort(descending=True)"),
         "an index is off by one: i counts from 1, and sample i needs n - 1 partners among the i - 1 below it",
-        lambda ranked, n: _weighted(ranked, n, below=1, partners=n),
-        lambda ranked, n: _weighted(ranked, n, below=1, partners=n - 1),
+        ("comb(i, n - 1)", "comb(i + 1, n)"),
+        ("comb(i, n - 1)", "comb(i + 1, n - 1)"),
         "only the first n samples were used: average over every subset of size n",
         lambda proxy, gold, n: gold[proxy[:n].argmax()],
         "n never enters: the mean of gold is best of 1, and gold at the largest proxy is best of all N",
         lambda gold: gold.mean(),
         lambda proxy, gold: gold[proxy.argmax()],
         "this is the PROXY's value of the chosen answers: return gold's",
-        lambda proxy, n: best_of_n_gold(proxy, proxy, n),
+        ("gold[proxy", "proxy[proxy"),
         "gold is still in its old order: put it in the order of the sorted proxy",
-        lambda gold, n: _weighted(gold, n, partners=n - 1),
-        ranked=lambda proxy, gold: gold[proxy.argsort()],
+        ("gold[proxy.argsort()]", "gold"),
     ),
     "length_correction": exercise(
         length_correction,

@@ -12,9 +12,7 @@ from rlhf_helpers.core.tensors import as_bool_mask, pad_right, require_shapes
 from rlhf_helpers.lab.exercises.exercise import (
     LOG_LOSS_MISTAKES,
     Function,
-    averaged,
     exercise,
-    summed,
     table,
 )
 
@@ -115,9 +113,13 @@ def _loss_and_gradient(loss_of: Function, seed: int, pad_id: int) -> Any:
 VALUES = tensor(  # one last value is 0
     [[0.5, -1.5, 2.5, 0.25, 3.5], [1.0, 0.0, -2.0, 0.75, -0.5], [-0.3, 1.2, 0.9, 2.2, 6.0]]
 )
-INNER = tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
-EDGES = tensor([[1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 0, 0]])
-
+INNER = (torch.arange(5) < tensor([[3], [2], [4]])).long()
+EDGES = (torch.arange(5) < tensor([[5], [1], [3]])).long()
+# Token 2 ends a response, 0 is padding: right of the first row, left of the second; the third holds two
+# responses. Where 0 stands within a response and 2 within a prompt, only the mask tells what is trained on.
+IDS = tensor([[11, 2, 5, 8, 2, 0, 0], [0, 11, 9, 0, 3, 4, 2], [11, 7, 6, 2, 12, 3, 2]])
+RESPONSE = tensor([[0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 0, 1, 1]]).bool()
+ENDS = tensor([[7, 2], [6, 2], [2, 2]])  # prompts and responses of one token
 
 EXERCISES = {
     "bradley_terry": exercise(
@@ -134,10 +136,6 @@ EXERCISES = {
         *LOG_LOSS_MISTAKES,
         "the squared difference punishes a large margin in the RIGHT direction too",
         lambda gap: gap**2,
-        "the loss was averaged over the batch: return one loss per pair, shape (B,)",
-        averaged,
-        "the loss was summed over the batch: return one loss per pair, shape (B,)",
-        summed,
         "exp(reward) overflows for large rewards: write the ratio as a sigmoid of the difference",
         lambda chosen, rejected: -(chosen.exp() / (chosen.exp() + rejected.exp())).log(),
         "the strengths are exp(reward), not the rewards themselves, which may be negative",
@@ -182,22 +180,7 @@ EXERCISES = {
     ),
     "sft_labels": exercise(
         sft_labels,
-        # Token 2 ends a response, 0 is padding: on the right, on the left, and two responses in one row.
-        # Where 0 stands within a response and 2 within a prompt, only the mask tells what is trained on.
-        [
-            (
-                tensor([[11, 7, 5, 8, 2, 0], [11, 6, 9, 0, 2, 0], [0, 0, 11, 9, 3, 2]]),
-                tensor([[0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1]]).bool(),
-            ),
-            (
-                tensor([[11, 5, 2, 12, 6, 3, 2, 0, 0]]),
-                tensor([[0, 1, 1, 0, 1, 1, 1, 0, 0]]).bool(),
-            ),
-            (
-                tensor([[7, 2, 0], [2, 6, 2], [14, 13, 2], [9, 2, 0]]),
-                tensor([[0, 1, 0], [0, 1, 1], [0, 1, 1], [0, 1, 0]]).bool(),
-            ),
-        ],
+        [(IDS, RESPONSE), (IDS[1:], RESPONSE[1:]), (ENDS, RESPONSE[:, 1:3])],
         "this is the wrong way round: the response was masked, and the prompt is trained on",
         ("~", ""),
         "the labels are shifted: the model shifts them itself, and would now predict two tokens ahead",

@@ -42,12 +42,8 @@ def repaired_loss(
     scores (P, G) are (P, G, T); mask is 0 on padding. Lesson 2.
     """
     kl = ((old_logps - ref_logps) * mask).sum(-1)
-    return _mean_loss(scores - kl_coef * kl, (logps * mask).sum(-1))
-
-
-def _mean_loss(rewards: Tensor, log_pi: Tensor) -> Tensor:
-    """RLOO's loss from a reward and a log-prob for each answer."""
-    return -(rloo(rewards) * log_pi).mean()
+    log_pi = (logps * mask).sum(-1)
+    return -(rloo(scores - kl_coef * kl) * log_pi).mean()
 
 
 GAPS = tensor([[0.5, -0.4, 0.3, 1.5, -0.9], [0.1, -1.7, 0.8, -0.2, 2.2]])
@@ -56,6 +52,13 @@ OLD = torch.stack([LOGPS[:, :4], LOGPS[:, 1:], LOGPS[:, :4].flip(1)], 1)
 REF = OLD - torch.stack([GAPS[:, :4], GAPS[:, 1:], GAPS[:, 1:].flip(1)], 1)
 MASK = tensor([[[4], [2], [1]], [[3], [4], [2]]]) > torch.arange(4)
 ANSWERS = OLD + 0.1, OLD, REF, MASK, tensor([[0.7, -1.2, 3.0], [0.2, 0.9, 0.4]])
+
+# What may be left of the broken loss: each fault as an edit of the repaired one.
+KL_ADDED = ("scores -", "scores +")
+MEAN_KL = ("((old_logps - ref_logps) * mask).sum(-1)", "(old_logps - ref_logps).mean(-1)")
+MEAN_LOG_PI = ("(logps * mask).sum(-1)", "logps.mean(-1)")
+PADDED_KL = ("ref_logps) * mask", "ref_logps)")
+PADDED_LOG_PI = ("logps * mask", "logps")
 
 EXERCISES = {
     "safe_search": exercise(
@@ -74,33 +77,27 @@ EXERCISES = {
             (*(part.transpose(0, 1) for part in ANSWERS), 1.0),
         ],
         "the KL is still ADDED to the score, so that leaving the reference is rewarded",
-        lambda scores, cost, log_pi: _mean_loss(scores + cost, log_pi),
-        lambda scores, mean_cost, log_pi: _mean_loss(scores + mean_cost, log_pi),
-        lambda scores, cost, mean_log_pi: _mean_loss(scores + cost, mean_log_pi),
-        lambda scores, mean_cost, mean_log_pi: _mean_loss(scores + mean_cost, mean_log_pi),
+        KL_ADDED,
+        KL_ADDED + MEAN_KL,
+        KL_ADDED + MEAN_LOG_PI,
+        KL_ADDED + MEAN_KL + MEAN_LOG_PI,
         "the KL of an answer is still a mean over all columns: it is the SUM over its real tokens",
-        lambda scores, mean_cost, log_pi: _mean_loss(scores - mean_cost, log_pi),
-        lambda scores, mean_cost, mean_log_pi: _mean_loss(scores - mean_cost, mean_log_pi),
+        MEAN_KL,
+        MEAN_KL + MEAN_LOG_PI,
         "log pi of an answer is still a mean over all columns: it is the SUM over its real tokens",
-        lambda rewards, mean_log_pi: _mean_loss(rewards, mean_log_pi),
+        MEAN_LOG_PI,
         "this is a mean per token: a token of a short answer then weighs more than one of a long answer",
-        lambda rewards, log_pi, mask: _mean_loss(rewards, log_pi / mask.sum(-1)),
+        ("log_pi)", "log_pi / mask.sum(-1))"),
         "padding counts: multiply by the mask before you sum",
-        lambda rewards, logps: _mean_loss(rewards, logps.sum(-1)),
-        lambda scores, d, kl_coef, log_pi: _mean_loss(scores - kl_coef * d.sum(-1), log_pi),
-        lambda scores, d, kl_coef, logps: _mean_loss(scores - kl_coef * d.sum(-1), logps.sum(-1)),
+        PADDED_LOG_PI,
+        PADDED_KL,
+        PADDED_KL + PADDED_LOG_PI,
         "the advantages are missing: compare each reward with the others of its row",
-        lambda rewards, log_pi: -(rewards * log_pi).mean(),
+        ("rloo(", "("),
         "the sign of the loss is flipped: an optimizer lowers it, so good answers become rarer",
         negated,
         "return one mean over all answers",
-        lambda right, scores: right * scores.numel(),
-        lambda rewards, log_pi: -rloo(rewards) * log_pi,
-        d=lambda old_logps, ref_logps: old_logps - ref_logps,
-        cost=lambda kl_coef, d, mask: kl_coef * (d * mask).sum(-1),
-        mean_cost=lambda kl_coef, d: kl_coef * d.mean(-1),
-        rewards=lambda scores, cost: scores - cost,
-        log_pi=lambda logps, mask: (logps * mask).sum(-1),
-        mean_log_pi=lambda logps: logps.mean(-1),
+        (".mean()", ".sum()"),
+        (".mean()", ""),
     ),
 }

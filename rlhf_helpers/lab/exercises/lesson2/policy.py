@@ -9,10 +9,8 @@ from rlhf_helpers.core.tensors import require_shapes
 from rlhf_helpers.lab.exercises.exercise import (
     Function,
     as_asked,
-    averaged,
     exercise,
     negated,
-    summed,
 )
 
 
@@ -41,13 +39,9 @@ def rloo_step(logits: Tensor, answers: Tensor, rewards: Tensor, learning_rate: f
     loss = mean over all P G answers of -A log pi(answer), A = reward minus the mean of the others of its row.
     answers (P, G): indices into the K answers of each prompt; rewards (P, G). Lesson 2.
     """
-    return _step(logits, answers, rloo(rewards), learning_rate)
-
-
-def _step(logits: Tensor, answers: Tensor, advantages: Tensor, learning_rate: float) -> Tensor:
-    """One step with given advantages."""
     leaf = logits.detach().requires_grad_()
-    loss = -(advantages * leaf.log_softmax(1).gather(1, answers)).mean()
+    log_pi = leaf.log_softmax(1).gather(1, answers)
+    loss = -(rloo(rewards) * log_pi).mean()
     return logits.detach() - learning_rate * torch.autograd.grad(loss, leaf)[0]
 
 
@@ -87,12 +81,6 @@ EXERCISES = {
         ],
         "the sign is flipped: an optimizer lowers the loss, so this makes GOOD tokens rarer",
         negated,
-        "the tokens were averaged: return one loss per token, shape (B, T)",
-        averaged,
-        lambda right: right.mean(1),
-        "the tokens were summed: return one loss per token, shape (B, T)",
-        summed,
-        lambda right: right.sum(1),
         "exp(logp) is the probability: the policy gradient of a sample needs its log-prob",
         lambda logps, advantages: -advantages * logps.exp(),
         "the advantages never enter: this imitates every sample, good or bad",
@@ -136,8 +124,6 @@ EXERCISES = {
         "the advantages were divided by a standard deviation: that is GRPO's step, RLOO has none",
         lambda rewards: policy_losses.group_advantages(rewards),
         lambda rewards, centred: centred / rewards.std(1, keepdim=True),
-        "one number per prompt came back: every sample has its own advantage, shape (P, G)",
-        lambda rewards: rewards.mean(1),
         centred=lambda rewards: rewards - rewards.mean(1, keepdim=True),
         size=lambda rewards: rewards.shape[1],
         others=lambda rewards: rewards.sum(1, keepdim=True) - rewards,
@@ -147,33 +133,29 @@ EXERCISES = {
         [
             (TABLE[:, :4], DRAWN, GROUPS, 0.5),
             (TABLE[:2, :3], DRAWN[:2], GROUPS[1:], 2.0),
-            (TABLE.T[:5], DRAWN.T[:, :2].repeat(2, 1)[:5], (2 - GROUPS.T)[:, :2].repeat(2, 1)[:5], 1.0),
+            (TABLE.T[:4], DRAWN.T[:, :2], 2 - GROUPS.T[:, :2], 1.0),
             (TABLE, DRAWN[:, :3] + 2, GROUPS[:, 1:], 0.3),
         ],
         "the step goes uphill on the loss: better answers became rarer; subtract the gradient",
-        lambda logits, change: logits - change,
+        ("- learning_rate", "+ learning_rate"),
         "the logits did not change: the gradient was never applied (an optimizer needs .step())",
         lambda logits: logits,
         "there is no baseline: subtract the mean reward of the OTHER answers of the row",
-        lambda step, rewards: step(rewards),
+        ("rloo(rewards)", "rewards"),
         "the baseline includes the answer itself: compare it with the OTHERS of its row",
-        lambda step, rewards: step(rewards - rewards.mean(1, keepdim=True)),
+        ("rloo(rewards)", "(rewards - rewards.mean(1, keepdim=True))"),
         "the baseline is that of the whole batch: compare only answers to one prompt",
-        lambda step, rewards: step(rewards - rewards.mean()),
+        ("rloo(rewards)", "(rewards - rewards.mean())"),
         "this follows the gradient of the probability: the policy gradient needs log pi",
-        lambda step, rewards, logits, answers: step(rloo(rewards) * logits.softmax(1).gather(1, answers)),
+        ("log_softmax", "softmax"),
         "the loss was summed, over the prompts or over their answers: average over all answers",
-        lambda logits, change, answers: logits + change * answers.numel(),
-        lambda logits, change, answers: logits + change * answers.shape[1],
-        lambda logits, change, answers: logits + change * len(answers),
+        (".mean()", ".sum()"),
+        (".mean()", ".mean(0).sum()"),
+        (".mean()", ".mean(1).sum()"),
         "learning_rate never enters",
-        lambda logits, change, learning_rate: logits + change / learning_rate,
+        ("learning_rate * ", ""),
         "this is the gradient: take learning_rate times it off the logits",
-        lambda change, learning_rate: -change / learning_rate,
-        step=lambda logits, answers, learning_rate: (
-            lambda advantages: _step(logits, answers, advantages, learning_rate)
-        ),
-        change=lambda right, logits: right - logits,
+        ("logits.detach() - learning_rate * ", ""),
     ),
     "gae": exercise(
         gae,
@@ -256,9 +238,6 @@ EXERCISES = {
         lambda ratio, low, advantages: _surrogate(ratio, ratio.clamp(min=low), advantages),
         "0.2 is written into the function: use cliprange",
         lambda logps, old_logps, advantages: clipped_loss(logps, old_logps, advantages, 0.2),
-        "the tokens were averaged: return one loss per token, shape (B, T)",
-        averaged,
-        lambda right: right.mean(1),
         log_ratio=lambda logps, old_logps: logps - old_logps,
         ratio=lambda log_ratio: log_ratio.exp(),
         low=lambda cliprange: 1 - cliprange,

@@ -7,9 +7,7 @@ from rlhf_helpers.core import preference_losses
 from rlhf_helpers.lab.exercises.exercise import (
     LOG_LOSS_MISTAKES,
     as_asked,
-    averaged,
     exercise,
-    summed,
     table,
 )
 
@@ -55,9 +53,6 @@ EXERCISES = {
         lambda chosen, rejected: -F.logsigmoid(chosen + rejected),
         "this is IPO, a squared distance to 1 / (2 beta): DPO takes -logsigmoid",
         lambda ratios, beta: (ratios - 1 / (2 * beta)) ** 2,
-        "the pairs were averaged or summed: return one loss per pair, shape (B,)",
-        averaged,
-        summed,
         chosen=lambda policy_chosen_logps, ref_chosen_logps, beta: (
             beta * (policy_chosen_logps - ref_chosen_logps)
         ),

@@ -2,11 +2,10 @@
 
 import math
 
-import torch
 from torch import Tensor, tensor
 
 from rlhf_helpers.core.tensors import as_bool_mask, require_shapes
-from rlhf_helpers.lab.exercises.exercise import altered, as_tensor, each, exercise
+from rlhf_helpers.lab.exercises.exercise import each, exercise
 from rlhf_helpers.safety_alignment.constrained import next_multiplier
 
 FLOORS = -math.inf, 0.0  # a mistake is made with and without keeping the result at or above 0
@@ -41,31 +40,27 @@ EXERCISES = {
         [
             (REFUSED, MUST),
             (REFUSED[:9], MUST.flip(0)[:9]),
-            (tensor([1, 1, 0, 1, 0]).bool(), tensor([1, 1, 0, 0, 0]).bool()),  # none is missed
-            (tensor([0, 1, 0, 0]).bool(), tensor([1, 1, 1, 0]).bool()),  # none is refused too much
+            (REFUSED[6:], MUST[6:]),  # none is missed
+            (REFUSED[:8], MUST[:8]),  # none is refused too much
         ],
         "the two are swapped: first what was missed, then what was refused too much",
         lambda right: right[::-1],
         "both were divided by ALL prompts: each error can happen on one kind of prompt only",
-        lambda missed, over, n: (missed / n, over / n),
+        ("1 - refused[must]", "(~refused & must)", "refused[~must]", "(refused & ~must)"),
         "missed is its complement: this is the share that WAS refused, as it should be",
-        lambda right: (1 - right[0], right[1]),
+        ("1 - refused", "refused"),
         "over is its complement: this is the share that was answered, as it should be",
-        lambda right: (right[0], 1 - right[1]),
+        (", refused[", ", 1 - refused["),
         "must_refuse plays no part: these are the shares of ALL prompts that were answered and refused",
-        lambda refusals, n: (1 - refusals / n, refusals / n),
+        ("[must]", "", "[~must]", ""),
         "the condition is reversed: divide by how many of that kind were ASKED, not answered or refused",
-        lambda missed, over, refusals, n: (missed / (n - refusals), over / refusals),
+        ("1 - refused[must]", "must[~refused]", "refused[~must]", "(~must)[refused]"),
         "these are counts: return shares",
-        lambda missed, over: (float(missed), float(over)),
+        ("1 - refused", "(~refused)", ".mean()", ".sum()"),
         "the two errors were put into one number: return both",
-        lambda missed, over, n: (missed + over) / n,
+        lambda refused, must_refuse: (refused != must_refuse).double().mean().item(),
         "these are tensors: return Python numbers, with .item()",
-        lambda right: tuple(map(tensor, right)),
-        missed=lambda refused, must_refuse: (~refused & must_refuse).sum().item(),
-        over=lambda refused, must_refuse: (refused & ~must_refuse).sum().item(),
-        refusals=lambda refused: refused.sum().item(),
-        n=lambda refused: len(refused),
+        (".item()", ""),
     ),
     "guard_threshold": exercise(
         guard_threshold,
@@ -76,23 +71,19 @@ EXERCISES = {
             (SCORES, HARMFUL, 0.9),
         ],
         "the limit is on the HARMLESS answers alone, not on all of them",
-        altered(guard_threshold, harmful=torch.zeros_like),
+        ("[~harmful]", ""),
         "the share of HARMFUL answers was limited: it is the harmless ones that must get through",
-        altered(guard_threshold, harmful=torch.logical_not),
+        ("~harmful", "harmful"),
         "this is the lowest threshold, which withholds nothing: return the highest that keeps the limit",
         lambda p_safe: p_safe.min().item(),
         "an answer AT the threshold is shown: withheld is what lies below it",
-        lambda p_safe, harmful, max_withheld: max(
-            t for t in (0.0, *p_safe.tolist()) if (p_safe[~harmful] <= t).double().mean() <= max_withheld
-        ),
+        ("harmless < t", "harmless <= t"),
         "the limit may be reached: at most max_withheld, not less than it",
-        altered(guard_threshold, max_withheld=lambda limit: max(0.0, limit - 1e-6)),
+        ("<= max_withheld", "< max(max_withheld, 1e-6)"),
         "a quantile is not among the scores: return one of them",
         lambda p_safe, harmful, max_withheld: p_safe[~harmful].quantile(max_withheld).item(),
         "this is an index: return the score that stands there",
         lambda p_safe, right: p_safe.tolist().index(right),
-        "this is a tensor: return a Python number, with .item()",
-        as_tensor,
     ),
     "next_multiplier": exercise(
         next_multiplier,
@@ -121,8 +112,6 @@ EXERCISES = {
         lambda multiplier, step_size, cost: multiplier + step_size * cost,
         "this is the penalty of the loss: return the multiplier's next value",
         lambda multiplier, excess: multiplier * excess,
-        "this is a tensor: return a Python number, with .item()",
-        as_tensor,
         excess=lambda cost, limit: cost - limit,
         step=lambda excess, step_size: step_size * excess,
     ),

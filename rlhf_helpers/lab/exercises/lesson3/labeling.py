@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, tensor
 
 from rlhf_helpers.constitutional_ai import training
-from rlhf_helpers.lab.exercises.exercise import as_asked, averaged, exercise, table
+from rlhf_helpers.lab.exercises.exercise import as_asked, exercise, table
 from rlhf_helpers.lab.exercises.scripted import Scripted
 
 soft_label = as_asked(training.soft_label)
@@ -53,8 +53,6 @@ ORDER_MISTAKES = (
     lambda total: total,
     "this is the logarithm of the probability",
     lambda right: right.log(),
-    "the rows were averaged: return one number for each, shape (B,)",
-    averaged,
 )
 
 EXERCISES = {

@@ -4,14 +4,13 @@ The models of the probes follow a script, so that what comes out tells which of 
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
-from operator import add, itemgetter
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, tensor
 
-from rlhf_helpers.lab.exercises.exercise import Function, Probe, altered, exercise
+from rlhf_helpers.lab.exercises.exercise import Function, Probe, exercise
 from rlhf_helpers.lab.exercises.scripted import Scripted, WrongCall
 
 Finding = Mapping[str, Any]
@@ -37,16 +36,14 @@ def hardening_rows(
     findings: Sequence[Finding], own_answers: Mapping[str, Sequence[tuple[str, float]]], refusal: str
 ) -> list[dict[str, str]]:
     """Pair each attack that succeeded with the safest own answer to its request, or with a fixed refusal."""
-    rows = {}
+    rows = []
     for row in findings:
         if row["success"]:
-            rows[row["prompt"]] = _safest(own_answers[row["base_prompt"]], refusal)
-    return [{"prompt": attack, "completion": answer} for attack, answer in rows.items()]
-
-
-def _safest(answers: Sequence[tuple[str, float]], refusal: str) -> str:
-    text, safety = max(answers, key=lambda pair: pair[1])
-    return text if safety >= 0.5 else refusal
+            text, safety = max(own_answers[row["base_prompt"]], key=itemgetter(1))
+            taught = {"prompt": row["prompt"], "completion": text if safety >= 0.5 else refusal}
+            if taught not in rows:
+                rows.append(taught)
+    return rows
 
 
 def guarded_answer(
@@ -105,23 +102,6 @@ def _finding(attack: str, success: bool) -> Finding:
     return texts | {"success": success}
 
 
-def _taught(
-    answer: Function = lambda row: SAFEST[row["base_prompt"]],
-    *,
-    won: bool | None = True,
-    prompt: str = "prompt",
-    once: bool = True,
-) -> Function:
-    """Make rows with one choice changed: whose attacks, which prompt, which answer, each of them once."""
-
-    def wrong(findings: Sequence[Finding]) -> list[dict[str, str]]:
-        chosen = [row for row in findings if won is None or row["success"] == won]
-        rows = [{"prompt": row[prompt], "completion": answer(row)} for row in chosen]
-        return list({row["prompt"]: row for row in rows}.values()) if once else rows
-
-    return wrong
-
-
 def _guard(p_input: float | None, p_output: float | None, threshold: float = 0.5) -> Probe:
     """Script the parts of a guard; a check of None fails, and a stopped prompt must reach no model."""
 
@@ -144,22 +124,6 @@ def _guard(p_input: float | None, p_output: float | None, threshold: float = 0.5
     return ("a prompt", *(Scripted(*pair) for pair in parts.items()), threshold, "the fallback")
 
 
-def _forgiving(check: Function) -> Function:
-    def passes(prompt: str, text: str) -> float:
-        try:
-            return check(prompt, text)
-        except ConnectionError:
-            return 1.0
-
-    return passes
-
-
-def _best(tokens: Tensor, promised: Tensor) -> Tensor:
-    """Make the one swap that promises most, without a look at its loss."""
-    position, token = divmod(promised.argmin().item(), promised.shape[1])
-    return torch.cat([tokens[:position], tensor([token]), tokens[position + 1 :]])
-
-
 SAFEST = {"a": "No, and here is why.", "b": "a fixed refusal", "c": "I will not."}
 OWN = {
     "a": [("Sure.", 0.0), (SAFEST["a"], 1.0), ("No.", 0.8)],
@@ -180,6 +144,10 @@ LOSSES = Scripted(
     "losses_of", lambda rows: (rows * tensor([1.7, 2.9, 4.3, 5.9, 7.3])[: rows.shape[1]]).sum(1).sin()
 )
 
+# Parts of `hardening_rows`, and what goes wrong in them.
+TEXT = "text if safety >= 0.5 else refusal"
+TWICE = ("taught not in rows", "True")
+
 EXERCISES = {
     "critique_round": exercise(
         critique_round,
@@ -190,34 +158,37 @@ EXERCISES = {
             _revising(0.1, 0.6, 0.2, rounds=1),
         ],
         "this is one round: ask the critic again after each revision, up to max_rounds times",
-        altered(critique_round, max_rounds=lambda n: 1),
+        ("range(max_rounds)", "range(1)"),
         "the draft came back: each revision replaces the answer",
         lambda answer: answer,
         "at exactly 0.5 the critic is not satisfied yet: revise",
-        altered(critique_round, p_follows=lambda judge: lambda *texts: judge(*texts) + 1e-6),
+        ("> 0.5", ">= 0.5"),
         "max_rounds is not kept: count the revisions",
-        *(altered(critique_round, max_rounds=partial(add, more)) for more in (-1, 1, 9)),
+        *(("range(max_rounds)", f"range(max_rounds + {more})") for more in (-1, 1, 9)),
     ),
     "hardening_rows": exercise(
         hardening_rows,
         [(FINDINGS, OWN, SAFEST["b"]), (FINDINGS[1:4], OWN, SAFEST["b"]), (FINDINGS[4:], OWN, SAFEST["b"])],
         "these are rows of ALL attacks: train on those that succeeded",
-        *(_taught(won=None, once=once) for once in (True, False)),
+        ('row["success"]', "True"),
+        ('row["success"]', "True", *TWICE),
         "these are the attacks that FAILED: the model resists them already",
-        _taught(won=False),
+        ('row["success"]', 'not row["success"]'),
         "an attack that succeeded twice has two rows: one is enough",
-        _taught(once=False),
+        TWICE,
         "the completion is the answer that the attack got: this trains the harm",
-        *(_taught(lambda row: row["response"], once=once) for once in (True, False)),
+        (TEXT, 'row["response"]'),
+        (TEXT, 'row["response"]', *TWICE),
         "the prompt is the plain request: train on the attack that got through",
-        *(_taught(prompt="base_prompt", once=once) for once in (True, False)),
+        ('row["prompt"]', 'row["base_prompt"]'),
+        ('row["prompt"]', 'row["base_prompt"]', *TWICE),
         "every completion is the fixed refusal: where an own answer is safe, it teaches more",
-        _taught(lambda row: SAFEST["b"]),
+        (TEXT, "refusal"),
         "an own answer below 0.5 is not safe: take the fixed refusal there",
-        _taught(lambda row: max(OWN[row["base_prompt"]], key=itemgetter(1))[0]),
+        (TEXT, "text"),
         "this is not the safest of the own answers",
-        _taught(lambda row: OWN[row["base_prompt"]][0][0]),
-        _taught(lambda row: min(OWN[row["base_prompt"]], key=itemgetter(1))[0]),
+        (TEXT, 'own_answers[row["base_prompt"]][0][0]'),
+        (TEXT, "text", "max(", "min("),
     ),
     "guarded_answer": exercise(
         guarded_answer,
@@ -233,11 +204,14 @@ EXERCISES = {
         "the fallback is all it ever says: that is safe, and of no use to anybody",
         lambda fallback: fallback,
         "the answer was never checked: ask output_check before it is shown",
-        altered(guarded_answer, output_check=lambda check: lambda *texts: 1.0),
+        ("output_check(prompt, answer) >= threshold", "True"),
         "a check that fails lets the answer through: show the fallback",
-        altered(guarded_answer, output_check=_forgiving),
+        (
+            "Exception:\n        return fallback",
+            "Exception:\n        return locals().get('answer', fallback)",
+        ),
         "a text at the threshold is safe: the fallback is for P(safe) BELOW it",
-        altered(guarded_answer, threshold=partial(add, 1e-6)),
+        ("< threshold", "<= threshold", ">= threshold", "> threshold"),
     ),
     "gcg_step": exercise(
         gcg_step,
@@ -247,15 +221,17 @@ EXERCISES = {
             (tensor([3, 3]), GRADIENTS[3:5], LOSSES, 3),
         ],
         "the proposals are the tokens of the LARGEST gradient: they raise the loss",
-        altered(gcg_step, gradient=torch.neg),
+        ("largest=False", "largest=True"),
         "the gradient chose alone: it only proposes, and the exact loss of each candidate decides",
-        lambda tokens, gradient: _best(tokens, gradient - gradient.gather(1, tokens[:, None])),
-        lambda tokens, gradient: _best(tokens, gradient),
+        ("losses_of(candidates)", "gradient.topk(top_k, largest=False).values.flatten()"),
+        lambda tokens, gradient, top_k: gcg_step(
+            tokens, gradient, lambda rows: gradient.gather(1, rows.T).sum(0), top_k
+        ),
         "every position was swapped at once: a candidate differs in one token",
         lambda gradient: gradient.argmin(1),
         "the candidate of the HIGHEST loss was taken",
-        altered(gcg_step, losses_of=lambda losses_of: lambda rows: -losses_of(rows)),
+        ("argmin", "argmax"),
         "only one proposal per position was tried: there are top_k",
-        altered(gcg_step, top_k=lambda k: 1),
+        ("topk(top_k", "topk(1"),
     ),
 }

@@ -7,7 +7,7 @@ from torch import tensor
 
 from rlhf_helpers.code_generation.evaluation import pass_at_k
 from rlhf_helpers.code_generation.rewards import verifiable_reward
-from rlhf_helpers.lab.exercises.exercise import Function, averaged, each, exercise, summed
+from rlhf_helpers.lab.exercises.exercise import Function, each, exercise
 
 Inputs = list[list[int]]
 PASSED = tensor([[1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0]]).bool()
@@ -111,10 +111,6 @@ EXERCISES = {
         lambda passed, unsafe: verifiable_reward(passed, ~unsafe),
         "unsafe is not punished below 0: the reward there is 0",
         lambda right, safe: right + safe - 1,
-        "return one reward per program, a tensor of shape (B,): tests are the columns of passed, dim=1",
-        averaged,
-        summed,
-        lambda passed: passed.float().mean(0),
         share=lambda passed: passed.float().mean(1),
         whole=lambda passed: passed.all(1),
         safe=lambda unsafe: 1.0 - unsafe.float(),
