@@ -56,6 +56,9 @@ def flip(module, name, turn):
             for key, value in list(vars(known).items()):
                 if value is kept:
                     setattr(known, key, flipped)
+                for parameter, default in (getattr(value, "__kwdefaults__", None) or {}).items():
+                    if default is kept:
+                        value.__kwdefaults__[parameter] = flipped
 
 """
 GOLD = "rlhf_helpers.world.gold_judge:gold_reward"
