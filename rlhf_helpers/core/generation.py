@@ -25,6 +25,7 @@ from rlhf_helpers.core.models import require_cache, usable_positions
 from rlhf_helpers.core.shared_prompts import Pair, answer_logits, answer_outputs
 from rlhf_helpers.core.tensors import batches_by_length, pad_left, pad_right, require_number
 from rlhf_helpers.core.text import decode_responses, encode_pair, encode_prompt, end_id, naming
+from rlhf_helpers.core.training import progress
 from rlhf_helpers.core.training.distributed import sum_over_shards
 
 # Finished rows leave the batch once they are this share of it; each time the cache is copied.
@@ -130,7 +131,7 @@ def generate(
     batches = batches_by_length([-len(row) for row in prompt_rows], batch_size)  # the longest first
     parts = []
     with eval_mode(model), torch.no_grad():
-        for batch in batches:
+        for batch in progress.track(batches, "generating"):
             noise = None if uniforms is None else uniforms[batch].to(stops.device)
             rows = [prompt_rows[i] for i in batch]
             limits = {"steps": max_new_tokens, "stops": stops, "pad_id": tokenizer.pad_token_id}
@@ -143,7 +144,9 @@ def generate(
     texts = [row[real].tolist() for row, real in zip(ids.cpu(), mask.cpu(), strict=True)]
     both = _joined(prompt_rows, ids, mask.long(), tokenizer.pad_token_id)
     ended = (torch.isin(ids, stops) & mask).any(-1)  # what ends a response is its last token
-    return Rollout([*prompts], decode_responses(tokenizer, texts), *both, mask, logps, ended, greedy)
+    responses = decode_responses(tokenizer, texts)
+    progress.latest_sample = prompts[0], responses[0]
+    return Rollout([*prompts], responses, *both, mask, logps, ended, greedy)
 
 
 def encode_prompts(
@@ -215,7 +218,7 @@ def rollout_logps(model: nn.Module, rollout: Rollout, *, temperature: float = 1.
 def rollout_outputs(model: nn.Module, rollout: Rollout, **wanted: Any) -> list[Float[Tensor, "B T"]]:
     """Compute log-probs, entropies or values of a rollout's tokens, as `answer_outputs` does; (B, T) each."""
     pairs, width, parts = rollout.token_pairs, rollout.response_mask.shape[1], []
-    for start in range(0, len(pairs), ANSWERS_PER_FORWARD):
+    for start in progress.track(range(0, len(pairs), ANSWERS_PER_FORWARD), "scoring"):
         outputs = answer_outputs(model, pairs[start : start + ANSWERS_PER_FORWARD], **wanted)
         parts.append([F.pad(output, (0, width - output.shape[1])) for output in outputs])
     return [torch.cat(column) for column in zip(*parts, strict=True)]
@@ -291,7 +294,7 @@ def _decode(
     ids, mask = pad_left(list(distinct), pad_id, device=device)
     positions, width = _positions(mask), mask.shape[1]
     mask = torch.cat([mask, mask.new_ones(len(mask), steps)], dim=1)
-    for step in range(steps):
+    for step in progress.track(range(steps), "tokens of a batch"):
         inputs = {"input_ids": ids, "attention_mask": mask[:, : width + step], "position_ids": positions}
         logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         if step == 0:

@@ -43,7 +43,8 @@ def run_notebooks(paths: Sequence[str | Path] = (), *, check: bool = False) -> l
 def execute(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
     """Run a notebook in `folder` from clean cells; return it without timings, paths, widgets, versions.
 
-    The kernel is this interpreter's; RLHF_PROGRESS is set empty so that nobody's progress shows in the page.
+    The kernel is this interpreter's. RLHF_PROGRESS is set empty so that nobody's progress shows in the page,
+    TQDM_DISABLE because bars and pictures of long runs would come and go with the speed of the machine.
     """
     notebook.metadata = nbformat.from_dict({"kernelspec": {"name": "python3", "display_name": "Python 3"}})
     for number, cell in enumerate(notebook.cells):
@@ -59,7 +60,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookN
         store_widget_state=False,
         coalesce_streams=True,  # what a cell prints arrives in pieces, cut where the clock says
         resources={"metadata": {"path": str(folder)}},
-    ).execute(env={**os.environ, "RLHF_PROGRESS": "", "PYTHONHASHSEED": "0"})
+    ).execute(env={**os.environ, "RLHF_PROGRESS": "", "TQDM_DISABLE": "1", "PYTHONHASHSEED": "0"})
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [kept for output in cell.outputs if (kept := _tidy(output, folder.resolve()))]

@@ -315,7 +315,9 @@ def lesson(tmp_path):
         new_code_cell("for _ in tqdm(range(3)): pass\nprint('do', end='', flush=True)\nprint('ne')", id="c"),
         new_code_cell("import ipywidgets\nipywidgets.IntSlider()", id="d"),
         new_code_cell(
-            "print(os.environ['RLHF_PROGRESS'] == '')\n1 + 1", id="e", metadata={"execution": {"x": "y"}}
+            "print(os.environ['RLHF_PROGRESS'] == '', os.environ['TQDM_DISABLE'])\n1 + 1",
+            id="e",
+            metadata={"execution": {"x": "y"}},
         ),
     ]
     path = folder / "lesson.ipynb"
@@ -335,7 +337,7 @@ def test_run_notebooks_is_clean_and_the_same_twice(lesson):
         ["lessons/file\n"],
         ["done\n"],
         [],
-        ["True\n", {"text/plain": "2"}],
+        ["True 1\n", {"text/plain": "2"}],
     ]
     assert not any("execution" in cell.metadata for cell in notebook.cells)
     assert set(notebook.metadata) == {"kernelspec", "language_info"}

@@ -805,9 +805,8 @@ def run_with_signals(run_dir, number, *, at, times=1, checkpoint_every=10, **fie
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_with_a_checkpoint(tmp_path, number):
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(
-        RunInterrupted, match=r"after step 3 of 6; call again with resume=True.*step-00000003"
-    ):
+    go_on = r"step 3 of 6; run it again to start fresh, or pass resume=True to continue.*step-00000003"
+    with pytest.raises(RunInterrupted, match=go_on):
         run_with_signals(tmp_path / "stopped", number, at=2)
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     resumed = run_with_signals(tmp_path / "stopped", number, at=None)
@@ -816,12 +815,41 @@ def test_a_signal_ends_the_step_with_a_checkpoint(tmp_path, number):
     assert torch.equal(resumed.parameters[0], whole.parameters[0])
 
 
-def test_a_second_signal_a_run_without_checkpoints_and_the_last_step(tmp_path):
+def test_without_checkpoints_ctrl_c_ends_the_step_and_the_error_has_the_history(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(
+        RunInterrupted, match=r"step 3 of 6; run it again to start fresh \(the rows"
+    ) as stopped:
+        run_with_signals(tmp_path / "none", signal.SIGINT, at=2, checkpoint_every=0)
+    assert [row["step"] for row in stopped.value.history] == [0, 1, 2]
+    assert stopped.value._render_traceback_() == [str(stopped.value)]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_sigterm_is_not_held_up_where_nothing_is_saved():
+    before = signal.getsignal(signal.SIGTERM)
+    for _ in Engine(scalar_model(), quiet(), total_steps=1).steps():
+        assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_within_a_step_leaves_the_signals_to_the_outer_run():
+    outer, inner = Engine(scalar_model(), quiet(), total_steps=4), []
+
+    def run_outer():
+        for _ in outer.steps():
+            for step in Engine(scalar_model(), quiet(), total_steps=3).steps():
+                inner.append(step)
+                if step == 0:
+                    signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(RunInterrupted, match="step 1 of 4"):
+        run_outer()
+    assert inner == [0, 1, 2]
+
+
+def test_a_second_signal_and_one_in_the_last_step(tmp_path):
     with pytest.raises(KeyboardInterrupt) as stopped:
         run_with_signals(tmp_path / "twice", signal.SIGINT, at=2, times=2)
-    assert not isinstance(stopped.value, RunInterrupted)
-    with pytest.raises(KeyboardInterrupt) as stopped:
-        run_with_signals(tmp_path / "none", signal.SIGINT, at=2, checkpoint_every=0)
     assert not isinstance(stopped.value, RunInterrupted)
     assert len(run_with_signals(tmp_path / "last", signal.SIGINT, at=5).history) == 6
 

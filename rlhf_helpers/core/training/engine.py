@@ -16,7 +16,6 @@ A step may hold several updates, as in PPO, so steps and optimizer steps are cou
 """
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,10 +26,9 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from rlhf_helpers.core.lora import add_lora, forget_base_name
-from rlhf_helpers.core.training import distributed
+from rlhf_helpers.core.training import distributed, progress
 from rlhf_helpers.core.training.history import History
 from rlhf_helpers.core.training.interrupts import RunInterrupted, stop_signals
-from rlhf_helpers.core.training.progress import ProgressBar
 from rlhf_helpers.core.training.resume import resume_run, run_folder_of, save_run
 from rlhf_helpers.core.training.settings import (
     RANK_STRIDE,
@@ -99,7 +97,7 @@ class Engine:
         self.optimizer_steps = 0
         self.grad_norm: float | None = None
         self.rows: list[int] | None = None  # indices of this process's rows in the present batch
-        self._bar = None
+        self._view = None
         self._tracker = None
         set_seed(settings.seed)
         self._place_model()
@@ -157,14 +155,15 @@ class Engine:
         return torch.optim.AdamW(groups, lr=self.learning_rate, **options)
 
     def steps(self) -> Iterator[int]:
-        """Yield the numbers of the steps still to do; draw the bar and write checkpoints.
+        """Yield the numbers of the steps still to do; show progress and write checkpoints.
 
-        With checkpoint_every, Ctrl-C and SIGTERM end the run after the present step, with a checkpoint.
+        Ctrl-C, or "interrupt" in Jupyter, ends the run after the present step; a second one acts at once.
+        With checkpoint_every the run then has a checkpoint, and SIGTERM does the same.
 
         Raises:
             FileExistsError: run_dir holds checkpoints of an older run, or another run writes there.
             OSError: cannot write to run_dir; raised before the first step.
-            RunInterrupted: a KeyboardInterrupt, after a signal.
+            RunInterrupted: a KeyboardInterrupt, after a signal; its `history` holds the finished steps.
         """
         if self.total_steps is None:
             raise ValueError("steps() needs total_steps")
@@ -176,31 +175,34 @@ class Engine:
             if self.settings.log and is_main:
                 self._tracker = open_tracker(self.settings.log, self.run_dir, self.history)
                 at_end.callback(self._tracker.finish)
-            signals = at_end.enter_context(stop_signals()) if every else []
+            signals = at_end.enter_context(stop_signals(saves=bool(every)))
             self._enter_training()
             at_end.callback(self._leave_training)
-            hidden = not (self.settings.progress and is_main) or "TQDM_DISABLE" in os.environ
-            self._bar = bar = ProgressBar(
-                total=self.total_steps, initial=self.step, leave=False, disable=hidden
-            )
-            at_end.callback(bar.close)
+            hidden = not (self.settings.progress and is_main) or progress.bars_are_off()
+            self._view = view = progress.view_class(self, hidden=hidden)
+            at_end.callback(view.close)
             last_save = self.step
             while self.step < self.total_steps:
                 yield self.step
                 self.step += 1
                 # All processes stop after the same step, whichever of them received the signal.
-                stop = bool(every) and self.sum(len(signals)) > 0
+                stop = self.sum(len(signals)) > 0
                 if every and (self.step - last_save >= every or self.step == self.total_steps or stop):
                     self.save()
                     last_save = self.step
+                view.advance()
                 if stop and self.step < self.total_steps:
-                    raise RunInterrupted(
-                        f"stopped by a signal after step {self.step} of {self.total_steps}; call again with "
-                        f"resume=True to continue from the checkpoint {self.last_checkpoint}"
-                    )
-                row = self.history[-1] if self.history else {}
-                bar.set_postfix({k: row[k] for k in ("loss", "grad_norm") if k in row}, refresh=False)
-                bar.update()
+                    raise self._interrupted()
+
+    def _interrupted(self) -> RunInterrupted:
+        """Say where the run stopped and how to go on."""
+        again = "run the cell again" if progress.IN_NOTEBOOK else "run it again"
+        message = f"stopped at step {self.step} of {self.total_steps}; {again} to start fresh"
+        if self.settings.checkpoint_every:
+            message += f", or pass resume=True to continue from the checkpoint {self.last_checkpoint}"
+        else:
+            message += " (the rows so far: import sys; sys.last_value.history)"
+        return RunInterrupted(message, self.history)
 
     def batch(self, dataset: Sequence[Row], size: int) -> list[Row]:
         """Return this process's share of this step's rows: `size` rows over all processes, in seeded order.
@@ -300,8 +302,8 @@ class Engine:
 
     def _stop(self, what: str, value: float) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        if self._bar is not None:
-            self._bar.close()  # the traceback keeps the loop, and with it the bar, alive
+        if self._view is not None:
+            self._view.close()  # the traceback keeps the loop, and with it the view, alive
         saved = self.last_checkpoint or "none (set run_dir and checkpoint_every)"
         raise FloatingPointError(
             f"{what} is {value} at step {self.step} (rows {self.rows}); the weights are untouched. "

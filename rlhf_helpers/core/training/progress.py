@@ -1,8 +1,17 @@
-"""A progress bar for terminals and notebooks that leaves nothing behind, on screen or in a saved notebook."""
+"""Progress of runs and of other long work: bars that leave nothing behind, on screen or in a notebook.
 
-from typing import Any
+A notebook may show more of a run: it puts another class into `view_class` (`rlhf_helpers.lab.live` does).
+"""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
+
+Item = TypeVar("Item")
+DELAY_S = 3.0  # work that takes less shows no bar
 
 
 class _VanishingBar(tqdm):
@@ -26,3 +35,57 @@ class _VanishingBar(tqdm):
 
 IN_NOTEBOOK = any(base.__name__ == "tqdm_notebook" for base in tqdm.__mro__)
 ProgressBar = _VanishingBar if IN_NOTEBOOK else tqdm
+
+
+def bars_are_off() -> bool:
+    """Tell whether TQDM_DISABLE is set, as it is where lessons are executed for storing."""
+    return "TQDM_DISABLE" in os.environ
+
+
+def track(items: Sequence[Item], what: str) -> Iterator[Item]:
+    """Yield the items; if that takes longer than 3 s, draw a bar from then on, gone at the end.
+
+    Short work costs two readings of the clock per item and shows nothing.
+    """
+    begin, bar = time.monotonic(), None
+    try:
+        for done, item in enumerate(items):
+            if bar is None and time.monotonic() - begin > DELAY_S and not bars_are_off():
+                bar = ProgressBar(total=len(items), initial=done, desc=what, leave=False)
+            yield item
+            if bar is not None:
+                bar.update()
+    finally:  # a loop that breaks off closes its bar as well
+        if bar is not None:
+            bar.close()
+
+
+class BarView:
+    """How a run shows itself: one bar, with the newest loss and gradient norm."""
+
+    def __init__(self, run: Any, *, hidden: bool) -> None:
+        """Draw the bar, unless hidden.
+
+        Args:
+            run: an Engine; the view reads its step, total_steps, settings and history, and changes nothing.
+            hidden: show nothing (settings.progress is false, TQDM_DISABLE, another process than the first).
+        """
+        self.run = run
+        self.hidden = hidden
+        self.bar = ProgressBar(total=run.total_steps, initial=run.step, leave=False, disable=hidden)
+
+    def advance(self) -> None:
+        """Show that one more step is done; its row, if the loop logged one, is the last of the history."""
+        row = self.run.history[-1] if self.run.history else {}
+        self.bar.set_postfix({k: row[k] for k in ("loss", "grad_norm") if k in row}, refresh=False)
+        self.bar.update()
+
+    def close(self) -> None:
+        """Take the bar away; a second call does nothing."""
+        self.bar.close()
+
+
+view_class: type[BarView] = BarView  # of the runs that start from now on
+
+# (prompt, response) that `generate` wrote last: a view shows it, since the engine sees no text.
+latest_sample: tuple[str, str] | None = None
