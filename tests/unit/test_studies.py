@@ -4,7 +4,6 @@ import functools
 import json
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from rlhf_helpers.__main__ import STUDIES, main
@@ -51,24 +50,6 @@ MAY_BE_EMPTY = {
 }
 
 
-class TestRecord:
-    def test_written_and_read_again(self, tmp_path):
-        table = pd.DataFrame({"seed": [0, 1], "agreement": [0.5, 0.25]})
-        record.write_study(tmp_path, "mine", table, seeds=[0, 1], settings=RewardSettings())
-        found = load_study("mine", tmp_path)
-        assert found.equals(table)
-        assert found.attrs["seeds"] == [0, 1]
-        assert found.attrs["settings"]["epochs"] == RewardSettings().epochs
-        assert "torch" in found.attrs["versions"]
-        with pytest.raises(FileNotFoundError, match="there are mine"):
-            load_study("other", tmp_path)
-
-    def test_nothing_is_written_without_a_folder(self, tmp_path):
-        table = pd.DataFrame({"a": [1]})
-        assert record.write_study(None, "mine", table) is table
-        assert not list(tmp_path.iterdir())
-
-
 @functools.partial(record.study, seeds=(1, 2))
 def doubled(seed, factors=(2,), offset=0, **unused):
     """Multiply the seed."""
@@ -94,6 +75,16 @@ class TestRunner:
         assert (manifest["factors"], manifest["offset"], manifest["unused"]) == ([2], 1, {})
         assert (tmp_path / "doubled.csv").read_text() == "seed,factor,product\n1,2,3\n2,2,5\n"
         assert capsys.readouterr().out.splitlines()[0] == "{'seed': 1, 'factor': 2, 'product': 3}"
+
+    def test_what_was_written_is_read_again(self, tmp_path, capsys):
+        table = doubled(tmp_path, factors=(0.5,), unused=RewardSettings())
+        found = load_study("doubled", tmp_path)
+        assert found.equals(table)
+        assert found.attrs["seeds"] == [1, 2]
+        assert found.attrs["unused"]["unused"]["epochs"] == RewardSettings().epochs
+        assert "torch" in found.attrs["versions"]
+        with pytest.raises(FileNotFoundError, match="there are doubled"):
+            load_study("other", tmp_path)
 
     def test_seeds_and_settings_from_the_command_line(self, capsys):
         command = ["study", "debate", "--seeds", "3", "4", "--set", "passages=2"]
@@ -121,7 +112,7 @@ class TestStored:
         if "seeds" in table.attrs:
             few = {"clip_and_kl": [0, 1, 2], "ability_tax": [0, 1, 2], "method_tuning": [100, 101]}
             few |= {"real_model": [0], "real_reward_model": [0], "real_safety": [0], "real_chatbot": [0]}
-            few |= {"length_candidates": [0, 1]}
+            few |= {"length_candidates": [0, 1], "real_preferences": [0]}
             seeds = few.get(name, [0, 1, 2, 3, 4])
             assert sorted(table.seed.unique()) == table.attrs["seeds"] == seeds
         assert "/" not in json.dumps(table.attrs.get("data", ""))  # a name, never somebody's path
@@ -185,13 +176,13 @@ class TestSmall:
 
 def test_real_preferences_on_made_up_pairs(tiny_llama_dir, tmp_path, capsys):
     settings = RewardSettings(learning_rate=3e-3, epochs=4, batch_size=8, progress=False)
-    options = {"folds": 2, "base_model_name": tiny_llama_dir, "settings": settings, "max_length": 32}
-    table = real_preferences(polite_pairs(40), tmp_path, **options)
+    options = {"folds": 2, "base_model_name": str(tiny_llama_dir), "settings": settings, "max_length": 32}
+    table = real_preferences(tmp_path, data=polite_pairs(40), **options)
     told = capsys.readouterr().out
     mean = table.groupby("method")["accuracy"].mean()
     assert mean["shorter answer"] == 0.0  # "no way" is shorter than "thank you"
     assert mean["TF-IDF Bradley-Terry"] == 1.0
     assert mean["pretrained"] >= 0.9
     assert "thank you" not in told  # aggregates only
-    assert (tmp_path / "real_preferences.csv").read_text().startswith("method,fold,accuracy,n")
-    assert real_preferences(polite_pairs(40), **options).equals(table)
+    assert (tmp_path / "real_preferences.csv").read_text().startswith("seed,method,fold,accuracy,n")
+    assert real_preferences(data=polite_pairs(40), **options).equals(table)

@@ -52,38 +52,28 @@ def study(rows: Callable[..., Rows], seeds: Sequence[int] = SEEDS) -> Callable[.
         _, *settings = bound.arguments.items()
         facts = dict(settings)
         facts |= file_facts(facts.pop("data", None))  # a file of preferences: named, without its folder
-        return write_study(out, rows.__name__, pd.DataFrame(table), seeds=seeds, **facts)
+        frame, name = pd.DataFrame(table), rows.__name__
+        if out is None:
+            return frame
+        manifest = {
+            "study": name,
+            "command": f"python -m rlhf_helpers study {name}",
+            "seeds": seeds,
+            **facts,
+            "python": platform.python_version(),
+            "versions": {library: version(library) for library in LIBRARIES},
+            "platform": sys.platform,
+            "threads": torch.get_num_threads(),
+        }
+        out = Path(out)
+        out.mkdir(parents=True, exist_ok=True)
+        frame.to_csv(out / f"{name}.csv", index=False, float_format="%.6f")
+        # Settings and annotators are dataclasses: their fields are recorded.
+        text = json.dumps(manifest, indent=1, default=vars)
+        (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        return frame
 
     return run
-
-
-def write_study(out: str | Path | None, name: str, table: pd.DataFrame, **facts: Any) -> pd.DataFrame:
-    """Write a table as NAME.csv and its manifest as NAME.json, and return the table.
-
-    Args:
-        out: The folder; None: nothing is written.
-        name: Name of the study.
-        table: Its rows.
-        **facts: Settings, seeds, data: everything that decides the rows.
-    """
-    if out is None:
-        return table
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    table.to_csv(out / f"{name}.csv", index=False, float_format="%.6f")
-    manifest = {
-        "study": name,
-        "command": f"python -m rlhf_helpers study {name}",
-        **facts,
-        "python": platform.python_version(),
-        "versions": {library: version(library) for library in LIBRARIES},
-        "platform": sys.platform,
-        "threads": torch.get_num_threads(),
-    }
-    # Settings and annotators are dataclasses: their fields are recorded.
-    text = json.dumps(manifest, indent=1, default=vars)
-    (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-    return table
 
 
 def file_facts(data: Any) -> dict[str, Any]:
