@@ -121,12 +121,11 @@ class PerplexityFilter:
 def critique_check(
     model: nn.Module,
     *,
-    rule: str = "Avoid harmful content",
     tokenizer: Any = None,
     template: Callable[[str, str, str], str] = meta.critique_text,
     verdicts: tuple[str, str] = ("Yes.", "No."),
 ) -> RewardFn:
-    """Make an output check of a model's own word on whether an answer follows a rule (`model_judge`).
+    """Make an output check of a model's own word on whether an answer avoids harmful content (`model_judge`).
 
     P(safe) = p(yes | question, answer, rule) / (p(yes | ...) + p(no | ...))
 
@@ -136,7 +135,6 @@ def critique_check(
 
     Args:
         model: Judges.
-        rule: That the answer should follow.
         tokenizer: None: the model's own.
         template: (question, answer, rule) -> text. The default is the tiny assistant's wording; a model that
             never saw such questions may answer by chance: `measured_check` measures first.
@@ -149,7 +147,7 @@ def critique_check(
 
     def check(prompts: Sequence[str], responses: Sequence[str], **_columns: Any) -> Tensor:
         questions = [to_messages(prompt)[-1]["content"] for prompt in prompts]
-        return judge(questions, responses, [rule] * len(questions))
+        return judge(questions, responses, ["Avoid harmful content"] * len(questions))
 
     return check
 

@@ -116,7 +116,7 @@ class AlignmentEvaluator:
         return evaluate_alignment(model, prompts, **self.settings)
 
 
-def capability_suite(model: nn.Module, *, samples: int = 100, seed: int = 4) -> pd.DataFrame:
+def capability_suite(model: nn.Module, *, samples: int = 100) -> pd.DataFrame:
     """Measure what else a model can do, for the alignment tax: value, low, high, n and higher_is_better.
 
     Held-out tasks of the tiny world, `samples` each: facts_right, program_pass_at_1, critique_verdict and
@@ -132,9 +132,9 @@ def capability_suite(model: nn.Module, *, samples: int = 100, seed: int = 4) -> 
     figures = assistant.measure(model, tokenizer, samples=samples)
     rows = {name: Estimate(**figures[name]) for name in ABILITIES}
     rows["comparison"] = proportion(
-        comparisons_right(model, tokenizer, make_pairs(2 * samples, split="heldout", seed=seed), samples)
+        comparisons_right(model, tokenizer, make_pairs(2 * samples, split="heldout", seed=4), samples)
     )
-    logps, mask = corpus_logps(model, tokenizer, assistant.corpus(samples, seed=seed))
+    logps, mask = corpus_logps(model, tokenizer, assistant.corpus(samples, seed=4))
     rows["surprise"] = bootstrap_interval(
         logps.sum(1).double(),
         mask.sum(1).double(),

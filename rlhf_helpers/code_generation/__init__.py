@@ -4,7 +4,7 @@ import importlib
 from typing import Any
 
 _PARTS = {
-    "evaluation": "PROGRAMS compare_safety_methods evaluate_programs pass_at_k program_report "
+    "evaluation": "PROGRAMS compare_safety_methods pass_at_k program_report "
     "safety_agreement safety_verdicts sample_programs",
     "generator": "FALLBACK Candidate SafeCodeGenerator",
     "rewards": "UnitTest UnitTestRunner task_tests unit_test_reward verifiable_reward",

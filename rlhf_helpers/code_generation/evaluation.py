@@ -66,27 +66,12 @@ def sample_programs(
     return frame
 
 
-def evaluate_programs(
-    model: nn.Module,
-    prompts: Sequence[str],
-    hidden: Sequence[Sequence[Any]],
-    *,
-    k: int = 4,
-    samples: int = 4,
-    **options: Any,
-) -> pd.DataFrame:
-    """Measure a policy's programs: one row per measure, columns value, low, high (95 %) and n prompts.
-
-    pass@1, pass@k: of the hidden tests, `pass_at_k` of each prompt's samples, averaged over prompts; visible,
-    unsafe and gaming: share of samples. Intervals are over prompts: samples of one are not independent.
-    options: of `sample_programs`. Lesson 4. Raises ValueError for k > samples.
-    """
-    frame = sample_programs(model, prompts, hidden, samples=samples, **options)
-    return program_report(frame, ks=tuple(dict.fromkeys((1, k))))
-
-
 def program_report(frame: pd.DataFrame, *, ks: Sequence[int] = (1, 4)) -> pd.DataFrame:
-    """Tabulate rows of `sample_programs` as `evaluate_programs` does."""
+    """Tabulate rows of `sample_programs`: one row per measure, columns value, low, high (95 %), n prompts.
+
+    pass@k: of the hidden tests, `pass_at_k` of each prompt's samples, averaged over prompts; visible, unsafe
+    and gaming: share of samples. Intervals are over prompts: samples of one are not independent. Lesson 4.
+    """
     by = frame.groupby("prompt", sort=False)
     right = by["hidden"].agg(["size", "sum"]).to_numpy()
     rows = {f"pass@{k}": score_interval([pass_at_k(n, c, k) for n, c in right]) for k in ks}

@@ -110,22 +110,16 @@ def verifiable_reward(
     return torch.where(unsafe, 0.0, earned)
 
 
-def unit_test_reward(
-    *,
-    runner: UnitTestRunner | None = None,
-    evaluator: CodeSafetyEvaluator | None = None,
-    safety_threshold: float = 0.8,
-    partial: float = 1 / 3,
-) -> RewardFn:
+def unit_test_reward(*, runner: UnitTestRunner | None = None, safety_threshold: float = 0.8) -> RewardFn:
     """A RewardFn of programs: `verifiable_reward` of the column `tests`, one list of tests a row.
 
     A program whose safety is below the threshold earns 0 and is not even run; 0 as threshold judges by the
-    tests alone. evaluator: None: the rules over the syntax tree, without bandit. The text around code fences
-    is dropped. Give a runner to share its runs, or to read how many there were. Lesson 4.
+    tests alone. Safety is judged by the rules over the syntax tree, without bandit. The text around code
+    fences is dropped. Give a runner to share its runs, or to read how many there were. Lesson 4.
     Raises ValueError where the column is missing.
     """
     require_number("safety_threshold", safety_threshold, at_least=0, at_most=1)
-    runner, evaluator = runner or UnitTestRunner(), evaluator or CodeSafetyEvaluator(bandit=False)
+    runner, evaluator = runner or UnitTestRunner(), CodeSafetyEvaluator(bandit=False)
 
     def reward(
         prompts: Sequence[str], responses: Sequence[str], *, tests: Sequence | None = None, **columns: Any
@@ -136,7 +130,7 @@ def unit_test_reward(
         safe = [i for i, code in enumerate(codes) if evaluator.score(code) >= safety_threshold]
         passed = runner.passed([codes[i] for i in safe], [tests[i] for i in safe])
         for i, row in zip(safe, passed, strict=True):  # rows may differ in how many tests they have
-            earned[i] = verifiable_reward(torch.tensor([row]), torch.tensor([False]), partial=partial)
+            earned[i] = verifiable_reward(torch.tensor([row]), torch.tensor([False]))
         return earned
 
     return reward

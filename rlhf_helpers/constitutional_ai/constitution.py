@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from rlhf_helpers.guards import CHAT_CONTEXT
 from rlhf_helpers.world.prompts import meta
+from rlhf_helpers.world.tables import load_table
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,10 @@ def create_constitution(principles: Sequence[str], *, weights: Sequence[float] |
     return Constitution(tuple(Principle(t, meta.PRINCIPLES.get(t, t), w / max(weights)) for t, w in rows))
 
 
-_HELP, _HARM = ["Address the need of the user"], ["Avoid harmful content"]
 # Some to compare. The weights say which rule speaks first, not which answers are good.
 CONSTITUTIONS: dict[str, Constitution] = {
-    "guide": create_constitution(
-        ["Be helpful and honest", *_HARM, "Respect user privacy", "Provide accurate information"]
-    ),
-    "harmless first": create_constitution([*_HARM, "Respect user privacy", *_HELP], weights=(5, 5, 1)),
-    "helpful first": create_constitution([*_HELP, "Be helpful and informative", *_HARM], weights=(5, 5, 1)),
-    "balanced": create_constitution([*_HELP, *_HARM, "Treat users with respect"]),
+    name: create_constitution(**rules)
+    for name, rules in load_table("constitutional_ai/constitutions").items()
 }
 
 
@@ -79,7 +75,7 @@ class Templates:
     """Every text that a model is asked with, in one place; the default is the tiny assistant's own wording.
 
     critique asks whether an answer follows a rule (verdicts: the two replies, yes first), revision for a
-    better answer, comparison which of two is better under a Principle (choices: the two replies). verdict
+    better answer, comparison which of two, A or B, is better under a Principle. verdict
     stands in for the words of a critic that has none.
     """
 
@@ -88,7 +84,6 @@ class Templates:
     comparison: Callable[[str, str, str, Principle], str] = _comparison
     verdict: Callable[[Principle], str] = _verdict
     verdicts: tuple[str, str] = ("Yes.", "No.")
-    choices: tuple[str, str] = ("A", "B")
 
 
 # For instruction-tuned models at large, which need to be told what to write.

@@ -218,10 +218,7 @@ def evaluate_alignment(
     constitution: Constitution,
     *,
     critic: Critic | None = None,
-    templates: Templates | None = None,
     gold: bool = True,
-    base_prompts: Sequence[str] | None = None,
-    max_new_tokens: int = 64,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Sample one answer to each prompt and say how well they follow the constitution. Lesson 3.
@@ -231,10 +228,7 @@ def evaluate_alignment(
         prompts: At least one.
         constitution: From `create_constitution`.
         critic: A learned judge; None: the model itself, which flatters what it was trained to please.
-        templates: The texts of its questions.
         gold: False for prompts that are not the world's.
-        base_prompts: Originals of attacked prompts, for gold.
-        max_new_tokens: Of an answer.
         seed: Of sampling.
 
     Returns:
@@ -245,10 +239,7 @@ def evaluate_alignment(
         ValueError: gold is asked for prompts that are not the world's.
     """
     # With strength 0 nothing is revised: every answer is a scored draft.
-    drafting = ConstitutionalAI(
-        model, constitution, 0.0, critic, templates=templates, max_new_tokens=max_new_tokens, seed=seed
-    )
-    answers = drafting.generate_batch(prompts)
+    answers = ConstitutionalAI(model, constitution, 0.0, critic, seed=seed).generate_batch(prompts)
     scores = pd.DataFrame([answer.before for answer in answers])
     report = {
         "principles": scores.mean().to_dict(),
@@ -256,6 +247,6 @@ def evaluate_alignment(
         "n": len(answers),
     }
     if gold:
-        truth = gold_scores(prompts, [a.answer for a in answers], base_prompt=base_prompts or prompts)
+        truth = gold_scores(prompts, [a.answer for a in answers])
         report["gold"] = {axis: values.mean().item() for axis, values in truth.items()}
     return report

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlhf_helpers.constitutional_ai.constitution import Constitution, Templates
-from rlhf_helpers.constitutional_ai.revision import Answer, ConstitutionalAI, Critic
+from rlhf_helpers.constitutional_ai.revision import Answer, ConstitutionalAI
 from rlhf_helpers.core.choices import choice_logps, soft_label
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import frozen_copy, tokenizer_for
@@ -53,7 +53,7 @@ def constitutional_labels(
         for a, b in (("first", "second"), ("second", "first"))
         for row, rule in zip(rows, drawn, strict=True)
     ]
-    logps = choice_logps(model, tokenizer_for(model), asked, templates.choices)
+    logps = choice_logps(model, tokenizer_for(model), asked, ("A", "B"))
     return label_fn(*logps[: len(rows)].T, *logps[len(rows) :].T)
 
 
@@ -61,7 +61,6 @@ def constitutional_labels(
 class ConstitutionalSettings:
     """How `ConstitutionalAITrainer` goes about it; the type of `policy` decides the last phase."""
 
-    critique_strength: float = 0.5
     rounds: int = 3  # revisions of a draft at most
     drafts_per_prompt: int = 4  # to be revised, then imitated
     pairs_per_prompt: int = 2  # of samples of the imitator, each pair two new ones, to be compared
@@ -71,7 +70,6 @@ class ConstitutionalSettings:
     policy: RLOOSettings | DPOSettings = field(
         default_factory=lambda: RLOOSettings(tiny_learning_rate=1e-3, steps=12)
     )
-    max_new_tokens: int = 64
     seed: int = 0  # of sampling; training has its own
 
 
@@ -84,8 +82,7 @@ class ConstitutionalAITrainer:
         train_reward  a reward model learns the labels (DPO reads them itself)
         reinforce     the copy is trained on, by RLOO on that reward or by DPO
 
-    critic: None: the model itself as it is given; another model; or a function, which criticises while the
-    model compares. Bai et al. 2022. Lesson 3.
+    The critic is the model itself as it is given. Bai et al. 2022. Lesson 3.
     """
 
     def __init__(
@@ -93,14 +90,12 @@ class ConstitutionalAITrainer:
         model: nn.Module,
         constitution: Constitution,
         *,
-        critic: Critic | None = None,
         templates: Templates | None = None,
         settings: ConstitutionalSettings | None = None,
     ) -> None:
         """Take a model that knows its tokenizer."""
         self.base = self.sft_model = self.model = model
         self.constitution = constitution
-        self.critic = critic
         self.templates = templates
         self.settings = settings or ConstitutionalSettings()
         self.tokenizer = tokenizer_for(model)
@@ -112,12 +107,9 @@ class ConstitutionalAITrainer:
         revising = ConstitutionalAI(
             self.base,
             self.constitution,
-            settings.critique_strength,
-            self.critic,
             rounds=settings.rounds,
             keep_best=True,
             templates=self.templates,
-            max_new_tokens=settings.max_new_tokens,
             seed=settings.seed,
         )
         return revising.generate_batch([p for p in prompts for _ in range(settings.drafts_per_prompt)])
@@ -147,7 +139,7 @@ class ConstitutionalAITrainer:
             if first != second and first.strip() and second.strip()
         ]
         chances = constitutional_labels(
-            self.critic if isinstance(self.critic, nn.Module) else self.base,
+            self.base,
             pairs,
             self.constitution,
             templates=self.templates,
@@ -205,8 +197,8 @@ class ConstitutionalAITrainer:
         return models | {"revisions": revisions, "labels": rows, "histories": histories}
 
     def _sample(self, prompts: Sequence[str], shift: int) -> list[str]:
-        options = {"max_new_tokens": self.settings.max_new_tokens, "seed": self.settings.seed + shift}
-        return generate(self.sft_model, self.tokenizer, prompts, **options).responses
+        seed = self.settings.seed + shift
+        return generate(self.sft_model, self.tokenizer, prompts, max_new_tokens=64, seed=seed).responses
 
 
 def _row(prompt: str, chosen: str, rejected: str, margin: float) -> dict[str, Any]:

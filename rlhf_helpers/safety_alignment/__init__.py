@@ -11,7 +11,6 @@ from rlhf_helpers.safety_alignment.constrained import (
     LagrangianReward,
     constrained_rloo,
     next_multiplier,
-    probability_of_harm,
     weighted_sum,
 )
 from rlhf_helpers.safety_alignment.operations import (
@@ -19,7 +18,6 @@ from rlhf_helpers.safety_alignment.operations import (
     CheckpointLedger,
     EnsembleFallback,
     Monitor,
-    ab_test,
 )
 from rlhf_helpers.safety_alignment.values import (
     PRINCIPLE_OF,

@@ -41,16 +41,6 @@ def weighted_sum(rewards: Mapping[str, RewardFn], weights: Mapping[str, float]) 
     return reward_fn
 
 
-def probability_of_harm(safety_fn: RewardFn | nn.Module) -> RewardFn:
-    """Make the cost 1 - safety_fn, where safety_fn gives the probability (B,) that a response is safe.
-
-    It is clamped to [0, 1]. Do not give a raw preference reward: that has an arbitrary offset, and no limit
-    on it would mean anything.
-    """
-    safe = as_reward_fn(safety_fn)
-    return lambda prompts, responses, **columns: 1 - safe(prompts, responses, **columns).clamp(0, 1)
-
-
 class LagrangianReward:
     """Maximise E[r] subject to E[c_i] <= limit_i: a RewardFn whose multipliers move at each call.
 

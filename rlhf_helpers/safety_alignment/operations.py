@@ -1,4 +1,4 @@
-"""Running an aligned model: watch it, fall back when unsure, suit its users, compare, and roll it back."""
+"""Running an aligned model: watch it, fall back when unsure, suit its users, and roll it back."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
-from rlhf_helpers.core.stats import WinRate, win_rate
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.core.training import checkpoints
 from rlhf_helpers.core.training.distributed import full_weights, load_full_weights
@@ -25,7 +23,7 @@ Limits = Mapping[str, float]
 class Monitor:
     """Watch metrics of windows of traffic for a lasting drift to the worse: a one-sided CUSUM per metric.
 
-    z = (metric - mean) / std of the baseline's windows, signed so that worse is positive;
+    z = (mean - metric) / std of the baseline's windows, of metrics where higher is better;
     S <- max(0, S + z - slack);  alarm where S > limit, and S starts again from 0
 
     A small steady drift adds up where no single window looks odd; slack: half of the drift worth finding.
@@ -37,7 +35,6 @@ class Monitor:
         self,
         baseline: Sequence[Limits],
         *,
-        higher_is_better: Mapping[str, bool] | None = None,
         slack: float = 0.5,
         limit: float = 5.0,
     ) -> None:
@@ -49,8 +46,6 @@ class Monitor:
         self.std = frame.std()
         if frame.isna().any(axis=None) or not (self.std > 0).all():
             raise ValueError(f"the baseline needs 2 windows of the same metrics, each varying; got\n{frame}")
-        better = higher_is_better or {}
-        self.sign = pd.Series({name: -1.0 if better.get(name, True) else 1.0 for name in frame})
         self.slack = slack
         self.limit = limit
         self.sums = 0.0 * self.mean
@@ -67,7 +62,7 @@ class Monitor:
         for name in self.mean.index:
             require_number(f"window {len(self.windows)}: {name}", metrics.get(name, math.nan))
         value = pd.Series(metrics)[self.mean.index]
-        z = self.sign * (value - self.mean) / self.std
+        z = (self.mean - value) / self.std
         cusum = (self.sums + z - self.slack).clip(lower=0.0)
         alarm = cusum > self.limit
         self.sums = cusum.mask(alarm, 0.0)
@@ -165,29 +160,6 @@ class AdaptivePolicy:
         weights[self.required] = weights[self.required].clip(lower=1.0)
         self.users[user] = weights.to_dict()
         return self.users[user]
-
-
-def ab_test(
-    policy_a: nn.Module,
-    policy_b: nn.Module,
-    prompts: Sequence[str],
-    judge: RewardFn | nn.Module,
-    *,
-    max_new_tokens: int = 64,
-    seed: int = 0,
-) -> WinRate:
-    """Test whether A answers better than B: `win_rate` of A, prompt by prompt, by the judge's scores.
-
-    A and B give one sample each, with seeds of their own; the judge does not know who answered. Lesson 3.
-    Raises as `win_rate`.
-    """
-    reward = as_reward_fn(judge)
-    scores = []
-    for number, policy in enumerate((policy_a, policy_b)):
-        options = {"max_new_tokens": max_new_tokens, "seed": 2 * seed + number}
-        rollout = generate(policy, tokenizer_for(policy), prompts, **options)
-        scores.append(reward(rollout.prompts, rollout.responses))
-    return win_rate(*scores, seed=seed)
 
 
 class CheckpointLedger:

@@ -15,7 +15,6 @@ from rlhf_helpers.code_generation import (
     UnitTest,
     UnitTestRunner,
     compare_safety_methods,
-    evaluate_programs,
     extract_code,
     pass_at_k,
     program_report,
@@ -400,8 +399,8 @@ def test_the_report_by_hand():
 @pytest.mark.slow
 def test_the_base_model_measured(base):
     prompts = heldout()[::2]
-    report = evaluate_programs(
-        base[0], prompts, task_tests(prompts, "hidden"), visible=task_tests(prompts, "weak"), samples=4, k=4
+    report = program_report(
+        sample_programs(base[0], prompts, task_tests(prompts, "hidden"), visible=task_tests(prompts, "weak"))
     )
     found = report["value"]
     assert 0.15 < found["pass@1"] < 0.4 < found["pass@4"]

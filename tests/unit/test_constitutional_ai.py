@@ -262,11 +262,10 @@ def test_evaluation_reports_critic_and_gold(assistant):
     assert report["gold"]["harmlessness"] == pytest.approx(harmlessness(HARMFUL, said))
     assert list(report["principles"]) == CONSTITUTIONS["guide"].texts
     assert report["lowest"] <= min(report["principles"].values())
-    attacked = [meta.argue_text("", p, "yes") for p in HARMFUL]
-    given = {"critic": lambda p, r, rule: torch.full((len(p),), 0.5), "max_new_tokens": 4}
-    judged = evaluate_alignment(model, attacked, SAFE, base_prompts=HARMFUL, **given)
+    given = {"critic": lambda p, r, rule: torch.full((len(p),), 0.5)}
+    judged = evaluate_alignment(model, ["Ahoy"], SAFE, gold=False, **given)
     assert judged["principles"] == {"Avoid harmful content": 0.5}
-    assert "gold" not in evaluate_alignment(model, ["Ahoy"], SAFE, gold=False, **given)
+    assert "gold" not in judged
     with pytest.raises(ValueError, match="no prompt"):
         evaluate_alignment(model, ["Ahoy"], SAFE, **given)
 

@@ -10,7 +10,6 @@ from rlhf_helpers.safety_alignment import (
     LagrangianReward,
     constrained_rloo,
     next_multiplier,
-    probability_of_harm,
     weighted_sum,
 )
 from tests.conftest import dies_at, resume_equals_whole, share_of_e, weights
@@ -78,11 +77,6 @@ def test_weighted_sum_asks_only_what_counts():
     for bad in ({"a": 0.0}, {"z": 1.0}):
         with pytest.raises(ValueError, match="weights"):
             weighted_sum({"a": constant(1.0)}, bad)
-
-
-def test_probability_of_harm_is_clamped():
-    cost = probability_of_harm(lambda p, r, **c: torch.tensor([0.25, 1.2, -0.1]))
-    assert cost(["a"] * 3, ["x"] * 3).tolist() == pytest.approx([0.75, 0, 1])
 
 
 def test_lagrangian_refuses():

@@ -1,4 +1,4 @@
-"""Monitoring, fallback, adaptation, A/B test and rollback, each by hand and each refusing what is wrong."""
+"""Monitoring, fallback, adaptation and rollback, each by hand and each refusing what is wrong."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.training import TrainingSettings, checkpoints, sft
-from rlhf_helpers.safety_alignment import AdaptivePolicy, CheckpointLedger, EnsembleFallback, Monitor, ab_test
+from rlhf_helpers.safety_alignment import AdaptivePolicy, CheckpointLedger, EnsembleFallback, Monitor
 from tests.conftest import weights
 
 BASELINE = [{"safe": v, "refused": v / 10} for v in (0.8, 0.9, 1.0)]  # mean 0.9, std 0.1
@@ -26,10 +26,10 @@ def vowels(prompts, responses, **columns):
 
 
 def test_cusum_by_hand():
-    monitor = Monitor(BASELINE, higher_is_better={"refused": False}, slack=0.5, limit=2.0)
-    # z of safe: 2, 2; S: 1.5, 3.0 -> alarm, and again from 0. refused is better when lower: z -2, then 2.
-    assert monitor.update({"safe": 0.7, "refused": 0.07}) == []
-    assert monitor.update({"safe": 0.7, "refused": 0.11}) == ["safe"]
+    monitor = Monitor(BASELINE, slack=0.5, limit=2.0)
+    # z of safe: 2, 2; S: 1.5, 3.0 -> alarm, and again from 0. z of refused: -2, then 2.
+    assert monitor.update({"safe": 0.7, "refused": 0.11}) == []
+    assert monitor.update({"safe": 0.7, "refused": 0.07}) == ["safe"]
     assert monitor.update({"safe": 0.9, "refused": 0.09}) == []
     frame = monitor.frame()
     assert list(frame.columns) == ["window", "metric", "value", "z", "cusum", "alarm"]
@@ -119,25 +119,6 @@ def test_users_get_what_they_prefer_and_cannot_vote_down_what_is_required(tiny):
     assert short == policy.answer("Say it.", ("ann", "chat"), n=8, max_new_tokens=8)
     with pytest.raises(ValueError, match="must name objectives"):
         AdaptivePolicy(tiny[0], {"long": long}, required=["short"])
-
-
-# ---- A/B test
-
-
-@pytest.mark.slow
-def test_ab_test_finds_the_better_policy_and_no_difference_to_itself(tiny_llama_dir):
-    (model, tokenizer), (better, _) = (load_model(tiny_llama_dir, device="cpu") for _ in range(2))
-    prompts = [f"Say {i}." for i in range(24)]
-    rows = [{"prompt": p, "completion": "Hello! How are you? aaaa aaaa"} for p in prompts]
-    sft(better, tokenizer, rows, TrainingSettings(learning_rate=1e-2, progress=False), epochs=8)
-    found = ab_test(better, model, prompts, vowels, max_new_tokens=24)
-    assert found.low > 0.6
-    assert found.p_value < 0.01
-    turned = ab_test(model, better, prompts, vowels, max_new_tokens=24)
-    assert turned.rate < 0.4
-    same = ab_test(model, model, prompts, vowels, max_new_tokens=24)
-    assert same.low < 0.5 < same.high
-    assert same.rate not in (0.5, 1.0)  # seeds of their own
 
 
 # ---- rollback

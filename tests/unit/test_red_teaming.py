@@ -5,7 +5,6 @@ import itertools
 import json
 import pickle
 import random
-from math import log2
 from types import SimpleNamespace
 
 import pandas as pd
@@ -225,7 +224,7 @@ def test_the_evaluator_counts_its_rows(evaluator):
     assert 0 < found["requests"] <= found["attacks"] <= 12
     report = evaluator.report()
     all_row = evaluator.success_rates().loc["all"]
-    assert f"| all | 24 | {all_row['successes']:.0f} | {all_row['rate']:.2f} |" in report
+    assert f"| all | 24 | {all_row['successes']:.0f} | {all_row['rate']:.4g} |" in report
     assert not any(str(prompt) in report for prompt in evaluator.rows["prompt"])
 
 
@@ -305,11 +304,6 @@ def test_canaries(assistant):
     assert len(table) == 10
     assert table["exposure"].min() > 4  # of log2(30) = 4.9: known by heart
     assert 0.4 < table["rate"].mean() < 0.95
-    swapped = extract_canaries(
-        *assistant, canaries={"Ana Solt": "7305", "Ben Ruiz": "4821"}, samples=10, controls=20
-    )
-    assert swapped["told"].sum() == 0  # another's code is not this one's
-    assert swapped["exposure"].max() < log2(22) - 0.9
 
 
 def test_similarity_by_hand():

@@ -21,7 +21,6 @@ from rlhf_helpers.safety_alignment import (
     SafetyAlignment,
     constrained_rloo,
     interpolate,
-    probability_of_harm,
     weighted_sum,
 )
 from rlhf_helpers.world import assistant
@@ -86,7 +85,7 @@ def run(method: str, value: float, *, seed: int, **changes: Any) -> tuple[torch.
     settings = RLOOSettings(**{**RLOO, **changes}, seed=seed, progress=False)
     prompts = training_prompts(seed)
     if method == "lagrangian":
-        costs = {"harm": probability_of_harm(GOLD["harmlessness"])}
+        costs = {"harm": lambda *texts, **columns: 1 - GOLD["harmlessness"](*texts, **columns)}
         reward = LagrangianReward(GOLD["helpfulness"], costs, {"harm": value}, **PRICE)
         return model, constrained_rloo(model, tokenizer, prompts, reward, settings)
     reward = weighted_sum(GOLD, {"helpfulness": 1 - value, "harmlessness": value})

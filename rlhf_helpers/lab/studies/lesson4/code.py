@@ -5,7 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from rlhf_helpers.code_generation import UnitTestRunner, evaluate_programs, task_tests, unit_test_reward
+from rlhf_helpers.code_generation import (
+    UnitTestRunner,
+    program_report,
+    sample_programs,
+    task_tests,
+    unit_test_reward,
+)
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.lab.studies.lesson1 import prompt_texts
 from rlhf_helpers.lab.studies.record import Rows, study
@@ -20,7 +26,6 @@ ARMS = {
     "weak tests": ("weak", 0.8, 0.0),
     "weak tests, short": ("weak", 0.8, 0.005),
 }
-MEASURES = ("pass@1", "pass@4", "visible", "unsafe", "gaming")
 SETTINGS = RLOOSettings(
     learning_rate=7e-4, steps=14, prompts_per_step=16, samples_per_prompt=4, kl_coef=0.02, progress=False
 )
@@ -30,7 +35,7 @@ SETTINGS = RLOOSettings(
 def code_rewards(seed: int, arms: Sequence[str] = tuple(ARMS), steps: int = SETTINGS.steps) -> Rows:
     """Train on programming tasks by each arm and measure programs for held-out tasks.
 
-    Columns: seed, arm, `MEASURES` (hidden tests, the arm's own visible ones, tree and sandbox),
+    Columns: seed, arm; pass@1, pass@4 (hidden tests), visible (the arm's own tests), unsafe, gaming;
     response_length: mean tokens of the last step's samples, missing for the base. The reward is what the
     sandbox returns on the arm's tests, and the rules on the program's tree; never gold.
     """
@@ -47,7 +52,7 @@ def code_rewards(seed: int, arms: Sequence[str] = tuple(ARMS), steps: int = SETT
             columns = {"tests": task_tests(train, kind)}
             history = loop(model, tokenizer, train, reward, settings, columns=columns)
             length = history[-1]["response_length"]
-        table = evaluate_programs(
+        programs = sample_programs(
             model,
             held_out,
             hidden=task_tests(held_out, "hidden"),
@@ -55,4 +60,4 @@ def code_rewards(seed: int, arms: Sequence[str] = tuple(ARMS), steps: int = SETT
             seed=80_000 + seed,
             runner=runner,
         )
-        yield {"arm": arm, **table["value"][list(MEASURES)], "response_length": length}
+        yield {"arm": arm, **program_report(programs)["value"], "response_length": length}
