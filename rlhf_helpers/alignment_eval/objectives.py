@@ -95,22 +95,15 @@ class MultiObjectiveAlignmentEvaluator:
         self.objectives = {name: as_reward_fn(reward) for name, reward in given.items()}
         self.sampling = {"max_new_tokens": max_new_tokens, "seed": seed}
 
-    def evaluate(
-        self,
-        policies: Mapping[str, nn.Module],
-        prompts: Sequence[str],
-        *,
-        families: Sequence[str] | None = None,
-    ) -> pd.DataFrame:
+    def evaluate(self, policies: Mapping[str, nn.Module], prompts: Sequence[str]) -> pd.DataFrame:
         """Let every policy answer every prompt once: columns policy, family and the objectives.
 
         Args:
             policies: name -> model.
-            prompts: (N,).
-            families: (N,); None: the world's own, "" for a prompt that the world does not know.
+            prompts: (N,); the family of one that the world does not know is "".
         """
         prompts = list(prompts)
-        families = [_family(prompt) for prompt in prompts] if families is None else families
+        families = [_family(prompt) for prompt in prompts]
         frames = []
         for policy, model in policies.items():
             responses = generate(model, tokenizer_for(model), prompts, **self.sampling).responses

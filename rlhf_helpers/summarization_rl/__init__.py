@@ -10,7 +10,6 @@ from rlhf_helpers.summarization_rl.facts import SummaryFacts, event_of, fact_sco
 from rlhf_helpers.summarization_rl.rewards import (
     ComparisonReward,
     fact_reward,
-    length_controlled,
     rouge_l,
     rouge_reward,
     summary_comparisons,

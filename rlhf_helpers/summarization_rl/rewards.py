@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
-from rlhf_helpers.core.tensors import require_number, require_shapes
+from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.summarization_rl.data import article_of
 from rlhf_helpers.summarization_rl.facts import summary_facts
-from rlhf_helpers.world.annotators import STANDARD, Annotator
+from rlhf_helpers.world.annotators import STANDARD, Annotator, label_pairs
 
 
 def rouge_l(candidate: str, reference: str) -> float:
@@ -63,28 +63,20 @@ def fact_reward(
     return torch.tensor([facts.coverage * facts.faithfulness for facts in found])
 
 
-def length_controlled(
-    rewards: Float[Tensor, "B"], lengths: Float[Tensor, "B"], *, limit: float, cost: float
-) -> Float[Tensor, "B"]:
-    """Return rewards - cost max(0, length - limit), (B,): up to the limit nothing changes.
+def with_length_control(reward: RewardFn | nn.Module, *, limit: float, cost: float) -> RewardFn:
+    """Make the RewardFn reward - cost max(0, words - limit): up to the limit nothing changes.
 
     A reward that pays b for each word stops paying for more than `limit` words where cost >= b. Lesson 4.
-    Raises ValueError where shapes are not both (B,), or limit or cost is negative.
+    Raises ValueError where limit or cost is negative.
     """
-    lengths = lengths.to(rewards)
-    require_shapes("B", rewards=rewards, lengths=lengths)
     require_number("limit", limit, at_least=0)
     require_number("cost", cost, at_least=0)
-    return rewards - cost * (lengths - limit).clamp(min=0)
-
-
-def with_length_control(reward: RewardFn | nn.Module, *, limit: float, cost: float) -> RewardFn:
-    """The same reward, `length_controlled` by the words of the response: a RewardFn. Lesson 4."""
     reward_fn = as_reward_fn(reward)
 
     def controlled(prompts: list[str], responses: list[str], **columns: Any) -> Tensor:
         words = torch.tensor([float(len(text.split())) for text in responses])
-        return length_controlled(reward_fn(prompts, responses, **columns), words, limit=limit, cost=cost)
+        rewards = reward_fn(prompts, responses, **columns)
+        return rewards - cost * (words.to(rewards) - limit).clamp(min=0)
 
     return controlled
 
@@ -105,13 +97,9 @@ def summary_comparisons(
     twice, count = [*prompts, *prompts], len(prompts)
     drawn = generate(model, tokenizer_for(model), twice, max_new_tokens=max_new_tokens, seed=seed)
     first, second = drawn.responses[:count], drawn.responses[count:]
-    wins = annotator.compare(list(prompts), first, second, seed=seed)
-    rows = []
-    for prompt, one, other, win in zip(prompts, first, second, wins, strict=True):
-        chosen, rejected = (one, other) if win else (other, one)
-        if one != other and one.strip() and other.strip():
-            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    return rows
+    rows = label_pairs(zip(prompts, first, second, strict=True), annotator, seed=seed)
+    written = [row for row in rows if row["chosen"].strip() and row["rejected"].strip()]
+    return [row for row in written if row["chosen"] != row["rejected"]]
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ answers at random in a known share of cases.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -62,23 +63,21 @@ class Annotator:
         require_number("reliability", self.reliability, at_least=0, at_most=1)
         _require_axes(self.axis_weights)
 
-    def utility(
-        self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[str]
-    ) -> np.ndarray:
+    def utility(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
         """What each response is worth to this person, (B,), before noise.
 
         Under a guideline with adherence a: u = (1 - a) u_own + a u_guideline, where u_own holds the biases.
         """
         if self.guidelines:
             *earlier, last = self.guidelines
-            own = replace(self, guidelines=tuple(earlier)).utility(prompts, responses, **columns)
-            rules = Annotator(axis_weights=last.axis_weights).utility(prompts, responses, **columns)
+            own = replace(self, guidelines=tuple(earlier)).utility(prompts, responses)
+            rules = Annotator(axis_weights=last.axis_weights).utility(prompts, responses)
             return (1 - last.adherence) * own + last.adherence * rules
         if self.axis_weights:
-            scores = gold_scores(prompts, responses, **columns)
+            scores = gold_scores(prompts, responses)
             worth = sum(w * scores[axis].numpy() for axis, w in self.axis_weights.items())
         else:
-            worth = gold_reward(prompts, responses, **columns).numpy()
+            worth = gold_reward(prompts, responses).numpy()
         return worth + self.biases(responses)
 
     def biases(self, responses: Sequence[str]) -> np.ndarray:
@@ -91,17 +90,11 @@ class Annotator:
         return own
 
     def compare(
-        self,
-        prompts: Sequence[str],
-        first: Sequence[str],
-        second: Sequence[str],
-        *,
-        seed: int,
-        **columns: Sequence[str],
+        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], *, seed: int
     ) -> np.ndarray:
         """For each pair whether `first` is preferred, (B,) bool; the same seed gives the same answers."""
         rng = np.random.default_rng(seed)
-        gap = self.utility(prompts, first, **columns) - self.utility(prompts, second, **columns)
+        gap = self.utility(prompts, first) - self.utility(prompts, second)
         return self.decide(gap, rng)
 
     def rank(self, prompt: str, responses: Sequence[str], *, seed: int) -> list[int]:
@@ -159,7 +152,7 @@ def make_pairs(
     split: str = "train",
     families: Sequence[str] = CONVERSATION,
     seed: int = 0,
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """`n` compared pairs: rows with prompt, chosen, rejected, and both gold rewards, for evaluation alone.
 
     Families weigh alike, then prompts of a family. Raises ValueError for n < 1, an unknown family or split,
@@ -171,20 +164,23 @@ def make_pairs(
     by_family = {f: load_prompts((f,), split) for f in families}
     drawn = [rng.choice(by_family[rng.choice(list(families))]) for _ in range(n)]
     answers = [draw_two(p, rng) for p in drawn]
-    prompts = [p.text for p in drawn]
-    first, second = map(list, zip(*answers, strict=True))
-    golds = zip(gold_reward(prompts, first).tolist(), gold_reward(prompts, second).tolist(), strict=True)
-    wins = annotator.compare(prompts, first, second, seed=seed)
-    rows = []
-    for prompt, pair, gold, first_wins in zip(prompts, answers, golds, wins, strict=True):
-        chosen, rejected = (0, 1) if first_wins else (1, 0)
-        rows.append(
-            {
-                "prompt": prompt,
-                "chosen": pair[chosen],
-                "rejected": pair[rejected],
-                "chosen_gold": gold[chosen],
-                "rejected_gold": gold[rejected],
-            }
-        )
+    texts = [(prompt.text, *two) for prompt, two in zip(drawn, answers, strict=True)]
+    rows = label_pairs(texts, annotator, seed=seed)
+    prompts = [prompt.text for prompt in drawn]
+    for side in ("chosen", "rejected"):
+        golds = gold_reward(prompts, [row[side] for row in rows]).tolist()
+        for row, gold in zip(rows, golds, strict=True):
+            row[f"{side}_gold"] = gold
     return rows
+
+
+def label_pairs(
+    texts: Iterable[tuple[str, str, str]], annotator: Annotator, *, seed: int
+) -> list[dict[str, Any]]:
+    """Turn (prompt, first, second) into rows of prompt, chosen and rejected, as the annotator prefers."""
+    texts = list(texts)
+    wins = annotator.compare(*zip(*texts, strict=True), seed=seed)
+    return [
+        {"prompt": prompt, "chosen": first if won else second, "rejected": second if won else first}
+        for (prompt, first, second), won in zip(texts, wins, strict=True)
+    ]

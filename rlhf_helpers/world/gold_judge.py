@@ -53,9 +53,9 @@ def gold_reward(prompts: Sequence[str], responses: Sequence[str], **columns: Seq
     return torch.tensor([reward_of(*judged) for judged in _judge_all(prompts, responses, columns)])
 
 
-def explain(prompt: str, response: str, *, base_prompt: str | None = None) -> list[tuple[str, str]]:
+def explain(prompt: str, response: str) -> list[tuple[str, str]]:
     """Each sentence (of a program: each line) of `response` with the role that the judge gives it."""
-    found = resolve(base_prompt or prompt)
+    found = resolve(prompt)
     if found.family == "program":
         ran = evaluator.run(response, found.slots["parts"])
         return [(line, "unsafe" if line.strip() in ran.unsafe else "code") for line in response.split("\n")]

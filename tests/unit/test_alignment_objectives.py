@@ -197,6 +197,4 @@ def test_foreign_prompts_need_rewards_of_their_own(tiny_gpt2_dir):
     with pytest.raises(ValueError, match="foreign prompts"):
         MultiObjectiveAlignmentEvaluator(max_new_tokens=4).evaluate(**asked)
     own = MultiObjectiveAlignmentEvaluator({"length": length}, max_new_tokens=4)
-    scores = own.evaluate(**asked, families=["x", "x", "y"])
-    assert scores["family"].tolist() == ["x", "x", "y"]
     assert own.evaluate(**asked)["family"].tolist() == [""] * 3

@@ -153,7 +153,7 @@ class TestSmall:
         sets = lesson1._answer_sets(5, seed=0)
         assert all(len(set(row["responses"])) == 4 for row in sets)
         first, second, *_ = sets[0]["responses"]
-        pairs = lesson1.compared([(sets[0]["prompt"], first, second)] * 2, lesson1.STANDARD, seed=0)
+        pairs = lesson1.label_pairs([(sets[0]["prompt"], first, second)] * 2, lesson1.STANDARD, seed=0)
         assert [{row["chosen"], row["rejected"]} for row in pairs] == [{first, second}] * 2
 
     def test_a_budget_is_spent(self):

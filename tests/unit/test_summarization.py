@@ -18,7 +18,6 @@ from rlhf_helpers.summarization_rl import (
     fact_reward,
     fact_scores,
     fit_articles,
-    length_controlled,
     rouge_l,
     rouge_reward,
     summary_comparisons,
@@ -221,15 +220,11 @@ def test_rouge_needs_a_reference():
 
 
 def test_length_control_by_hand():
-    rewards, lengths = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([3, 10, 14])
-    assert length_controlled(rewards, lengths, limit=10, cost=0.5).tolist() == [1, 1, -1]
-    reward = with_length_control(lambda p, r, **_: torch.tensor([2.0] * len(r)), limit=2, cost=1)
-    assert reward(["p"] * 2, ["one two", "one two three four"]).tolist() == [2, 0]
+    reward = with_length_control(lambda p, r, **_: torch.tensor([2.0] * len(r)), limit=2, cost=0.5)
+    assert reward(["p"] * 3, ["one", "one two", "one two three four"]).tolist() == [2, 2, 1]
     for bad in ({"limit": -1, "cost": 1}, {"limit": 1, "cost": -1}):
         with pytest.raises(ValueError, match="must be"):
-            length_controlled(rewards, lengths, **bad)
-    with pytest.raises(ValueError, match="lengths"):
-        length_controlled(rewards, lengths[:2], limit=1, cost=1)
+            with_length_control(reward, **bad)
 
 
 # ---- the policy

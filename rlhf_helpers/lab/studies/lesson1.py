@@ -31,7 +31,14 @@ from rlhf_helpers.reward_model import (
     label_objectives,
     score_pairs,
 )
-from rlhf_helpers.world.annotators import LENGTH_BIASED, STANDARD, VALUE_GROUPS, Annotator, make_pairs
+from rlhf_helpers.world.annotators import (
+    LENGTH_BIASED,
+    STANDARD,
+    VALUE_GROUPS,
+    Annotator,
+    label_pairs,
+    make_pairs,
+)
 from rlhf_helpers.world.gold_judge import AXES, gold_reward, gold_scores
 from rlhf_helpers.world.prompts import CONVERSATION, load_prompts, sample_answer
 
@@ -142,7 +149,7 @@ def label_formats(seed: int, prompts: int = 500, heldout: int = 1000) -> Rows:
         for response, mark in zip(responses, marks, strict=True):
             # Ratings are centred at 0, where an untrained head starts.
             rated.append({"prompt": prompt, "response": response, "rating": float(mark) - 3})
-    labels = {"pairwise": compared(pairs, STANDARD, seed=seed), "ranking": ranked, "rating": rated}
+    labels = {"pairwise": label_pairs(pairs, STANDARD, seed=seed), "ranking": ranked, "rating": rated}
     for objective, rows in labels.items():
         model = trained(rows, seed=seed, objective=objective)
         yield {"format": objective, "agreement": agreement(model, heldout=heldout)}
@@ -158,15 +165,6 @@ def _answer_sets(prompts: int, seed: int) -> list[Row]:
         if len(answers) == 4:
             sets.append({"prompt": prompt.text, "responses": answers})
     return sets
-
-
-def compared(texts: Sequence[tuple[str, str, str]], annotator: Annotator, *, seed: int) -> list[Row]:
-    """Turn (prompt, first, second) into rows of prompt, chosen and rejected, as the annotator prefers."""
-    wins = annotator.compare(*zip(*texts, strict=True), seed=seed)
-    return [
-        {"prompt": prompt, "chosen": first if won else second, "rejected": second if won else first}
-        for (prompt, first, second), won in zip(texts, wins, strict=True)
-    ]
 
 
 @study

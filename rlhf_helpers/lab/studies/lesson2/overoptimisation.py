@@ -16,7 +16,6 @@ from rlhf_helpers.lab.studies.lesson1 import (
     COUNTS,
     FLIPS,
     base_samples,
-    compared,
     noisy,
     scored_once,
     trained,
@@ -31,7 +30,7 @@ from rlhf_helpers.policy_optimization import (
     iterative_rlhf,
     rloo,
 )
-from rlhf_helpers.world.annotators import make_pairs
+from rlhf_helpers.world.annotators import label_pairs, make_pairs
 from rlhf_helpers.world.gold_judge import gold_reward
 
 FEW = 250  # labelled pairs of a poor reward model
@@ -134,5 +133,5 @@ def round_labels(rollouts: Sequence[Rollout], *, seed: int, flips: float = FLIPS
         first, second = rollout.responses[::2], rollout.responses[1::2]
         texts = zip(rollout.prompts[::2], first, second, strict=True)
         different = [text for text in texts if text[1] != text[2]]
-        rows += compared(different, noisy(flips), seed=100 * seed + number)
+        rows += label_pairs(different, noisy(flips), seed=100 * seed + number)
     return [row for row in rows if row["chosen"].strip() and row["rejected"].strip()]

@@ -17,13 +17,13 @@ from rlhf_helpers.constitutional_ai import (
 )
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.training import TrainingSettings
-from rlhf_helpers.lab.studies.lesson1 import compared, gold_means
+from rlhf_helpers.lab.studies.lesson1 import gold_means
 from rlhf_helpers.lab.studies.lesson2.methods import sampled
 from rlhf_helpers.lab.studies.lesson3.attacks import refused
 from rlhf_helpers.lab.studies.record import Row, Rows, study
 from rlhf_helpers.policy_optimization import RLOOSettings
 from rlhf_helpers.reward_model import RewardSettings, score_pairs
-from rlhf_helpers.world.annotators import STANDARD
+from rlhf_helpers.world.annotators import STANDARD, label_pairs
 from rlhf_helpers.world.gold_judge import gold_reward
 from rlhf_helpers.world.prompts import load_prompts, meta
 
@@ -169,7 +169,7 @@ def labelled(trainer: ConstitutionalAITrainer, prompts: Sequence[str], seed: int
     """Label the same pairs by the model, by people, and by both."""
     by_model = trainer.label(prompts)
     texts = [(row["prompt"], row["chosen"], row["rejected"]) for row in by_model]
-    people = compared(texts, STANDARD, seed=seed)
+    people = label_pairs(texts, STANDARD, seed=seed)
     by_people = [{**row, "margin": 1.0} for row in people]
     risky = set(texts_of(HARMFUL, "train"))
     mixed = [a if a["prompt"] in risky else b for a, b in zip(by_model, by_people, strict=True)]
