@@ -42,5 +42,5 @@ there.
 """
 
 from .probe import enforced
-from .run import MISSING, VERDICTS, Raised, SandboxResult, run_code, run_programs
+from .run import MISSING, Raised, SandboxResult, run_code, run_programs
 from .wire import same

@@ -21,21 +21,6 @@ from typing import Any
 from ..core.tensors import require_number
 from . import folders, wire
 
-VERDICTS = (
-    "ok",
-    "error",
-    "syntax",
-    "timeout",
-    "memory",
-    "recursion",
-    "processes",
-    "disk",
-    "output",
-    "unserialisable",
-    "forged",
-    "exited",
-    "crashed",
-)
 _BY_NAME = {
     "MemoryError": "memory",
     "RecursionError": "recursion",
@@ -79,7 +64,8 @@ MISSING = _Missing()  # stands for a value: the program did not get so far
 class SandboxResult:
     """What came of one program.
 
-    verdict   one of VERDICTS; "ok" only where every call returned a value
+    verdict   "ok" only where every call returned a value; else "error", "syntax", "timeout", "memory",
+              "recursion", "processes", "disk", "output", "unserialisable", "forged", "exited" or "crashed"
     values    one for each call: what it returned, a Raised, or MISSING
     error     what went wrong first, in words; None where nothing did
     stdout    what it printed, stdout and stderr together, at most 64 KiB

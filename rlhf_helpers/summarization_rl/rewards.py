@@ -97,7 +97,7 @@ def summary_comparisons(
     twice, count = [*prompts, *prompts], len(prompts)
     drawn = generate(model, tokenizer_for(model), twice, max_new_tokens=max_new_tokens, seed=seed)
     first, second = drawn.responses[:count], drawn.responses[count:]
-    rows = label_pairs(zip(prompts, first, second, strict=True), annotator, seed=seed)
+    rows = label_pairs(list(zip(prompts, first, second, strict=True)), annotator, seed=seed)
     written = [row for row in rows if row["chosen"].strip() and row["rejected"].strip()]
     return [row for row in written if row["chosen"] != row["rejected"]]
 

@@ -8,7 +8,7 @@ answers at random in a known share of cases.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -175,10 +175,9 @@ def make_pairs(
 
 
 def label_pairs(
-    texts: Iterable[tuple[str, str, str]], annotator: Annotator, *, seed: int
+    texts: Sequence[tuple[str, str, str]], annotator: Annotator, *, seed: int
 ) -> list[dict[str, Any]]:
     """Turn (prompt, first, second) into rows of prompt, chosen and rejected, as the annotator prefers."""
-    texts = list(texts)
     wins = annotator.compare(*zip(*texts, strict=True), seed=seed)
     return [
         {"prompt": prompt, "chosen": first if won else second, "rejected": second if won else first}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_helpers.sandbox import MISSING, VERDICTS, enforced, folders, run, run_code, run_programs
+from rlhf_helpers.sandbox import MISSING, SandboxResult, enforced, folders, run, run_code, run_programs
 
 SECRET = "kept-from-programs-7319"
 OUR_WORK = Path(run.__file__).parent
@@ -850,7 +850,6 @@ def attack(name, targets):
     timeout = 0.4 if verdicts.startswith("timeout") else 6.0  # the machine may be busy
     result = run_code(code, calls=[("f", (targets,))], timeout=timeout, memory_mb=128)
     assert result.verdict in verdicts.split(), result
-    assert result.verdict in VERDICTS
     assert SECRET not in repr(result)
     assert 42 not in result.values
     assert result.seconds < timeout + 4
@@ -867,7 +866,8 @@ def test_attack(name, targets):
 
 def test_there_are_many():
     assert len(ATTACKS) >= 40
-    assert {verdict for _, verdicts, _ in ATTACKS.values() for verdict in verdicts.split()} == set(VERDICTS)
+    every = {verdict for _, verdicts, _ in ATTACKS.values() for verdict in verdicts.split()}
+    assert every == set(re.findall(r'"(\w+)"', SandboxResult.__doc__.split("values")[0]))
 
 
 # ---- each layer holds without the others

@@ -60,9 +60,9 @@ def split_sentences(text: str) -> list[str]:
     return _SENTENCE_END.split(text) if text else []
 
 
-def split_of(index: int, every: int = 5) -> str:
+def split_of(index: int) -> str:
     """The fixed held-out part: every fifth prompt of a family."""
-    return "heldout" if index % every == every - 1 else "train"
+    return "heldout" if index % 5 == 4 else "train"
 
 
 def written_prompts(family: str) -> list[Prompt]:
