@@ -18,7 +18,7 @@ from tests.notebooks.test_sections import LESSONS, run, section_alone
 
 # Runs inside the kernel. Booleans are turned, numbers change their sign, also inside of what holds them.
 FLIP = """
-def flip(module, name, turn):
+def flip(module, name, turn, only_here):
     import dataclasses, functools, importlib, sys
     import numpy, pandas, torch
 
@@ -52,7 +52,8 @@ def flip(module, name, turn):
         return (*out[:-2], out[-1], out[-2]) if name.endswith("_interval") else out
 
     for known in list(sys.modules.values()):
-        if known.__name__.startswith("rlhf_helpers") or known.__name__ == "__main__":
+        package = known.__name__.startswith("rlhf_helpers") and not only_here
+        if package or known.__name__ == "__main__":
             for key, value in list(vars(known).items()):
                 if value is kept:
                     setattr(known, key, flipped)
@@ -66,7 +67,8 @@ AIMS = "rlhf_helpers.world.gold_judge:gold_scores"
 INTERVAL = "rlhf_helpers.lab.reports:mean_interval"
 ADVANTAGES = "rlhf_helpers.core.policy_losses:rloo_advantages"
 PREDICTED = "rlhf_helpers.lab.studies:prediction_interval"
-# lesson -> section -> the function whose sign is flipped ("1 -": a share or a probability is turned round)
+# lesson -> section -> the function whose sign is flipped. "1 -": a share or a probability is turned round.
+# "here": only where the lesson itself calls it, because a figure refuses what lies outside its limits.
 FLIPS = {
     "01_reward_modeling": {
         "problem": GOLD,
@@ -101,15 +103,15 @@ FLIPS = {
         "trpo": "rlhf_helpers.policy_optimization:conjugate_gradient",
         "shared-prompts": "rlhf_helpers.policy_optimization:policy_logps",
         "more-kl": "rlhf_helpers.core.policy_losses:kl_estimate",
-        "exploration": INTERVAL,
-        "reward-design": INTERVAL,
+        "exploration": f"here {INTERVAL}",
+        "reward-design": f"here {INTERVAL}",
         "limits": INTERVAL,
         "losses": "rlhf_helpers.core.preference_losses:ipo_loss",
-        "fits": INTERVAL,
+        "fits": f"here {INTERVAL}",
         "tax": INTERVAL,
         "frontier": "rlhf_helpers.policy_optimization:best_of_n_kl",
         "taste": INTERVAL,
-        "sizes": INTERVAL,
+        "sizes": f"here {INTERVAL}",
         "more-diagnosis": GOLD,
         "real": INTERVAL,
     },
@@ -169,9 +171,9 @@ def asserts(source):
 
 
 def flip_cell(function):
-    place = function.removeprefix("1 - ")
-    module, name = place.split(":")
-    return FLIP + f"flip({module!r}, {name!r}, lambda x: {'1 - x' if place != function else '-x'})"
+    module, name = function.split()[-1].split(":")
+    turn = "1 - x" if function.startswith("1 - ") else "-x"
+    return FLIP + f"flip({module!r}, {name!r}, lambda x: {turn}, {function.startswith('here ')})"
 
 
 def failure_of(path, anchor, function, folder):
