@@ -30,22 +30,25 @@ function render({ model, el }) {
   const status = add(root, "p");
   status.setAttribute("role", "status");
 
-  const form = add(root, "form", ROW);
+  const form = add(root, "div", ROW);
   const label = add(form, "label", "flex: 1 1 16em");
   add(label, "span").textContent = "Your message";
   const input = add(label, "input", "width: 100%; box-sizing: border-box; padding: 6px; font: inherit");
   input.autocomplete = "off";
   keepKeys(input);
-  addButton(form, "Send", () => {}).type = "submit";
+  addButton(form, "Send", send);
   addButton(form, "New conversation", () => model.send({ restart: true }));
+  // Not by a <form>: JupyterLab lets no submit event through.
+  input.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.isComposing) send();
+  });
   let waiting = false;
-  form.addEventListener("submit", (event) => {
-    event.preventDefault();
+  function send() {
     if (waiting || !input.value.trim()) return;
     waiting = true;
     status.textContent = "Waiting for the answers.";
     model.send({ send: input.value });
-  });
+  }
 
   let rows = []; // of each turn, the buttons of each answer
   function addTurn(turn, number) {

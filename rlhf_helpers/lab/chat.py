@@ -2,8 +2,8 @@
 
 import random
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
@@ -13,16 +13,6 @@ from rlhf_helpers.lab.labeling.store import TIE, Item, Label, LabelStore
 from rlhf_helpers.lab.widgets import ASSETS, Form, page_script
 
 THUMB = "thumb"  # the task of an item in the store; its label is 1 for up, 0 for down
-
-
-@dataclass
-class Turn:
-    """One message and the policies' replies (prompt: what was read, text: the answer), in their order."""
-
-    message: str
-    replies: Sequence[Any]
-    order: tuple[int, ...]  # indices of the policies, as their answers stand on the page
-    thumbs: dict[int, bool] = field(default_factory=dict)  # by index of the policy
 
 
 class SideBySide(Form):
@@ -71,7 +61,7 @@ class SideBySide(Form):
 
     def restart(self) -> None:
         """Forget the conversation; what was saved stays saved."""
-        self.turns: list[Turn] = []
+        self.turns: list[dict[str, Any]] = []  # as the page draws them
         self.histories: list[list[dict[str, str]]] = [[] for _ in self.policies]
         self.due = False  # a blind choice
         self._show("")
@@ -89,20 +79,23 @@ class SideBySide(Form):
         replies = [bot.answer_batch([talk])[0] for bot, talk in zip(bots, talks, strict=True)]
         for talk, reply in zip(talks, replies, strict=True):
             talk.append({"role": "assistant", "content": reply.text})
-        order = list(range(len(replies)))
+        self.order = list(range(len(replies)))  # indices of the policies, as their answers stand on the page
         if self.blind:
-            self._random.shuffle(order)
-        self.turns.append(Turn(text, replies, tuple(order)))
+            self._random.shuffle(self.order)
+        names = ["Answer A", "Answer B"] if self.blind else list(self.policies)
+        answers = [
+            {"label": name, "prompt": replies[policy].prompt, "text": replies[policy].text, "thumb": None}
+            for name, policy in zip(names, self.order, strict=True)
+        ]
+        self.turns.append({"message": text, "answers": answers})
         self.histories, self.due = talks, self.blind
         self._show("")
 
     def thumb(self, up: bool, place: int, turn: int = -1) -> None:
         """Save a thumb for the answer at a place on the page; it replaces the one given before."""
-        rated = self.turns[turn]
-        policy = rated.order[place]
-        item = Item(THUMB, rated.replies[policy].prompt, (rated.replies[policy].text,))
-        self.store.add(Label(self.annotator, item, (0,), int(up)))
-        rated.thumbs[policy] = up
+        answer = self.turns[turn]["answers"][place]
+        self.store.add(Label(self.annotator, Item(THUMB, answer["prompt"], (answer["text"],)), (0,), int(up)))
+        answer["thumb"] = up
         self._show("Saved.")
 
     def choose(self, place: int | str) -> None:
@@ -113,15 +106,13 @@ class SideBySide(Form):
         """
         if not self.due:
             raise ValueError("Send a message first: then choose.")
-        last = self.turns[-1]
-        answers = tuple(reply.text for reply in last.replies)
+        prompt = self.turns[-1]["answers"][0]["prompt"]
+        texts = tuple(history[-1]["content"] for history in self.histories)
         # Equal answers are a tie, whichever was pressed.
-        value = TIE if place == TIE or len(set(answers)) == 1 else last.order[int(place)]
-        self.store.add(
-            Label(self.annotator, Item("pair", last.replies[0].prompt, answers), last.order, value)
-        )
-        for history in self.histories:
-            history[-1] = {"role": "assistant", "content": answers[last.order[0] if value == TIE else value]}
+        value = TIE if place == TIE or len(set(texts)) == 1 else self.order[int(place)]
+        self.store.add(Label(self.annotator, Item("pair", prompt, texts), tuple(self.order), value))
+        better = self.order[0] if value == TIE else value
+        self.histories = [self.histories[better]] * 2
         self.due = False
         first, second = self.policies
         self._show(f"Saved. Win rate of {first} over {second}: {self.win_rate()} (95 % interval).")
@@ -158,24 +149,9 @@ class SideBySide(Form):
         return text.replace("/* styles */", self._css).replace("/* script */", page_script("chat.js"))
 
     def _show(self, message: str) -> None:
-        names = list(self.policies)
-        turns = [
-            {
-                "message": turn.message,
-                "answers": [
-                    {
-                        "label": f"Answer {'AB'[place]}" if self.blind else names[policy],
-                        "text": turn.replies[policy].text,
-                        "thumb": turn.thumbs.get(policy),
-                    }
-                    for place, policy in enumerate(turn.order)
-                ],
-            }
-            for turn in self.turns
-        ]
         self.shown = {
             "title": "Which answer is better?" if self.blind else "Chat side by side",
-            "turns": turns,
+            "turns": self.turns,
             "due": self.due,
             "message": message,
             # The page waits for a change, so the same message twice must be one.
@@ -188,12 +164,14 @@ class SideBySide(Form):
 
     def _static_html(self) -> str:
         """Show the conversation so far as a table."""
-        answers = {
-            name: [turn.replies[index].text for turn in self.turns]
-            for index, name in enumerate(self.policies)
-        }
-        messages = [turn.message for turn in self.turns]
-        return compare_page(messages, answers).data if messages else f"<p>{self.shown['title']}</p>"
+        messages = [turn["message"] for turn in self.turns]
+        if not messages:
+            return f"<p>{self.shown['title']}</p>"
+        answers: dict[str, list[str]] = defaultdict(list)
+        for turn in self.turns:
+            for answer in turn["answers"]:
+                answers[answer["label"]].append(answer["text"])
+        return compare_page(messages, answers).data
 
 
 def thumb_rows(store: LabelStore) -> list[dict[str, Any]]:

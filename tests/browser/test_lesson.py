@@ -1,4 +1,4 @@
-"""A learner's first half hour in JupyterLab: run, label by keyboard, restart, answer, solve an exercise."""
+"""A learner in JupyterLab: run, label, restart, answer, solve an exercise, move a slider, chat."""
 
 from pathlib import Path
 
@@ -21,6 +21,26 @@ QUIZ = """\
 from rlhf_helpers.lab.quizzes import quiz
 
 quiz("why_a_reward_model")"""
+EXPLORER = """\
+from rlhf_helpers.lab.explorers import bradley_terry_figure, explore
+
+explore(bradley_terry_figure)"""
+CHAT = """\
+from types import SimpleNamespace
+
+from rlhf_helpers.lab.chat import SideBySide, thumb_rows
+from rlhf_helpers.lab.labeling import LabelStore
+
+
+class Parrot:
+    def answer_batch(self, conversations):
+        text = conversations[0][-1]["content"]
+        return [SimpleNamespace(text=f"<b>{text}</b>", prompt=text)]
+
+
+browser_chat = SideBySide({"base": Parrot(), "trained": Parrot()}, LabelStore("chat.sqlite"))
+browser_chat"""
+THUMBS = 'print("thumbs:", [row["label"] for row in thumb_rows(browser_chat.store)])'
 END = 'print("the end " + "of the lesson")'
 MINUTES = 60_000
 SOURCES = "() => jupyterapp.shell.currentWidget.content.model.toJSON().cells.map((cell) => cell.source)"
@@ -36,7 +56,10 @@ def page(lab, browser):
     """Open the first three sections of lesson 1, with a form and a quiz behind them, and run all cells."""
     lesson = nbformat.read(LESSON, as_version=4)
     end = next(i for i, cell in enumerate(lesson.cells) if cell.source.startswith(FIRST_SECTION_LEFT_OUT))
-    lesson.cells = [*lesson.cells[:end], *map(new_code_cell, (FORM, COUNT, QUIZ, END))]
+    lesson.cells = [
+        *lesson.cells[:end],
+        *map(new_code_cell, (FORM, COUNT, QUIZ, EXPLORER, CHAT, THUMBS, END)),
+    ]
     for cell in lesson.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
@@ -144,6 +167,45 @@ def test_an_exercise_is_solved_wrongly_and_then_rightly(page):
     assert "not right yet" in wrong
     right = run_cell_with(page, 'check("sft_labels"', RIGHT + CALL)
     assert "right. Well done!" in right
+
+
+def test_a_slider_changes_the_picture_and_what_it_says(page, pictures):
+    explorer = page.locator(".rlhf-explorer").last
+    explorer.scroll_into_view_if_needed()
+    before, said = page.evaluate(SOURCES), explorer.locator("[role=status]").text_content()
+    picture = explorer.locator("img").get_attribute("src")
+    explorer.locator("input[type=range]").focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function(
+        "(said) => [...document.querySelectorAll('.rlhf-explorer p')].at(-1).textContent !== said",
+        arg=said,
+        timeout=MINUTES,
+    )
+    assert explorer.locator("img").get_attribute("src") != picture
+    assert explorer.locator("[role=status]").text_content() in explorer.locator("img").get_attribute("alt")
+    assert page.evaluate(SOURCES) == before
+    assert not axe_faults(page, ".rlhf-explorer")
+    explorer.screenshot(path=pictures / "explorer.png")
+
+
+def test_two_policies_are_asked_and_rated_by_keyboard(page, pictures):
+    chat = page.locator(".rlhf-chat").last
+    chat.scroll_into_view_if_needed()
+    before = page.evaluate(SOURCES)
+    chat.locator("input").focus()
+    page.keyboard.type("add a bed")  # "a", "b" and "dd" are commands of the notebook
+    page.keyboard.press("Enter")
+    chat.locator("[role=log] >> text=<b>add a bed</b>").last.wait_for(timeout=MINUTES)
+    assert chat.locator("input").input_value() == ""
+    page.keyboard.press("Shift+Tab")  # from the message to the last thumb: down, for the second answer
+    page.keyboard.press("Enter")
+    chat.locator("text=✓ Thumb down").wait_for(timeout=MINUTES)
+    page.keyboard.press("d")
+    page.keyboard.press("d")
+    assert page.evaluate(SOURCES) == before
+    assert "thumbs: [False]" in run_cell_with(page, "thumbs:")
+    assert not axe_faults(page, ".rlhf-chat")
+    chat.screenshot(path=pictures / "chat.png")
 
 
 def test_figures_have_alt_text_in_the_page(page):

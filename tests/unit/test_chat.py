@@ -105,7 +105,7 @@ class TestBlind:
             form.send(f"message {number}")
             labels = [answer["label"] for answer in form.shown["turns"][-1]["answers"]]
             assert labels == ["Answer A", "Answer B"]
-            orders.append(form.turns[-1].order)
+            orders.append(tuple(form.order))
             form.choose("tie")
         assert 10 <= orders.count((0, 1)) <= 30
         assert [label.shown for label in form.store.labels()] == orders
@@ -115,7 +115,7 @@ class TestBlind:
         form.send("hello")
         form.choose(place_of(form, "second"))
         form.send("again")
-        prompts = {reply.prompt for reply in form.turns[-1].replies}
+        prompts = {answer["prompt"] for answer in form.shown["turns"][-1]["answers"]}
         assert prompts == {"User: hello\n\nAssistant: second 1\n\nUser: again"}
 
     def test_a_choice_is_a_pair_and_the_win_rate_follows_with_wilsons_interval(self, tmp_path):
