@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rlhf_helpers.guards import CHAT_CONTEXT
 from rlhf_helpers.world.prompts import meta
 from rlhf_helpers.world.tables import load_table
 
@@ -87,18 +86,7 @@ class Templates:
 
 
 # For instruction-tuned models at large, which need to be told what to write.
+_CHAT = load_table("constitutional_ai/chat")
 CHAT_TEMPLATES = Templates(
-    critique=(
-        CHAT_CONTEXT + "Rule: {}.\n\nDoes the answer follow the rule? Begin with Yes or No, then give the "
-        "reason in one sentence."
-    ).format,
-    revision=(
-        CHAT_CONTEXT + "A reader objected:\n{}\n\nWrite a new answer to the user that meets the objection. "
-        "Give the answer alone."
-    ).format,
-    comparison=(
-        "A user asked:\n{}\n\nAnswer A:\n{}\n\nAnswer B:\n{}\n\nRule: {.text}.\n\nWhich answer "
-        "follows the rule better? Say A or B and nothing else."
-    ).format,
-    verdicts=("Yes", "No"),
+    **{name: text.format for name, text in _CHAT["templates"].items()}, verdicts=_CHAT["verdicts"]
 )

@@ -19,16 +19,12 @@ from rlhf_helpers.core.models import RewardFn, tokenizer_for
 from rlhf_helpers.core.stats import proportion
 from rlhf_helpers.world.prompts import load_prompts
 from rlhf_helpers.world.prompts.meta import critique_text, value_text
+from rlhf_helpers.world.tables import load_table
 
 RULES = ("mean", "maximin", "borda", "majority", "nash")
 SEAM = "\nAnswer: "
-PRINCIPLE_OF = {  # asks of an answer what the value asks of a deed
-    "beneficence": "Address the need of the user",
-    "non-maleficence": "Avoid harmful content",
-    "autonomy": "Respect human autonomy and dignity",
-    "justice": "Avoid discrimination and bias",
-    "honesty": "Be truthful and do not flatter",
-}
+# Value -> the rule that asks of an answer what the value asks of a deed.
+PRINCIPLE_OF: dict[str, str] = load_table("world/meta")["principle_of"]
 
 
 class ValueModel:

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct as a chatbot, behind a guard that was measured first, and served on this computer."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -18,7 +18,7 @@ from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.stats import proportion
 from rlhf_helpers.interpretability import activations
 from rlhf_helpers.lab.studies.real_safety import WITHHELD, says_no
-from rlhf_helpers.lab.studies.record import Row, study
+from rlhf_helpers.lab.studies.record import Rows, study
 from rlhf_helpers.world.prompts import load_prompts
 
 KINDS = ("facts", "explain", "howto", "feelings", "open", "lookalike", "harmful", "privacy")
@@ -26,7 +26,7 @@ REFUSED = ("harmful", "privacy")
 
 
 @partial(study, seeds=(0,))
-def real_chatbot(seed: int, model_name: str = "smollm2", max_new_tokens: int = 48) -> Iterator[Row]:
+def real_chatbot(seed: int, model_name: str = "smollm2", max_new_tokens: int = 48) -> Rows:
     """Measure a guard, then answer with and without it, directly and from the server.
 
     The guard is a linear probe: P(safe) of a prompt, read from the hidden states of the model that answers.

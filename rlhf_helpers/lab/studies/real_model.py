@@ -8,7 +8,7 @@ import multiprocessing
 import re
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from rlhf_helpers.core.generation import rollout_logps
 from rlhf_helpers.core.models import frozen_copy, load_model
 from rlhf_helpers.dpo import DPOSettings, DPOTrainer
 from rlhf_helpers.lab.studies.lesson2.methods import best_against_worst
-from rlhf_helpers.lab.studies.record import Row, study
+from rlhf_helpers.lab.studies.record import Row, Rows, study
 from rlhf_helpers.policy_optimization import RLOOSettings, best_of_n, rloo
 from rlhf_helpers.policy_optimization.rollouts import collect, score, sequence_kl
 from rlhf_helpers.world.tables import load_table
@@ -56,7 +56,7 @@ def real_model(
     methods: Sequence[str] = METHODS,
     steps: int = 30,
     heldout: int = 40,
-) -> Iterator[Row]:
+) -> Rows:
     """Train SmolLM2-135M-Instruct on `short_and_on_topic` by each method and answer the held-out prompts.
 
     Columns: seed, method, prompt, response (one sample at temperature 1), reward, kl (nats per response,

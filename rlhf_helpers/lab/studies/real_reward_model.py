@@ -5,7 +5,6 @@
 Of the pairs only aggregates are stored, never a text. The answers that are stored are the model's own.
 """
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.lab.studies.real_preferences import shorter_answer
-from rlhf_helpers.lab.studies.record import Row, study
+from rlhf_helpers.lab.studies.record import Rows, study
 from rlhf_helpers.preference_data import read_preferences, split_by_prompt
 from rlhf_helpers.reward_model import (
     RewardModelTrainer,
@@ -41,7 +40,7 @@ def real_reward_model(
     max_length: int = 256,
     questions: int = 8,
     samples: int = 4,
-) -> Iterator[Row]:
+) -> Rows:
     """Train a reward model for one epoch, measure it on held-out pairs and rank the model's own answers.
 
     Columns: seed, part, name, value, low, high, n; of some parts also confidence, prompt and response.

@@ -4,7 +4,7 @@ What the model writes to a request that should be refused is stored only where i
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.stats import proportion
 from rlhf_helpers.guards import WORDINGS, critique_check, labeled_answers, measure_judge
-from rlhf_helpers.lab.studies.record import Row, study
+from rlhf_helpers.lab.studies.record import Rows, study
 from rlhf_helpers.world.prompts import load_prompts
 
 RULES = ("Avoid harmful content", "Speak like a pirate")  # the second one is the placebo
@@ -40,7 +40,7 @@ def real_safety(
     prompts: int | None = None,
     labeled: int = 15,
     max_new_tokens: int = 40,
-) -> Iterator[Row]:
+) -> Rows:
     """Measure a critic, then refusals before and after one revision; every answer is decoded greedily.
 
     Columns: seed, part, rule, and by part. "critic": how well P(safe), asked for in the wording `rule`, tells

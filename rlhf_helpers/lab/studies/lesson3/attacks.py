@@ -21,14 +21,14 @@ from rlhf_helpers.red_teaming import (
     measure_attacker,
     train_attacker,
 )
-from rlhf_helpers.red_teaming.hardening import SETTINGS
+from rlhf_helpers.red_teaming.hardening import BENIGN, SETTINGS
 from rlhf_helpers.red_teaming.policy import ATTACKER
 from rlhf_helpers.world.gold_judge import explain
 
 TRAINED = ("direct", "mutation", "injection", "role_play")
 NEW = "social_engineering"  # its wrappers are in none of the attacks that the model is hardened against
 CATEGORIES = ("harmful", "privacy", "biased")
-HELPED = ("facts", "howto", "explain", "open", "feelings")
+HELPED = BENIGN[:-1]  # without the look-alikes
 
 
 def attacks_by(names: Sequence[str], *args: Any, **options: Any) -> list[Any]:

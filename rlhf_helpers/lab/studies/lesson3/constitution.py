@@ -22,6 +22,7 @@ from rlhf_helpers.lab.studies.lesson2.methods import sampled
 from rlhf_helpers.lab.studies.lesson3.attacks import refused
 from rlhf_helpers.lab.studies.record import Row, Rows, study
 from rlhf_helpers.policy_optimization import RLOOSettings
+from rlhf_helpers.red_teaming.hardening import BENIGN
 from rlhf_helpers.reward_model import RewardSettings, score_pairs
 from rlhf_helpers.world.annotators import STANDARD, label_pairs
 from rlhf_helpers.world.gold_judge import gold_reward
@@ -29,7 +30,6 @@ from rlhf_helpers.world.prompts import load_prompts, meta
 
 Answers = dict[str, tuple[list[str], list[str]]]  # kind of prompt -> (prompts, responses)
 HARMFUL = ("harmful", "privacy", "groups")
-HARMLESS = ("facts", "howto", "explain", "open", "feelings", "lookalike")
 ONE_RULE = create_constitution(["Avoid harmful content"])
 WORDLESS = Templates(revision=lambda question, answer, _critique: meta.revision_text(question, answer, ""))
 BLIND = {"critique_strength": 1.0, "critic": lambda prompts, *_: torch.zeros(len(prompts))}
@@ -66,7 +66,7 @@ def revisions(seed: int, ways: Sequence[str] = tuple(WAYS), rounds: int = 4, ans
     harm.
     """
     model, tokenizer = load_model("tiny")
-    for kind, families in (("harmful", HARMFUL), ("harmless", HARMLESS)):
+    for kind, families in (("harmful", HARMFUL), ("harmless", BENIGN)):
         prompts = held_out(families, answers)
         drafts = sampled(model, tokenizer, prompts, seed=seed).responses
         for way in ways:
@@ -88,7 +88,7 @@ def revisions(seed: int, ways: Sequence[str] = tuple(WAYS), rounds: int = 4, ans
 def training_prompts(seed: int) -> list[str]:
     """Draw 60 requests to refuse (no jailbreak among them) and 60 harmless ones to train on."""
     rng = random.Random(seed)
-    return [text for kinds in (HARMFUL, HARMLESS) for text in rng.sample(texts_of(kinds, "train"), 60)]
+    return [text for kinds in (HARMFUL, BENIGN) for text in rng.sample(texts_of(kinds, "train"), 60)]
 
 
 def training_settings(seed: int) -> ConstitutionalSettings:
@@ -155,7 +155,7 @@ def constitutional_training(seed: int, answers: int = 100) -> Rows:
 
 def answers_by_kind(respond: Callable[[list[str]], list[str]], n: int) -> Answers:
     """Answer n held-out prompts of each kind that `measure` reads."""
-    kinds = {"harmful": HARMFUL, "harmless": HARMLESS, "jailbreak": ["jailbreak"], "lookalike": ["lookalike"]}
+    kinds = {"harmful": HARMFUL, "harmless": BENIGN, "jailbreak": ["jailbreak"], "lookalike": ["lookalike"]}
     asked = {kind: held_out(families, n) for kind, families in kinds.items()}
     return {kind: (texts, respond(texts)) for kind, texts in asked.items()}
 
