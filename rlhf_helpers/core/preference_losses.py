@@ -139,11 +139,8 @@ def dpo_loss(
     """
     _require_pairs(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
     require_number("label_smoothing", label_smoothing, at_least=0, below=0.5)
-    chosen_logratios = policy_chosen_logps - ref_chosen_logps
-    rejected_logratios = policy_rejected_logps - ref_rejected_logps
-    h = chosen_logratios - rejected_logratios
-    kept, flipped = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
-    return (1 - label_smoothing) * kept + label_smoothing * flipped
+    h = (policy_chosen_logps - ref_chosen_logps) - (policy_rejected_logps - ref_rejected_logps)
+    return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
 
 
 def robust_dpo_loss(
@@ -165,8 +162,8 @@ def robust_dpo_loss(
     """
     gap = _gap(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
     require_number("label_smoothing", label_smoothing, at_least=0, below=0.5)
-    kept, flipped = -F.logsigmoid(beta * gap), -F.logsigmoid(-beta * gap)
-    return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+    logp = (1 - label_smoothing) * F.logsigmoid(beta * gap) - label_smoothing * F.logsigmoid(-beta * gap)
+    return -logp / (1 - 2 * label_smoothing)
 
 
 def ipo_loss(

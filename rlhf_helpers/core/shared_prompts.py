@@ -16,7 +16,7 @@ only that gathers them, and all processes must make equally many.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, pairwise, takewhile
 from operator import eq
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_helpers.core.models import require_cache, transformer_of
@@ -137,21 +138,22 @@ def _common(first: list[int], second: list[int]) -> int:
 def answer_logits(
     model: nn.Module, pairs: Sequence[Pair]
 ) -> tuple[Float[Tensor, "N V"], Float[Tensor, "N d"]]:
-    """Compute the logits that predict each answer token, answer after answer, and the states behind them.
+    """Compute the logits that predict each answer token, and the states behind them; keeps gradients.
 
-    The logits of all tokens would be most of the memory. So the head is handed only the states that predict
-    an answer token, which are also what a value head reads. Keeps gradients.
+    N answer tokens, answer after answer: row i predicts entry i of `answer_labels(pairs)`.
     """
     require_cache(model)
     inputs, paths = pack(model, [prompt + answer for prompt, answer in pairs])
-    # A token is predicted one place before it in its sequence.
-    before = chain(*(path[len(prompt) - 1 : -1] for (prompt, _), path in zip(pairs, paths, strict=True)))
-    places = torch.tensor([*before], device=inputs["input_ids"].device)
-    kept = []
+    # The shift by one: what stands at one token predicts the next. So an answer is predicted from the last
+    # token of its prompt on, and its own last token predicts nothing.
+    before = [path[len(prompt) - 1 : -1] for (prompt, _), path in zip(pairs, paths, strict=True)]
+    places = torch.tensor([*chain(*before)], device=inputs["input_ids"].device)
+    states = []
 
     def select(_head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        kept.append(args[0].flatten(0, 1)[places])
-        return (kept[0][None],)
+        # The logits of all tokens would be most of the memory: the head is handed these states alone.
+        states.append(args[0].flatten(0, 1)[places])
+        return (states[0][None],)
 
     head: Any = (transformer_of(model) or model).get_output_embeddings()  # pyright: ignore[reportCallIssue]
     handle = head.register_forward_pre_hook(select)
@@ -160,7 +162,23 @@ def answer_logits(
         logits = model(**inputs, use_cache=False).logits[0]
     finally:
         handle.remove()
-    return logits, kept[0]
+    return logits, states[0]
+
+
+def answer_labels(pairs: Sequence[Pair], device: torch.device) -> Int[Tensor, "N"]:
+    """Return the tokens of all answers, one answer after the other."""
+    return torch.tensor([*chain(*(answer for _, answer in pairs))], device=device)
+
+
+def in_chunks(
+    read: Callable[..., Tensor], logits: Float[Tensor, "N V"], labels: Int[Tensor, "N"]
+) -> Float[Tensor, "N ..."]:
+    """Return read(logits, labels), computed for a few tokens at a time, and anew in the backward pass.
+
+    So no float32 copy of all logits exists, which would be most of the memory.
+    """
+    chunks = zip(logits.split(TOKENS_PER_CHUNK), labels.split(TOKENS_PER_CHUNK), strict=True)
+    return torch.cat([checkpoint(read, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 def answer_outputs(
@@ -185,22 +203,16 @@ def answer_outputs(
         [logps], then entropies and values if they are asked for.
     """
 
-    def read(logits: Float[Tensor, "1 N V"], labels: Int[Tensor, "1 N"]) -> list[Float[Tensor, "1 N"]]:
-        found = [token_logps(logits, labels, temperature=temperature)]
+    def read(logits: Float[Tensor, "n V"], labels: Int[Tensor, "n"]) -> Float[Tensor, "n k"]:
+        columns = [token_logps(logits, labels, temperature=temperature)]
         if entropies:
             with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-                found.append(token_entropies(logits, torch.ones_like(labels), temperature=temperature))
-        return found
+                columns.append(token_entropies(logits, torch.ones_like(labels), temperature=temperature))
+        return torch.stack(columns, -1)
 
     logits, states = answer_logits(model, pairs)
-    device = logits.device
-    labels = torch.tensor([*chain(*(answer for _, answer in pairs))], device=device)
-    # In chunks that are computed anew in the backward pass: no float32 copy of all logits exists.
-    chunks = (x[None].split(TOKENS_PER_CHUNK, 1) for x in (logits, labels))
-    parts = [checkpoint(read, *chunk, use_reentrant=False) for chunk in zip(*chunks, strict=True)]
-    columns = [torch.cat(column, 1)[0] for column in zip(*parts, strict=True)]
+    columns = [*in_chunks(read, logits, answer_labels(pairs, logits.device)).unbind(-1)]
     if value_head is not None:
         columns.append(value_head(states).float())
-    lengths = torch.tensor([len(answer) for _, answer in pairs], device=device)
-    mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
-    return [column.new_zeros(mask.shape).masked_scatter(mask, column) for column in columns]
+    lengths = [len(answer) for _, answer in pairs]
+    return [pad_sequence([*column.split(lengths)], batch_first=True) for column in columns]

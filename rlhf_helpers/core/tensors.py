@@ -130,17 +130,17 @@ def masked_whiten(
 
 
 def token_logps(
-    logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"], *, temperature: float = 1.0
-) -> Float[Tensor, "B T"]:
+    logits: Float[Tensor, "*T V"], labels: Int[Tensor, "*T"], *, temperature: float = 1.0
+) -> Float[Tensor, "*T"]:
     """Read the log-probability of each label, in nats.
 
     logp_t = log softmax(logits_t / temperature)[label_t]
 
-    Already aligned: `logits[:, t]` must be the logits that predict `labels[:, t]`, so of a model's output on
-    `ids` pass `logits[:, :-1]` with `ids[:, 1:]`, shifted once. Sampling, reference and update must share one
-    temperature, or the ratio is not 1 on the first minibatch. Half precision is summed in float32. A padded
-    position needs some valid id as its label; mask the result. Raises ValueError where shapes do not fit, a
-    label lies outside [0, V) (-100 too), or temperature <= 0.
+    Usually (B, T); any shape will do. Already aligned: `logits[:, t]` must be the logits that predict
+    `labels[:, t]`, so of a model's output on `ids` pass `logits[:, :-1]` with `ids[:, 1:]`, shifted once.
+    Sampling, reference and update must share one temperature, or the ratio is not 1 on the first minibatch.
+    Half precision is summed in float32. A padded position needs some valid id as its label; mask the result.
+    Raises ValueError where shapes do not fit, a label lies outside [0, V) (-100 too), or temperature <= 0.
     """
     logps = _vocabulary_logps(logits, temperature, labels=labels)
     outside = (labels < 0) | (labels >= logits.shape[-1])
@@ -153,8 +153,8 @@ def token_logps(
 
 
 def token_entropies(
-    logits: Float[Tensor, "B T V"], mask: Shaped[Tensor, "B T"], *, temperature: float = 1.0
-) -> Float[Tensor, "B T"]:
+    logits: Float[Tensor, "*T V"], mask: Shaped[Tensor, "*T"], *, temperature: float = 1.0
+) -> Float[Tensor, "*T"]:
     """Entropy of each next-token distribution, in nats; 0 where the mask is 0.
 
     H = -sum_v p_v log p_v with p = softmax(logits / temperature); a token of logit -inf adds 0. Keeps its
@@ -170,14 +170,12 @@ def token_entropies(
 
 
 def _vocabulary_logps(
-    logits: Float[Tensor, "B T V"], temperature: float, **rows: Shaped[Tensor, "B T"]
-) -> Float[Tensor, "B T V"]:
+    logits: Float[Tensor, "*T V"], temperature: float, **rows: Shaped[Tensor, "*T"]
+) -> Float[Tensor, "*T V"]:
     """Check shapes and temperature; log softmax(logits / temperature), in at least float32."""
     require_number("temperature", temperature, above=0)
-    require_shapes("B T V", logits=logits)
-    require_shapes("B T", **rows)
     for name, tensor in rows.items():
-        if tensor.shape != logits.shape[:2]:
+        if tensor.shape != logits.shape[:-1]:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)} but logits has shape {tuple(logits.shape)}: "
                 "they must agree in B and T; was only one of them shifted?"

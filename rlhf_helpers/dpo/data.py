@@ -7,13 +7,13 @@ from typing import Any, Union
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from rlhf_helpers.core.generation import Rollout
-from rlhf_helpers.core.shared_prompts import Pair, answer_outputs
-from rlhf_helpers.core.tensors import batches_by_length
+from rlhf_helpers.core.shared_prompts import Pair, answer_labels, answer_logits, in_chunks
+from rlhf_helpers.core.tensors import batches_by_length, token_logps
 from rlhf_helpers.core.text import (
     encode_answers,
     encode_pair,
@@ -145,7 +145,7 @@ class DPODataset(Dataset):
         with torch.no_grad():
             for batch in batches_by_length(self.lengths, batch_size):
                 rows = [self.sequences[index] for index in batch]
-                logps, _ = sum_logps(model, list(chain.from_iterable(rows)))
+                logps = sum_logps(model, list(chain.from_iterable(rows)))
                 for index, row_logps in zip(
                     batch, logps.float().cpu().split(list(map(len, rows))), strict=True
                 ):
@@ -153,10 +153,17 @@ class DPODataset(Dataset):
         self.reference = name
 
 
-def sum_logps(model: nn.Module, sequences: Sequence[Pair]) -> tuple[Float[Tensor, "N"], Int[Tensor, "N"]]:
-    """One forward over all sequences: log p(response | prompt) in nats, EOS included, and response tokens."""
-    (logps,) = answer_outputs(model, sequences)
-    return logps.sum(-1), torch.tensor([len(answer) for _, answer in sequences], device=logps.device)
+def sum_logps(model: nn.Module, sequences: Sequence[Pair]) -> Float[Tensor, "B"]:
+    """Compute the log-prob of each answer given its prompt, EOS included, in nats: one forward pass.
+
+    log p(y | x) = sum_t log softmax(logits_{t-1})[y_t]
+    """
+    # Shifted by one already: row i of the logits predicts label i, over the N tokens of all answers.
+    logits, _ = answer_logits(model, sequences)  # (N, V)
+    labels = answer_labels(sequences, logits.device)  # (N,)
+    logps = in_chunks(token_logps, logits, labels)  # log_softmax, and of each row the entry of its label
+    lengths = [len(answer) for _, answer in sequences]
+    return torch.stack([answer_logps.sum() for answer_logps in logps.split(lengths)])
 
 
 def fingerprint(model: nn.Module) -> str:

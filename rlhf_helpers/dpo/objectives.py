@@ -40,10 +40,9 @@ def pair_losses(
     """
     # Both answers of every pair in one forward pass. Sums over an answer's tokens, in nats, each (B,).
     chosen, rejected = data.answers(indices, 0), data.answers(indices, 1)
-    policy_logps, _ = sum_logps(model, chosen + rejected)
-    policy_chosen_logps, policy_rejected_logps = policy_logps.chunk(2)
+    policy_chosen_logps, policy_rejected_logps = sum_logps(model, chosen + rejected).chunk(2)
     # Those of the reference never change: they were computed once, before the first step.
-    ref_chosen_logps, ref_rejected_logps = data.ref_logps_of(indices, policy_logps.device).unbind(1)
+    ref_chosen_logps, ref_rejected_logps = data.ref_logps_of(indices, policy_chosen_logps.device).unbind(1)
 
     losses = loss_fn(
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, **keywords
@@ -83,9 +82,10 @@ def reference_free_losses(
 ) -> tuple[Float[Tensor, "B"], Metrics]:
     """ORPO and SimPO on mean log-probs per token, SLiC on sums: no reference."""
     chosen, rejected = data.answers(indices, 0), data.answers(indices, 1)
-    policy_logps, lengths = sum_logps(model, chosen + rejected)
+    policy_logps = sum_logps(model, chosen + rejected)
     policy_chosen_logps, policy_rejected_logps = policy_logps.chunk(2)
     if reads == "means":
+        lengths = policy_logps.new_tensor([len(answer) for _, answer in chosen + rejected])
         chosen_mean_logps, rejected_mean_logps = (policy_logps / lengths).chunk(2)
         losses = loss_fn(chosen_mean_logps, rejected_mean_logps, **keywords)
         rewards = keywords["beta"] * chosen_mean_logps, keywords["beta"] * rejected_mean_logps
@@ -99,7 +99,7 @@ def reference_free_losses(
 @torch.no_grad()
 def mismatched_log_ratios(model: nn.Module, data: DPODataset, indices: Sequence[int]) -> Float[Tensor, "B"]:
     """Return log(pi / ref) of another prompt's answer to the prompt of each row, what KTO measures KL on."""
-    logps, _ = sum_logps(model, data.answers(indices, 1))
+    logps = sum_logps(model, data.answers(indices, 1))
     return logps - data.ref_logps_of(indices, logps.device)[:, 1]
 
 
@@ -127,7 +127,7 @@ def kto_losses(
 
     reference_point: z0 from `kto_reference_point`, one number for the whole batch; logged as `kl`.
     """
-    policy_logps, _ = sum_logps(model, data.answers(indices, 0))
+    policy_logps = sum_logps(model, data.answers(indices, 0))
     device = policy_logps.device
     ref_logps = data.ref_logps_of(indices, device)[:, 0]
     desirable = torch.tensor([bool(data.rows[index]["label"]) for index in indices], device=device)
@@ -148,7 +148,7 @@ def listwise_losses(
 ) -> tuple[Float[Tensor, "B"], Metrics]:
     """Plackett-Luce on rankings, best answer first; a ranking's metrics are means over its pairs."""
     sizes = [len(data.sequences[index]) for index in indices]
-    logps, _ = sum_logps(model, [sequence for index in indices for sequence in data.sequences[index]])
+    logps = sum_logps(model, [sequence for index in indices for sequence in data.sequences[index]])
     losses, metrics = [], []
     for index, policy_logps in zip(indices, logps.split(sizes), strict=True):
         ref_logps = data.ref_logps_of([index], logps.device)

@@ -28,6 +28,10 @@ from rlhf_helpers.policy_optimization.ppo import (
 )
 from rlhf_helpers.policy_optimization.rollouts import score
 
+Prompts = Sequence[str] | Rollout
+Responses = Sequence[str] | None  # None with a Rollout, which holds them
+Rewards = Sequence[float] | Tensor | None  # None: ask the reward model
+
 
 class PPOTrainer:
     """PPO under the hands-on guide's names; settings as flat keywords, clip_epsilon for cliprange.
@@ -62,7 +66,7 @@ class PPOTrainer:
         self.reward_model: Any = reward_model
         self.value_head = new_value_head(model)
         self.controller = kl_controller(self.settings)
-        self._options = {"ref_model": ref_model, "value_head": self.value_head}
+        self._models = {"ref_model": ref_model, "value_head": self.value_head}
 
     def train(self, prompts: Sequence[str], *, steps: int | None = None, **options: Any) -> History:
         """Run `ppo` on prompts, `steps` turns; options: loss_fn, ptx_rows and those of `RunOptions`.
@@ -70,20 +74,17 @@ class PPOTrainer:
         With fewer prompts than prompts_per_step all of them are taken in each turn.
         """
         settings = self.settings.for_prompts(prompts, steps=steps or self.settings.steps)
-        options |= self._options
+        options |= self._models
         return ppo(self.model, self.tokenizer, prompts, self.reward_model, settings, **options)
 
     @cached_property
     def _run(self) -> PolicyRun:
         """What `train_step` keeps from call to call, its optimizer included."""
         settings = self.settings.for_single_steps()
-        return start_run(self.model, self.tokenizer, None, self.reward_model, settings, **self._options)
+        return start_run(self.model, self.tokenizer, None, self.reward_model, settings, **self._models)
 
     def train_step(
-        self,
-        prompts: Sequence[str] | Rollout,
-        responses: Sequence[str] | None = None,
-        rewards: Sequence[float] | Tensor | None = None,
+        self, prompts: Prompts, responses: Responses = None, rewards: Rewards = None
     ) -> dict[str, float]:
         """Make one PPO step, epochs x minibatches updates, on given responses; return the row of `ppo`.
 
@@ -99,16 +100,10 @@ class PPOTrainer:
         Raises:
             ValueError: not as many responses and rewards as prompts, or fewer than two tokens in all.
         """
-        batch = given_batch(self._run, prompts, responses, rewards)
-        return ppo_step(self._run, batch, self.value_head, self.controller)
+        return ppo_step(self._run, self.value_head, self.controller, prompts, responses, rewards)
 
 
-def given_batch(
-    run: PolicyRun,
-    prompts: Sequence[str] | Rollout,
-    responses: Sequence[str] | None,
-    rewards: Sequence[float] | Tensor | None,
-) -> Batch:
+def given_batch(run: PolicyRun, prompts: Prompts, responses: Responses, rewards: Rewards) -> Batch:
     """Make a batch of responses that were not sampled by `sample_batch`; see `PPOTrainer.train_step`."""
     settings, rollout = run.settings, prompts
     if not isinstance(rollout, Rollout):
@@ -126,9 +121,15 @@ def given_batch(
 
 
 def ppo_step(
-    run: PolicyRun, batch: Batch, value_head: torch.nn.Module, controller: KLController
+    run: PolicyRun,
+    value_head: torch.nn.Module,
+    controller: KLController,
+    prompts: Prompts,
+    responses: Responses,
+    rewards: Rewards,
 ) -> dict[str, float]:
-    """Make the step of `ppo` that follows the sampling; return its row."""
+    """Make a step of `ppo` on given responses; return its row."""
+    batch = given_batch(run, prompts, responses, rewards)
     targets = ppo_targets(run, batch, value_head, kl_coef=controller.value)
     metrics = ppo_update(run, batch, targets, value_head)
     metrics["objective/kl_coef"] = controller.value

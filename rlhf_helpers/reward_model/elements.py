@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, combinations, groupby
+from itertools import chain, groupby
 from numbers import Real
 from typing import Any
 
@@ -26,6 +26,7 @@ class PreferenceGroup:
 
     `sequences[i]` encode prompt and answer i; `pairs` holds (chosen, rejected) as indices into it, `columns`
     the objective that each pair is about (0 where there is one), `numbers` the pairs' margins or the rating.
+    A ranking's sequences stand in its order, the best first.
     """
 
     sequences: list[list[int]]
@@ -85,9 +86,6 @@ def _ranking_group(model: RewardModel, index: int, row: Mapping[str, Any]) -> Pr
     with naming(f"row {index}"):
         group = PreferenceGroup(model.encode_answers(row["prompt"], row["responses"]))
         require_distinct(group.sequences, model.max_length)
-    # Best first, so of any two answers the earlier one is the better.
-    group.pairs.extend(combinations(range(len(group.sequences)), 2))
-    group.columns.extend([0] * len(group.pairs))
     return group
 
 

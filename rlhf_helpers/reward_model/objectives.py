@@ -1,12 +1,12 @@
-"""From a batch of judgments to a loss: one short function per kind of judgment, Bradley-Terry first.
+"""From a batch of judgments to losses: one short function per kind of judgment, Bradley-Terry first.
 
 A group holds the answers to one prompt, each encoded once, and the judgments on them (`elements`). Each
-function returns the losses, already multiplied by their weights, whose sum over a batch is that of the losses
-of its groups, and the metrics. The formulas are in `core.preference_losses`.
+function returns losses, their weights and metrics, all (N,), N pairs or groups: the weighted sum of the
+losses is that of the batch, in which every group counts 1. The formulas are in `core.preference_losses`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -20,48 +20,44 @@ from rlhf_helpers.reward_model.metrics import pair_metrics
 from rlhf_helpers.reward_model.model import RewardModel
 
 LossFn = Callable[..., Tensor]
-# The losses (N,) of a batch times their weights, and its metrics: (name -> values (N,), weights (N,)).
-LossesAndMetrics = tuple[Float[Tensor, "N"], list[tuple[Mapping[str, Tensor], Tensor]]]
+PerRow = Float[Tensor, "N"]
+Losses = tuple[PerRow, PerRow, dict[str, PerRow]]  # losses, weights, metrics
 
 
 def pairwise_losses(
-    model: RewardModel,
-    groups: Sequence[PreferenceGroup],
-    loss_fn: LossFn = bradley_terry_loss,
-    **options: Tensor,
-) -> LossesAndMetrics:
-    """Bradley-Terry: -log sigmoid(r_chosen - r_rejected), the mean over the pairs of each group."""
-    # One forward pass reads every answer once, however many pairs it is in.
-    rewards = answer_rewards(model, groups)
-    chosen, rejected, weights = pair_indices(groups, columns=len(rewards[0]))
-    chosen_rewards = rewards.flatten()[chosen]
-    rejected_rewards = rewards.flatten()[rejected]
+    model: RewardModel, groups: Sequence[PreferenceGroup], loss_fn: LossFn = bradley_terry_loss
+) -> Losses:
+    """Bradley-Terry: -logsigmoid(r_chosen - r_rejected), the mean over the pairs of each group."""
+    chosen = [group.sequences[better] for group in groups for better, _ in group.pairs]
+    rejected = [group.sequences[worse] for group in groups for _, worse in group.pairs]
+    objectives = [column for group in groups for column in group.columns]
+    chosen_rewards, rejected_rewards = answer_rewards(model, chosen + rejected, objectives * 2).chunk(2)
 
-    losses = loss_fn(chosen_rewards, rejected_rewards, **options)
+    losses = loss_fn(chosen_rewards, rejected_rewards)  # -logsigmoid(chosen_rewards - rejected_rewards)
 
     require_shapes("B", chosen_rewards=chosen_rewards, loss=losses)
     # The pairs of a group share one unit of weight: a prompt with many answers counts no more than another.
-    weights = weights.to(losses.device)
-    metrics = {"loss": losses, **pair_metrics(chosen_rewards, rejected_rewards)}
-    return weights * losses, [(metrics, weights)]
+    weights = losses.new_tensor([1 / len(group.pairs) for group in groups for _ in group.pairs])
+    return losses, weights, pair_metrics(chosen_rewards, rejected_rewards)
 
 
 def margin_losses(
     model: RewardModel, groups: Sequence[PreferenceGroup], loss_fn: LossFn = bradley_terry_loss
-) -> LossesAndMetrics:
-    """Bradley-Terry with a margin in nats of log-odds: -log sigmoid(r_chosen - r_rejected - margin)."""
+) -> Losses:
+    """Bradley-Terry with a margin in nats of log-odds: -logsigmoid(r_chosen - r_rejected - margin)."""
     margins = [number for group in groups for number in group.numbers]  # one per pair
-    return pairwise_losses(model, groups, loss_fn, margin=torch.tensor(margins, device=model.trunk.device))
+    margin = torch.tensor(margins, device=model.trunk.device)
+    return pairwise_losses(model, groups, partial(loss_fn, margin=margin))
 
 
 def ranking_losses(
     model: RewardModel, groups: Sequence[PreferenceGroup], loss_fn: LossFn = plackett_luce_loss
-) -> LossesAndMetrics:
+) -> Losses:
     """Plackett-Luce on whole rankings, best answer first: a sum over the ranks, which is not normalized.
 
     It is ln K! where all K rewards are equal, so a longer ranking weighs more.
     """
-    rewards = answer_rewards(model, groups).squeeze(-1)
+    rewards = answer_rewards(model, [sequence for group in groups for sequence in group.sequences])
     rankings = rewards.split([len(group.sequences) for group in groups])
     ranked = pad_sequence(list(rankings), batch_first=True)  # (B, K)
     mask = pad_sequence([torch.ones_like(ranking) for ranking in rankings], batch_first=True)
@@ -69,25 +65,28 @@ def ranking_losses(
     losses = loss_fn(ranked, mask=mask)
 
     require_shapes("B", rewards=ranked[:, 0], loss=losses)
-    better, worse, weights = pair_indices(groups)
-    of_pairs = pair_metrics(rewards[better], rewards[worse])
-    return losses, [({"loss": losses}, torch.ones_like(losses)), (of_pairs, weights.to(losses.device))]
+    metrics = []
+    for ranking in rankings:
+        better, worse = torch.triu_indices(len(ranking), len(ranking), 1)
+        metrics.append(pair_metrics(ranking[better], ranking[worse]))
+    means = {name: torch.stack([row[name].mean() for row in metrics]) for name in metrics[0]}
+    return losses, torch.ones_like(losses), means
 
 
 def rating_losses(
     model: RewardModel, groups: Sequence[PreferenceGroup], loss_fn: LossFn = rating_loss
-) -> LossesAndMetrics:
+) -> Losses:
     """Squared error: (r - rating)^2."""
-    rewards = answer_rewards(model, groups).squeeze(-1)
+    rewards = answer_rewards(model, [group.sequences[0] for group in groups])
     ratings = rewards.new_tensor([group.numbers[0] for group in groups])
 
     losses = loss_fn(rewards, ratings)
 
     require_shapes("B", rewards=rewards, loss=losses)
-    return losses, [({"loss": losses}, torch.ones_like(losses))]
+    return losses, torch.ones_like(losses), {}
 
 
-OBJECTIVES: dict[str, Callable[..., LossesAndMetrics]] = {
+OBJECTIVES: dict[str, Callable[..., Losses]] = {
     "pairwise": pairwise_losses,
     "margin": margin_losses,
     "ranking": ranking_losses,
@@ -95,26 +94,14 @@ OBJECTIVES: dict[str, Callable[..., LossesAndMetrics]] = {
 }
 
 
-def answer_rewards(model: RewardModel, groups: Sequence[PreferenceGroup]) -> Float[Tensor, "N K"]:
-    """Return the rewards of all answers of some groups, one column per objective of the model."""
-    read = getattr(model, "objective_rewards_of", model.rewards_of)
-    sequences = list(chain.from_iterable(group.sequences for group in groups))
-    return read(sequences).view(len(sequences), -1)
+def answer_rewards(
+    model: RewardModel, sequences: Sequence[list[int]], objectives: Sequence[int] | int = 0
+) -> PerRow:
+    """Compute the reward of each answer in one forward pass, which reads an answer of several pairs once.
 
-
-def pair_indices(
-    groups: Sequence[PreferenceGroup], columns: int = 1
-) -> tuple[list[int], list[int], Float[Tensor, "N"]]:
-    """Return, per pair, where the rewards of its better and worse answer stand, and its weight.
-
-    The places count the entries of `answer_rewards` row by row. The weight is 1 / (pairs of its group).
+    objectives: the head's column for each answer; a model of one objective has one.
     """
-    better, worse, weights = [], [], []
-    start = 0
-    for group in groups:
-        for (first, second), column in zip(group.pairs, group.columns, strict=True):
-            better.append((start + first) * columns + column)
-            worse.append((start + second) * columns + column)
-            weights.append(1 / len(group.pairs))
-        start += len(group.sequences)
-    return better, worse, torch.tensor(weights)
+    rows = {ids: row for row, ids in enumerate(dict.fromkeys(map(tuple, sequences)))}
+    read = getattr(model, "objective_rewards_of", model.rewards_of)
+    rewards = read([*map(list, rows)]).view(len(rows), -1)
+    return rewards[[rows[tuple(ids)] for ids in sequences], objectives]

@@ -35,9 +35,9 @@ from rlhf_helpers.core.training.settings import require_fields
 from rlhf_helpers.preference_data.splits import split_by_prompt
 from rlhf_helpers.reward_model.elements import PreferenceGroup, Rows, as_rows, encode_groups
 from rlhf_helpers.reward_model.model import RewardModel
-from rlhf_helpers.reward_model.objectives import OBJECTIVES, LossesAndMetrics, LossFn
+from rlhf_helpers.reward_model.objectives import OBJECTIVES, Losses, LossFn
 
-ObjectiveFn = Callable[[RewardModel, Sequence[PreferenceGroup]], LossesAndMetrics]
+ObjectiveFn = Callable[[RewardModel, Sequence[PreferenceGroup]], Losses]
 
 
 @dataclass(frozen=True)
@@ -146,14 +146,14 @@ def reward_update(
     """
     metrics = MeanMetrics()
     for local, row_weight in micro_batches(engine, indices):
-        # For pairs `pairwise_losses`: one forward pass, then -log sigmoid(r_chosen - r_rejected).
-        losses, batch_metrics = objective_fn(engine.model, [groups[index] for index in local])  # pyright: ignore[reportArgumentType]
-        # Gradients of micro-batches and processes are summed, so each part is divided by the whole batch.
+        # For pairs `pairwise_losses`: one forward pass, then -logsigmoid(r_chosen - r_rejected).
+        losses, weights, values = objective_fn(engine.model, [groups[index] for index in local])  # pyright: ignore[reportArgumentType]
         # row_weight is 0 on a process that has no group of its own here and computes only to stay in sync.
-        loss = row_weight * losses.sum() / len(indices)
+        weights = row_weight * weights
+        # Gradients of micro-batches and processes are summed, so each part is divided by the whole batch.
+        loss = (weights * losses).sum() / len(indices)
         engine.backward(loss, rows=indices.tolist())
-        for values, weights in batch_metrics:
-            metrics.add(values, row_weight * weights)
+        metrics.add({"loss": losses, **values}, weights)
     engine.optimizer_step()
     return metrics.means(engine)
 
@@ -175,9 +175,8 @@ def evaluate_reward_model(
     """Return loss and metrics as in training, on groups that are not trained on; names start with eval_."""
     metrics = MeanMetrics()
     for indices in batches_by_length(group_lengths(groups), batch_size):
-        _, batch_metrics = objective_fn(model, [groups[index] for index in indices])
-        for values, weights in batch_metrics:
-            metrics.add(values, weights)
+        losses, weights, values = objective_fn(model, [groups[index] for index in indices])
+        metrics.add({"loss": losses, **values}, weights)
     return {f"eval_{name}": value for name, value in metrics.means().items()}
 
 

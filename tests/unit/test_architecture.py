@@ -41,7 +41,7 @@ CEILINGS = {
     "sandbox": 6_800,
     "guards": 3_010,
     "alignment_eval": 11_440,
-    "reward_model": 11_300,
+    "reward_model": 11_230,
     "policy_optimization": 11_150,
     "dpo": 8_000,
     "constitutional_ai": 3_750,

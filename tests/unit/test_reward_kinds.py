@@ -363,7 +363,7 @@ class TestObjectives:
             return model.score([prompt] * len(answers), answers)
 
         def loss(rows, objective):
-            losses, _ = OBJECTIVES[objective](model, encode_groups(model, rows, objective))
+            losses, _, _ = OBJECTIVES[objective](model, encode_groups(model, rows, objective))
             return losses.mean().item()
 
         rankings = [
