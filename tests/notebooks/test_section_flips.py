@@ -101,7 +101,7 @@ FLIPS = {
         "noise": "rlhf_helpers.policy_optimization:policy_logps",
         "value-loss": "rlhf_helpers.core.policy_losses:clip_fraction",
         "trpo": "rlhf_helpers.policy_optimization:conjugate_gradient",
-        "shared-prompts": "rlhf_helpers.policy_optimization:policy_logps",
+        "shared-prompts": "rlhf_helpers.core.shared_prompts:answer_outputs",
         "more-kl": "rlhf_helpers.core.policy_losses:kl_estimate",
         "exploration": f"here {INTERVAL}",
         "reward-design": f"here {INTERVAL}",
