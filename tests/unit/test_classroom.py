@@ -33,9 +33,9 @@ CALL = '\n\nbradley_terry = check("bradley_terry", my_bradley_terry)'
 
 
 def text_of(notebook):
-    return "\n".join(cell.source for cell in notebook.cells) + json.dumps(
-        [cell.get("outputs", []) for cell in notebook.cells]
-    )
+    """Sources as they read, and all else that the file holds: outputs, metadata, attachments."""
+    rest = [{key: part for key, part in cell.items() if key != "source"} for cell in notebook.cells]
+    return "\n".join([*(cell.source for cell in notebook.cells), json.dumps([rest, notebook.metadata])])
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.name)
@@ -46,7 +46,8 @@ class TestStudentEdition:
         text = text_of(student_edition(lesson))
         assert solutions
         assert not [code for code in solutions if code.strip() in text]
-        assert set(re.findall("<summary>(.*?)</summary>", text)) <= {"Hint 1", "Hint 2", "Hint 3"}
+        assert set(re.findall("<summary.*?>(.*?)</summary>", text)) <= {"Hint 1", "Hint 2", "Hint 3"}
+        assert text.count("<details") == text.count("<summary>Hint")
         assert not [name for name, item in questions().items() if item["explanation"] in text]
 
     def test_each_exercise_has_one_graded_cell_that_cannot_be_edited(self, path):
@@ -64,6 +65,20 @@ class TestStudentEdition:
         before = nbformat.writes(lesson)
         student_edition(lesson)
         assert nbformat.writes(lesson) == before
+
+
+def test_the_minutes_of_the_plans_are_those_of_the_lessons():
+    text = (ROOT / ".github" / "TEACHING.md").read_text(encoding="utf8")
+    plan = re.findall(r"lesson (\d), sections? (\d+)(?: to (\d+))? \((\d+) min\)", text)
+    assert len(plan) >= 16
+    minutes_of = {}
+    for lesson, path in enumerate(LESSONS, 1):
+        for cell in nbformat.read(path, as_version=4).cells:
+            if section := re.match(r"## (\d+)\. .*?(\d+) minutes", cell.source, re.S):
+                minutes_of[lesson, int(section[1])] = int(section[2])
+    for lesson, first, last, minutes in plan:
+        sections = range(int(first), int(last or first) + 1)
+        assert sum(minutes_of[int(lesson), number] for number in sections) == int(minutes), lesson
 
 
 def test_nothing_is_overwritten(tmp_path):
@@ -183,6 +198,12 @@ def test_a_notebook_that_never_checks_an_exercise_lacks_it():
         program_of(["def my_bradley_terry(): ...", "print('check')"], "bradley_terry")
 
 
+def test_a_notebook_cannot_keep_the_grader_busy():
+    many = "\n".join(f"def f{i}(): return f{i + 1}" for i in range(4_000))
+    with pytest.raises(ValueError, match="too many"):
+        program_of([many, "def my_fn(): return f0()\n\ncheck('k3', my_fn)"], "k3")
+
+
 SUBMISSIONS = {
     "right": RIGHT,
     "sign": "def my_bradley_terry(chosen, rejected):\n    return F.logsigmoid(chosen - rejected)",
@@ -215,7 +236,7 @@ EXPECTED = {
     "forks": ("wrong", ""),
     "patches": ("wrong", "stopped"),
     "forges": ("wrong", "forged"),
-    "syntax": ("wrong", "not Python"),
+    "syntax": ("wrong", "the code cannot be read"),
     "exits": ("wrong", ""),
 }
 

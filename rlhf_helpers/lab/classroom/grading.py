@@ -165,7 +165,7 @@ def _read(learner: str, lesson: int, path: Path, due: datetime | None) -> Iterat
             missing = Verdict("missing", "the notebook does not call check for this exercise.")
             yield Handed(learner, lesson, name, late, verdict=missing)
         except BROKEN as error:
-            broken = Verdict("wrong", f"the cell is not Python: {error}"[:300])
+            broken = Verdict("wrong", f"the code cannot be read: {error}"[:300])
             yield Handed(learner, lesson, name, late, verdict=broken)
         else:
             yield Handed(learner, lesson, name, late, program)
@@ -212,6 +212,7 @@ def program_of(sources: Sequence[str], name: str) -> str:
     Raises:
         LookupError: No cell calls check for this exercise.
         SyntaxError: The cell that does is not Python.
+        ValueError: There are too many statements.
     """
     above: list[Part] = []
     for source in sources:
@@ -221,6 +222,8 @@ def program_of(sources: Sequence[str], name: str) -> str:
                 if call := next((node for node in ast.walk(statement) if _is_check(node, name)), None):
                     submitted = f"submitted = {ast.unparse(call.args[1])}"
                     parts = [*above, *own, *split_cell(submitted, "submitted")]
+                    if len(parts) > 3_000:  # lessons have up to 350; the time grows with the square
+                        raise ValueError("too many statements")
                     needed = [part.source for part in missing_parts(parts, "submitted", {})]
                     return "\n".join([*needed, _TRY, submitted, ""])
                 own.append(read_part(ast.unparse(statement), [statement], "own"))
