@@ -348,7 +348,7 @@ class TestGrading:
 
 def test_what_learners_wrote_cannot_become_a_part_of_the_report():
     hostile = "<img src=x onerror=alert(1)>"
-    rows = [(hostile, 1, "k3", "wrong", 0, f"your function raised {hostile}", True)]
+    rows = [(hostile, 1, "bradley_terry", "wrong", 0, f"your function raised {hostile}", True)]
     columns = ["learner", "lesson", "exercise", "state", "points", "message", "late"]
     page = class_report(pd.DataFrame(rows, columns=columns))
     assert "<img" not in page
@@ -357,7 +357,7 @@ def test_what_learners_wrote_cannot_become_a_part_of_the_report():
 
 def test_equal_mistakes_count_as_one_whatever_values_they_have():
     rows = [
-        (learner, 1, "k3", "wrong", 0, f"not right yet: {message}", False)
+        (learner, 1, "bradley_terry", "wrong", 0, f"not right yet: {message}", False)
         for learner, message in {
             "ada": "with x = [1\n2] (shape (2,)) expected 3, got 4.",
             "bob": "with x = [1\n2] (shape (2,)) expected 3, got 5.",
@@ -366,12 +366,12 @@ def test_equal_mistakes_count_as_one_whatever_values_they_have():
     ]
     columns = ["learner", "lesson", "exercise", "state", "points", "message", "late"]
     page = class_report(pd.DataFrame(rows, columns=columns))
-    assert re.search("k3: a wrong result that fits no known mistake<.*2 of 3<", page)
-    assert "k3: your function raised ValueError: no</th>" in page
+    assert re.search("bradley_terry: a wrong result that fits no known mistake<.*2 of 3<", page)
+    assert "bradley_terry: your function raised ValueError: no</th>" in page
 
 
 def test_a_class_without_a_mistake_or_a_quiz_has_a_report():
-    rows = [("ada", 1, "k3", "solved", 1, "right. Well done!", False)]
+    rows = [("ada", 1, "bradley_terry", "solved", 1, "right. Well done!", False)]
     columns = ["learner", "lesson", "exercise", "state", "points", "message", "late"]
     page = class_report(pd.DataFrame(rows, columns=columns))
     assert page.count("<p>None.</p>") == 2
@@ -381,12 +381,12 @@ def test_a_class_without_a_mistake_or_a_quiz_has_a_report():
 @pytest.mark.slow
 def test_the_command_writes_the_table_and_the_report(tmp_path, capsys):
     (tmp_path / "class" / "ada").mkdir(parents=True)
-    notebook = new_notebook(cells=[new_code_cell("def my_k3(*args):\n    return 1\n\ncheck('k3', my_k3)")])
-    nbformat.write(notebook, tmp_path / "class" / "ada" / "02_policy_optimization.ipynb")
+    cell = new_code_cell("def my_bradley_terry(*args):\n    return 1" + CALL)
+    nbformat.write(new_notebook(cells=[cell]), tmp_path / "class" / "ada" / LESSONS[0].name)
     out, report = tmp_path / "grades.csv", tmp_path / "class.html"
     assert main(["grade", str(tmp_path / "class"), "--out", str(out), "--report", str(report)]) == 0
     assert "ada" in capsys.readouterr().out
-    assert pd.read_csv(out).set_index("exercise").state["k3"] == "wrong"
+    assert pd.read_csv(out).set_index("exercise").state["bradley_terry"] == "wrong"
     assert "<h1>Class report</h1>" in report.read_text(encoding="utf8")
 
 
