@@ -6,10 +6,10 @@ people merely contradict each other, kept and counted.
 
 The way of one record through the files of this folder, here line 7 of a file given to `read_preferences`:
 
-    pairs.jsonl, line 7             {"prompt": [{"role": "user", "content": "2 + 2?"}], "chosen": [...], ...}
-    reading      read_records       ("pairs.jsonl:7", {...}): the record with its place
-    formats      detect_format      the format of most records, here "TRL conversational", is used for all
-    formats      Format.examples    [{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}], or an error with
+    hh.jsonl, line 7                {"chosen": "\\n\\nHuman: 2 + 2?\\n\\nAssistant: 4", "rejected": ...}
+    reading      read_records       ("hh.jsonl:7", {...}): the record with its place
+    formats      detect_format      TRANSCRIPTS; the format of most records is used for all
+    formats      parse_transcripts  [{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}], or an error with
                                     the problems and their fixes; an OASST tree gives several
     conversions  CONVERSIONS        only for examples of another unit (rankings, where pairs are read)
     tidying      clean_rows         the example is kept, or dropped and counted under its reason
@@ -30,14 +30,14 @@ from rlhf_helpers.preference_data.collection import (
 )
 from rlhf_helpers.preference_data.conversions import CONVERSIONS, rankings_to_pairs
 from rlhf_helpers.preference_data.creation import PreferenceDataset, create_preference_data
-from rlhf_helpers.preference_data.formats import Row, detect_format
+from rlhf_helpers.preference_data.formats import Format, Row, detect_format
 from rlhf_helpers.preference_data.quality import (
     annotator_reliability,
     flattery_bias,
     length_bias,
     position_bias,
 )
-from rlhf_helpers.preference_data.reading import Source, read_records
+from rlhf_helpers.preference_data.reading import Record, Source, read_records
 from rlhf_helpers.preference_data.report import LoadReport, PreferenceDataError
 from rlhf_helpers.preference_data.selection import ai_labels, select_pairs
 from rlhf_helpers.preference_data.splits import (
@@ -130,41 +130,51 @@ def read_prompts(source: Source, *, split: str | None = None, limit: int | None 
 
 
 def _read(source: Source, split: str | None, limit: int | None, unit: str) -> Reading:
-    """Read, parse in the format that is found in most records, convert to `unit` and clean."""
+    """Read a source into rows of one unit: file -> records -> format -> examples -> rows."""
     name, records, faults = read_records(source, split=split, limit=limit)
-    # One format for all records: the one that most of them have.
+    form = _choose_format(name, records, unit, faults)
+    # Examples by the parser of the format: of HH transcripts, `formats.parse_transcripts`.
+    examples, unshared, noted = _parse(form, records, faults)
+    # Every fault of every record is listed: a person repairs a file once.
+    if faults:
+        raise PreferenceDataError(name, faults)
+    if form.unit != unit:
+        noted[form.unit] = len(examples) + unshared
+        examples = CONVERSIONS[unit][form.unit](examples, noted)
+    rows, dropped, noticed = clean_rows(examples, unit)
+    if unshared:
+        dropped["unshared"] = unshared
+    counts = len(records), len(examples) + unshared, len(rows), dropped, {**noted, **noticed}
+    report = LoadReport(name, form.name, unit, *counts)
+    return to_dataset(report, rows), report
+
+
+def _choose_format(name: str, records: list[Record], unit: str, faults: list[str]) -> Format | None:
+    """Return one format for all records, that of most of them; a fault is added if `unit` cannot use it."""
     formats = Counter(form for form in (detect_format(value, unit) for _, value in records) if form)
     form = formats.most_common(1)[0][0] if formats else None
-    conversions = CONVERSIONS.get(unit, {})
+    usable = (unit, *CONVERSIONS.get(unit, {}))
     if form is None and records:
         place, value = records[0]
         columns = sorted(value) if isinstance(value, dict) else type(value).__name__
         fix = f"give {', '.join(COLUMNS[unit])}, or another format that {READERS[unit]} names"
         faults.append(f"{place}: unknown format, the record has {columns}; {fix}")
-    elif form and form.unit not in (unit, *conversions):
-        wanted = " or ".join((unit, *conversions))
+    elif form and form.unit not in usable:
         fix = f"read it with {READERS[form.unit]}"
-        faults.append(f"{name}: holds {form.unit} ('{form.name}'), not {wanted}; {fix}")
-    # Every fault of every record is collected: a person repairs a file once.
-    rows: list[Row] = []
-    unshared = 0  # pairs without a turn that both sides answer
-    noted = Counter()
+        faults.append(f"{name}: holds {form.unit} ('{form.name}'), not {' or '.join(usable)}; {fix}")
+    return form
+
+
+def _parse(form: Format | None, records: list[Record], faults: list[str]) -> tuple[list[Row], int, Counter]:
+    """Return the examples of all records, the number of pairs that share no turn to answer, and counts."""
+    examples: list[Row] = []
+    unshared, noted = 0, Counter()
     for place, value in records if form else []:
         try:
-            examples = form.examples(value, noted)
+            parsed = form.examples(value, noted)
         except ValueError as error:
             faults += [f"{place}: {fault}" for fault in error.args]
         else:
-            rows += examples
-            unshared += form.unit == "pairs" and not examples
-    if faults:
-        raise PreferenceDataError(name, faults)
-    if form.unit != unit:
-        noted[form.unit] = len(rows) + unshared
-        rows = conversions[form.unit](rows, noted)
-    kept, dropped, noticed = clean_rows(rows, unit)
-    if unshared:
-        dropped["unshared"] = unshared
-    counts = len(records), len(rows) + unshared, len(kept), dropped, {**noted, **noticed}
-    report = LoadReport(name, form.name, unit, *counts)
-    return to_dataset(report, kept), report
+            examples += parsed
+            unshared += form.unit == "pairs" and not parsed
+    return examples, unshared, noted

@@ -1,6 +1,6 @@
 """The formats in which training data are published, and the one text form that they are all brought to.
 
-`FORMATS`, at the end, lists the columns by which each format is recognized.
+`detect_format`, at the end, tells by its columns which format a record has.
 
 A format names the columns that a record needs, with their types, and a parser from one record to its
 examples, one function per format. A parser gives no example for a pair that shares no turn to answer, and
@@ -130,6 +130,18 @@ def _texts(row: Row, *keys: str) -> dict[str, str | None]:
     return texts
 
 
+def parse_transcripts(row: Row, noted: Counter) -> Examples:
+    r"""Turn "\n\nHuman: ...\n\nAssistant: ..." on both sides into prompt, chosen and rejected."""
+    sides = []
+    for key in ("chosen", "rejected"):
+        turns = transcript_turns(row[key])
+        if turns is None:
+            raise ValueError(rf"'{key}' does not begin with a turn; begin it with '\n\nHuman: '")
+        sides.append(turns)
+    pair = split_at_last_shared_turn(*sides)
+    return [] if pair is None else [pair]
+
+
 def transcript_turns(text: str) -> Messages | None:
     r"""Cut "\n\nHuman: ...\n\nAssistant: ..." into messages, outer white space off, or None."""
     for labels in TRANSCRIPT_LABELS:
@@ -177,15 +189,6 @@ def _conversational(row: Row, noted: Counter) -> Examples:
         return [split] if split else []
     _require(row, {"prompt": EITHER})
     return [_texts(row, "prompt", "chosen", "rejected")]
-
-
-def _transcripts(row: Row, noted: Counter) -> Examples:
-    sides = [transcript_turns(row[key]) for key in ("chosen", "rejected")]
-    if None in sides:
-        key = ("chosen", "rejected")[sides.index(None)]
-        raise ValueError(rf"'{key}' does not begin with a turn; begin it with '\n\nHuman: '")
-    split = split_at_last_shared_turn(*sides)
-    return [split] if split else []
 
 
 def _comparison(row: Row, noted: Counter) -> Examples:
@@ -271,38 +274,23 @@ def _conversation(row: Row, noted: Counter) -> Examples:
 
 
 _P, _SIDES = {"prompt": EITHER}, {"chosen": TEXT, "rejected": TEXT}
+TRANSCRIPTS = Format("HH transcripts", "pairs", _SIDES, parse_transcripts)
 STANDARD = Format("TRL standard", "pairs", _P | _SIDES)
-TRANSCRIPTS = Format("HH transcripts", "pairs", _SIDES, _transcripts)
+IMPLICIT = Format("TRL standard, implicit prompt", "pairs", _SIDES, _implicit)
+CONVERSATIONAL = Format("TRL conversational", "pairs", dict.fromkeys(_SIDES, MESSAGES), _conversational)
+TREES = Format("OASST trees", "rankings", {"prompt": OBJECT}, _tree)
 PROMPTS = Format("prompts", "prompts", _P)  # for `read_prompts` alone
-
-# What `detect_format` looks for in a record, in this order: columns by name, and in capitals what `_features`
-# says of their values. TREE: the prompt is a message with replies. PROMPT: there is a prompt, perhaps under
-# another name. The rest is the form of chosen or rejected: MESSAGES, HUMAN, TURNS (texts that begin with
-# "Human: " or "User: "), TEXT.
-FORMATS = (
-    ({"TREE"}, Format("OASST trees", "rankings", {"prompt": OBJECT}, _tree)),
-    ({"MESSAGES"}, Format("TRL conversational", "pairs", dict.fromkeys(_SIDES, MESSAGES), _conversational)),
-    ({"PROMPT", "TEXT"}, STANDARD),
-    ({"TEXT"}, Format("TRL standard, implicit prompt", "pairs", _SIDES, _implicit)),
-    ({"HUMAN"}, TRANSCRIPTS),  # a transcript that repeats the prompt, if there is one
-    ({"prompt", "TURNS"}, STANDARD),  # beside a prompt, "User: ..." may be an answer
-    ({"TURNS"}, TRANSCRIPTS),
-    ({"chosen"}, STANDARD),
-    (
-        {"summaries"},
-        Format(
-            "OpenAI comparisons",
-            "pairs",
-            {"info": OBJECT, "summaries": LIST, "choice": NUMBER},
-            _comparison,
-        ),
-    ),
-    ({"responses"}, Format("rankings", "rankings", _P | {"responses": LIST}, _ranking)),
-    ({"rating"}, Format("ratings", "ratings", _P | {"response": EITHER, "rating": NUMBER}, _rating)),
-    ({"label"}, Format("unpaired labels", "labels", _P | {"completion": EITHER, "label": LABEL}, _unpaired)),
-    ({"completion"}, Format("prompts and completions", "demonstrations", _P | {"completion": EITHER})),
-    ({"messages"}, Format("conversations", "demonstrations", {"messages": MESSAGES}, _conversation)),
-)
+# Formats that one column gives away: the first of these that a record has.
+_COMPARED = {"info": OBJECT, "summaries": LIST, "choice": NUMBER}
+BY_COLUMN = {
+    "chosen": STANDARD,
+    "summaries": Format("OpenAI comparisons", "pairs", _COMPARED, _comparison),
+    "responses": Format("rankings", "rankings", _P | {"responses": LIST}, _ranking),
+    "rating": Format("ratings", "ratings", _P | {"response": EITHER, "rating": NUMBER}, _rating),
+    "label": Format("unpaired labels", "labels", _P | {"completion": EITHER, "label": LABEL}, _unpaired),
+    "completion": Format("prompts and completions", "demonstrations", _P | {"completion": EITHER}),
+    "messages": Format("conversations", "demonstrations", {"messages": MESSAGES}, _conversation),
+}
 
 
 def detect_format(row: Any, unit: str = "pairs") -> Format | None:
@@ -310,26 +298,29 @@ def detect_format(row: Any, unit: str = "pairs") -> Format | None:
 
     Where prompts are wanted, a record's own prompt is read whatever else there is.
     """
-    if unit == "prompts" and (not isinstance(row, dict) or "prompt" in row):
+    if not isinstance(row, dict):
+        return PROMPTS if unit == "prompts" else None
+    if unit == "prompts" and "prompt" in row:
         return PROMPTS
-    features = _features(row) if isinstance(row, dict) else set()
-    found = next((form for columns, form in FORMATS if columns <= features), None)
+    if isinstance(row.get("prompt"), dict):  # a message with replies
+        return TREES
+    sides = [_side_form(row[key]) for key in ("chosen", "rejected") if row.get(key) is not None]
+    if "messages" in sides:
+        return CONVERSATIONAL
+    if "text" in sides:
+        return STANDARD if "prompt" in row or _prompt_names(row) else IMPLICIT
+    if "Human:" in sides:  # a transcript repeats the prompt, if there is one
+        return TRANSCRIPTS
+    if "User:" in sides:  # beside a prompt this may be an answer
+        return STANDARD if "prompt" in row else TRANSCRIPTS
+    found = next((form for column, form in BY_COLUMN.items() if column in row), None)
     return PROMPTS if found is None and unit == "prompts" else found
 
 
-def _features(row: Row) -> set[str]:
-    """Return a record's columns and the words of `FORMATS` that hold for it."""
-    features = {*row, *(_form_of(row[key]) for key in ("chosen", "rejected") if row.get(key) is not None)}
-    if "prompt" in row or _prompt_names(row):
-        features.add("PROMPT")
-    if isinstance(row.get("prompt"), dict):
-        features.add("TREE")
-    return features
-
-
-def _form_of(side: Any) -> str:
+def _side_form(side: Any) -> str:
+    """Tell messages, either kind of transcript and other text apart."""
     if isinstance(side, list):
-        return "MESSAGES"
+        return "messages"
     if isinstance(side, str) and transcript_turns(side):
-        return "HUMAN" if side.lstrip().startswith("Human:") else "TURNS"
-    return "TEXT"
+        return "Human:" if side.lstrip().startswith("Human:") else "User:"
+    return "text"

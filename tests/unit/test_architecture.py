@@ -37,7 +37,7 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 50
 CEILINGS = {
     "core": 26_480,
     "world": 13_500,
-    "preference_data": 9_700,
+    "preference_data": 9_690,
     "sandbox": 6_800,
     "guards": 3_010,
     "alignment_eval": 11_440,
