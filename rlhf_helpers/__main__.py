@@ -18,6 +18,7 @@ STUDIES = {
     "label_budget": "lesson1",
     "reward_ensembles": "lesson1",
     "length_candidates": "lesson1",
+    "own_taste": "lesson1",
     "real_preferences": "real_preferences",
     "method_tuning": "lesson2.methods",
     "methods": "lesson2.methods",

@@ -8,10 +8,27 @@ import sys
 import textwrap
 import time
 
+import numpy as np
 import pytest
+import torch
 
-from rlhf_helpers.lab.labeling import Annotator, Item, Label, LabelStore, rate_pairs
+from rlhf_helpers.lab.labeling import (
+    MIN_LABELS,
+    Annotator,
+    Item,
+    Label,
+    LabelStore,
+    decided,
+    draw_pairs,
+    follow_taste,
+    learn_taste,
+    polite_choices,
+    rate_pairs,
+)
+from rlhf_helpers.lab.labeling.payoff import WordPoints, _distance
+from rlhf_helpers.lab.labeling.store import SKIP, TIE
 from rlhf_helpers.preference_data import read_preferences, read_rankings, read_ratings
+from rlhf_helpers.reward_model import pair_credits, score_pairs
 
 PAIRS = [{"prompt": f"<q{n}>", "a": "yes " * (n + 1), "b": "no"} for n in range(3)]
 STORED = ["a", "b", "tie"]
@@ -277,3 +294,66 @@ def test_a_kernel_killed_at_random_moments_loses_and_doubles_no_label(tmp_path):
     subprocess.run([sys.executable, "-c", KERNEL, path], check=True, capture_output=True)
     labels = LabelStore(path).labels()
     assert len(labels) == len({label.item.key for label in labels}) == 200
+
+
+class TestPayoff:
+    def test_close_pairs_differ_less_than_others_and_are_the_same_each_time(self):
+        apart = {
+            closest: np.mean([_distance((row["a"], row["b"])) for row in draw_pairs(30, closest=closest)])
+            for closest in (True, False)
+        }
+        assert apart[True] < apart[False] - 1
+        assert draw_pairs(3) == draw_pairs(3)
+        assert all(row["a"] != row["b"] for row in draw_pairs(30))
+
+    def test_a_scripted_person_likes_short_and_friendly_answers(self):
+        answers = ["It is Paris.", "It is Paris. Have a nice day.", "Do not waste my time. It is Paris."]
+        prompt = "What is the capital of France?"
+        pairs = [{"prompt": prompt, "a": answers[0], "b": answer} for answer in answers]
+        assert polite_choices(pairs) == ["tie", "b", "a"]
+        rows = decided(pairs, polite_choices(pairs))
+        assert [row["chosen"] for row in rows] == [answers[1], answers[0]]
+        assert "tie" not in polite_choices(pairs, temperature=4)
+
+    def test_the_words_of_the_prompt_cancel_in_a_comparison(self):
+        model = WordPoints()
+        torch.nn.init.ones_(model.head.linear.weight)
+        gaps = [model.score([prompt] * 2, ["yes", "no way"]).diff() for prompt in ("Hi", "A long question?")]
+        torch.testing.assert_close(*gaps, atol=1e-3, rtol=0)
+
+    def test_a_taste_is_learned_from_60_labels(self):
+        pairs, new = draw_pairs(90, seed=3), draw_pairs(150, split="heldout", closest=False)
+        rows, tests = decided(pairs, polite_choices(pairs))[:60], decided(new, polite_choices(new))
+        at_start = pair_credits(*score_pairs(WordPoints(), tests)).mean()
+        at_end = pair_credits(*score_pairs(learn_taste(rows), tests)).mean()
+        assert at_start == 0.5, "without labels no answer is better"
+        assert at_end > 0.75
+        store = LabelStore(None)
+        for row in rows:
+            store.add(Label("you", Item("pair", row["prompt"], (row["chosen"], row["rejected"])), (0, 1), 0))
+        scores = [score_pairs(learn_taste(labels), tests)[0] for labels in (rows, store)]
+        torch.testing.assert_close(*scores)
+
+    def test_a_policy_follows_a_taste(self):
+        pairs = draw_pairs(45)
+        taste = learn_taste(decided(pairs, polite_choices(pairs)))
+        answers = follow_taste(taste, prompts=20, n=4, steps=12)
+        means = answers.groupby("policy").friendly.mean()
+        assert answers.policy.value_counts().to_dict() == {"start": 20, "best of 4": 20, "RLOO": 20}
+        assert means["RLOO"] > means["start"] + 0.1
+
+    def test_too_few_labels_are_refused_with_their_number(self):
+        store = LabelStore(None)
+        for item, value in zip(ITEMS, (0, TIE, SKIP), strict=True):
+            store.add(Label("you", item, (0, 1), value))
+        with pytest.raises(ValueError, match=f"needs {MIN_LABELS} decided pairs, got 1: label more"):
+            learn_taste(store)
+
+    def test_the_report_is_new_after_each_key(self):
+        form = rate_pairs(PAIRS, references={"the simulated people": [1.0, 1.0, 1.0]})
+        seen = []
+        form.observe(lambda change: seen.append(change.new["report"]), names="shown")
+        for key in (key_for(form, PAIRS[0]["a"]), "t", "u"):
+            form.press(key)
+        assert [report[0] for report in seen] == [f"labeled: {n} of 3" for n in (1, 2, 1)]
+        assert all("agreement with the simulated people: 1 of 1" in report for report in seen)

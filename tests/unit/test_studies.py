@@ -167,6 +167,14 @@ class TestSmall:
         assert table.prompt.tolist() == [0, 0, 0, 1, 1, 1]
         assert table.gold.between(0, 1).all()
 
+    def test_a_taste_is_measured_at_each_number_of_labels(self):
+        table = lesson1.own_taste(seeds=(0,), labels=(8, 12), follow=12, heldout=20, steps=1)
+        accuracies = table[table.measure == "accuracy"].pivot(index="labels", columns="who", values="value")
+        assert accuracies.index.tolist() == [8, 12]
+        assert accuracies["shorter answer"].nunique() == 1  # the same new pairs for every number
+        policies = table[table.measure == "words"].set_index("who").value
+        assert policies.index.tolist() == ["start", "best of 8", "RLOO"]
+
     def test_ensembles_share_their_samples(self):
         table = lesson1.reward_ensembles(seeds=(0,), pairs=16, members=2, prompts=3, samples=256)
         at_one = table[table.n == 1].set_index("method").gold

@@ -1,6 +1,28 @@
 """Labels given by people: a form, a store that loses nothing, and what the labels follow."""
 
 from rlhf_helpers.lab.labeling.annotator import Annotator, rate_pairs
+from rlhf_helpers.lab.labeling.payoff import (
+    MIN_LABELS,
+    decided,
+    draw_pairs,
+    follow_taste,
+    learn_taste,
+    polite_choices,
+    traits,
+)
 from rlhf_helpers.lab.labeling.store import Item, Label, LabelStore
 
-__all__ = ["Annotator", "Item", "Label", "LabelStore", "rate_pairs"]
+__all__ = [
+    "MIN_LABELS",
+    "Annotator",
+    "Item",
+    "Label",
+    "LabelStore",
+    "decided",
+    "draw_pairs",
+    "follow_taste",
+    "learn_taste",
+    "polite_choices",
+    "rate_pairs",
+    "traits",
+]

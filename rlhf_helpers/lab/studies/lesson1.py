@@ -1,7 +1,8 @@
 """Studies of lesson 1: how the labels and the kind of model decide how good a reward model is.
 
     python -m rlhf_helpers study NAME [--out FOLDER]
-    NAME: pairs_and_noise, model_kinds, label_formats, label_budget, reward_ensembles, length_candidates
+    NAME: pairs_and_noise, model_kinds, label_formats, label_budget, reward_ensembles, length_candidates,
+    own_taste
 
 The lesson runs a small slice of a study live, with a seed that is not stored.
 """
@@ -18,6 +19,13 @@ import torch
 from rlhf_helpers.alignment_eval.objectives import gold_axes
 from rlhf_helpers.core.generation import Rollout, generate
 from rlhf_helpers.core.models import RewardFn, load_model
+from rlhf_helpers.lab.labeling.payoff import (
+    decided,
+    draw_pairs,
+    follow_taste,
+    learn_taste,
+    polite_choices,
+)
 from rlhf_helpers.lab.studies.record import Row, Rows, study
 from rlhf_helpers.policy_optimization import best_of_n_curve
 from rlhf_helpers.preference_data import ai_labels, collect_rankings, collect_ratings, select_pairs
@@ -29,6 +37,7 @@ from rlhf_helpers.reward_model import (
     create_reward_model,
     gold_agreement,
     label_objectives,
+    pair_credits,
     score_pairs,
 )
 from rlhf_helpers.world.annotators import (
@@ -239,6 +248,40 @@ def length_candidates(seed: int, pairs: int = 800, prompts: int = 24, samples: i
     for row, (response, reward, truth) in enumerate(columns):
         words = len(response.split())
         yield {"prompt": row // samples, "reward": reward, "words": words, "gold": truth}
+
+
+@study
+def own_taste(
+    seed: int,
+    labels: Sequence[int] = (15, 30, 60),
+    follow: int = 30,
+    heldout: int = 500,
+    steps: int = 20,
+) -> Rows:
+    """Measure how many labels of a scripted person, who likes short and friendly answers, teach that taste.
+
+    Accuracy is the share of random pairs of different answers to held-out prompts that are ordered as the
+    person orders them, ties left out. At `follow` labels a policy follows the reward model for `steps` of
+    RLOO. Columns: seed, labels, who (reward model, shorter answer; or a policy), measure, value.
+    """
+    pairs = draw_pairs(2 * max(labels), seed=seed)
+    new_pairs = draw_pairs(heldout, split="heldout", closest=False, seed=HELD_OUT_SEED)
+    pool, tests = (decided(some, polite_choices(some)) for some in (pairs, new_pairs))
+    for count in labels:
+        model = learn_taste(pool[:count], least=count, seed=seed)
+        judges = {
+            "reward model": model.score,
+            "shorter answer": lambda _, texts: torch.tensor([-len(t.split()) for t in texts]),
+        }
+        for who, judge in judges.items():
+            chosen, rejected = score_pairs(judge, tests)
+            value = pair_credits(chosen, rejected).mean().item()
+            yield {"labels": count, "who": who, "measure": "accuracy", "value": value}
+        if count == follow:
+            means = follow_taste(model, steps=steps, seed=seed).groupby("policy", sort=False)
+            for who, row in means[["words", "friendly", "rude", "gold"]].mean().iterrows():
+                for measure, value in row.items():
+                    yield {"labels": count, "who": who, "measure": measure, "value": value}
 
 
 def scored_once(reward: Callable[..., torch.Tensor], rollout: Rollout) -> torch.Tensor:
