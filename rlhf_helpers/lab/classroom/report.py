@@ -38,6 +38,7 @@ td:last-child {{ width: 5rem; white-space: nowrap; }}
 </style>
 </head>
 <body>
+<main>
 <h1>Class report</h1>
 <p>{summary}</p>
 <h2>Solved exercises</h2>
@@ -52,6 +53,7 @@ td:last-child {{ width: 5rem; white-space: nowrap; }}
 <p>Learners whose first answer was wrong, out of those who answered. Self-reported: read from progress files,
 which anyone can edit.</p>
 {quizzes}
+</main>
 </body>
 </html>
 """
