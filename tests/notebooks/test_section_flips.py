@@ -150,6 +150,7 @@ FLIPS = {
         "project-domain": ADVANTAGES,
         "three-tasks": "rlhf_helpers.alignment_eval:mean_interval",
         "no-template": f"1 - {GOLD}",
+        "side-by-side": "rlhf_helpers.alignment_eval:mean_interval",
         "real": "rlhf_helpers.core.stats:proportion",
     },
 }
