@@ -123,7 +123,7 @@ def learn_taste(
         )
     model = WordPoints()
     trainer = RewardModelTrainer(model, learning_rate=3e-3, batch_size=8, seed=seed, progress=False)
-    trainer.train(rows, epochs=max(1, round(READINGS / len(rows))))
+    trainer.train(rows, epochs=max(4, round(READINGS / len(rows))))
     return model
 
 
