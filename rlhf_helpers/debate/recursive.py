@@ -104,9 +104,7 @@ def fit_reward_model(
         for row, p in zip(rows, labels.tolist(), strict=True)
     ]
     reward_model = create_reward_model("basic", seed=settings.seed, **options)
-    trainer = RewardModelTrainer(
-        reward_model, epochs=settings.epochs, batch_size=16, seed=settings.seed, progress=False
-    )
+    trainer = RewardModelTrainer(reward_model, epochs=settings.epochs, batch_size=16, seed=settings.seed)
     trainer.train(data, objective="margin", loss_fn=soft_preference_loss)
     return reward_model
 
@@ -136,7 +134,6 @@ def train_judge(
         max_new_tokens=4,
         learning_rate=settings.judge_rate,
         seed=settings.seed,
-        progress=False,
     )
     rloo(judge, tokenizer_for(judge), prompts, agrees, plan, ref_model=assistant)
     return judge

@@ -15,7 +15,7 @@ from rlhf_helpers.world.prompts import load_prompts
 from rlhf_helpers.world.prompts.base import REFUSALS
 
 BENIGN = ("facts", "howto", "explain", "open", "feelings", "lookalike")
-SETTINGS = TrainingSettings(tiny_learning_rate=5e-4, progress=False)
+SETTINGS = TrainingSettings(tiny_learning_rate=5e-4)
 
 
 def adversarial_training(

@@ -29,7 +29,6 @@ ATTACKER = RLOOSettings(
     prompts_per_step=4,
     samples_per_prompt=12,
     max_new_tokens=40,
-    progress=False,
 )
 
 

@@ -47,7 +47,7 @@ class SafetyAlignment:
         self.model = model
         self.safety_metrics = safety_metrics
         self.history = History()
-        self.settings = DPOSettings(**{"progress": False, **settings})
+        self.settings = DPOSettings(**settings)
 
     def align(
         self,

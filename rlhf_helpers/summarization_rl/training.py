@@ -51,7 +51,7 @@ class SummarizationRL:
         self.tokenizer = tokenizer_for(self.model)
         context = usable_positions(self.model)
         self.max_new_tokens = min(int(max_length), context // 2) if context else int(max_length)
-        own = {"tiny_learning_rate": 4e-4, "progress": False}
+        own = {"tiny_learning_rate": 4e-4}
         self.settings = RLOOSettings(**{"max_new_tokens": self.max_new_tokens, **own, **settings})
         self.reward_model = fact_reward if reward_model is None else reward_model
         self._reference: nn.Module | None = None
@@ -67,7 +67,7 @@ class SummarizationRL:
         if "reference" not in columns:
             raise ValueError(f"sft imitates the column reference; these data have prompt, {sorted(columns)}")
         rows = [{"prompt": p, "completion": r} for p, r in zip(prompts, columns["reference"], strict=True)]
-        rate = {"tiny_learning_rate": 3e-4, "progress": False, "seed": self.settings.seed}
+        rate = {"tiny_learning_rate": 3e-4, "seed": self.settings.seed}
         chosen = TrainingSettings(**rate | settings)
         self._reference = None
         return sft(self.model, self.tokenizer, rows, chosen, epochs=num_epochs, batch_size=batch_size)

@@ -122,7 +122,7 @@ def learn_taste(
             "(ties and skipped pairs do not count)"
         )
     model = WordPoints()
-    trainer = RewardModelTrainer(model, learning_rate=3e-3, batch_size=8, seed=seed, progress=False)
+    trainer = RewardModelTrainer(model, learning_rate=3e-3, batch_size=8, seed=seed)
     trainer.train(rows, epochs=max(4, round(READINGS / len(rows))))
     return model
 
@@ -150,7 +150,7 @@ def follow_taste(
     answers = {"start": [drawn[0] for drawn in best["all_responses"]], f"best of {n}": best["responses"]}
     # In units of the spread among answers to one prompt, so that the KL coefficient suits any reward.
     spread = best["all_rewards"].std(1).mean()
-    settings = RLOOSettings(steps=steps, learning_rate=5e-4, seed=seed, progress=False)
+    settings = RLOOSettings(steps=steps, learning_rate=5e-4, seed=seed)
     training = [prompt.text for prompt in load_prompts(CONVERSATION, "train")]
     rloo(policy, tokenizer, training, lambda *texts: reward_model.score(*texts) / spread, settings)
     answers["RLOO"] = best_of_n(policy, tokenizer, asked, reward_model, n=1, seed=seed + 1)["responses"]

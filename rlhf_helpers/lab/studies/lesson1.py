@@ -68,14 +68,14 @@ def agreement(model: RewardModel, judge: RewardFn = gold_reward, *, heldout: int
 def trained(rows: Sequence[Row], *, seed: int, objective: str = "pairwise", **options: Any) -> RewardModel:
     """Train a reward model over the tiny assistant on `rows`; options of `create_reward_model`."""
     model = create_reward_model(seed=seed, **options)
-    RewardModelTrainer(model, seed=seed, progress=False).train(rows, objective=objective)
+    RewardModelTrainer(model, seed=seed).train(rows, objective=objective)
     return model
 
 
 def trained_ensemble(rows: Sequence[Row], rollout: Rollout, *, seed: int, **options: Any) -> RewardEnsemble:
     """Train an ensemble on `rows` and normalise its members on the policy's samples."""
     ensemble = create_reward_model("ensemble", seed=10 * seed, **options)
-    ensemble.fit(rows, settings=RewardSettings(seed=10 * seed, progress=False))
+    ensemble.fit(rows, settings=RewardSettings(seed=10 * seed))
     ensemble.normalise(rollout.prompts, rollout.responses)
     return ensemble
 

@@ -212,7 +212,7 @@ def run_method(
         **changes: Further settings.
     """
     method, model = METHODS[name], deepcopy(task.base)
-    fields = {method.setting: value, "seed": task.seed, "progress": False, **method.fixed, **changes}
+    fields = {method.setting: value, "seed": task.seed, **method.fixed, **changes}
     start = time.process_time()
     if method.loop is None:
         drawn, tokens = offline_rows(task, method.fixed["loss"])

@@ -111,9 +111,7 @@ def rl_overoptimisation(
         pairs = many if cure == "more pairs" else few
         rewards.append(poor_reward(task, pairs, seed=seed, worst_of_4=cure == "worst of 4"))
         rounds = ROUNDS if cure == "iterative" else 1
-        settings = RLOOSettings(
-            steps=steps // rounds, kl_coef=CURES[cure], seed=seed, progress=False, **budget
-        )
+        settings = RLOOSettings(steps=steps // rounds, kl_coef=CURES[cure], seed=seed, **budget)
         model = deepcopy(task.base)
         first, options = measure_all(model), {"ref_model": task.base, "eval_fn": measure_all}
         args = model, task.tokenizer, task.prompts

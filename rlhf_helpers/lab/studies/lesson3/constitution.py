@@ -93,7 +93,7 @@ def training_prompts(seed: int) -> list[str]:
 
 def training_settings(seed: int) -> ConstitutionalSettings:
     """Make the settings of a run, which is short enough for a lesson."""
-    quiet: Row = {"seed": seed, "progress": False}
+    quiet: Row = {"seed": seed}
     return ConstitutionalSettings(
         drafts_per_prompt=2,
         sft=TrainingSettings(learning_rate=1e-3, **quiet),

@@ -50,7 +50,7 @@ def gradient_attacks(
     """
     base, tokenizer = load_model("tiny", device="cpu")
     train, heldout = (prompt_texts(("harmful",), split) for split in ("train", "heldout"))
-    settings = TrainingSettings(learning_rate=5e-4, progress=False, seed=seed)
+    settings = TrainingSettings(learning_rate=5e-4, seed=seed)
     assistant = adversarial_training(base, train, epochs=epochs, settings=settings), tokenizer
     trained = train[:behaviours]
     targets = [TARGET] * len(trained)

@@ -25,7 +25,7 @@ from rlhf_helpers.world.gold_judge import gold_reward
 from rlhf_helpers.world.prompts import best_answer, load_prompts, sample_answer
 
 WIN = {"prompts_per_step": 12, "samples_per_prompt": 4, "max_new_tokens": 48}
-WIN |= {"learning_rate": 1e-3, "kl_coef": 0.02, "progress": False}
+WIN |= {"learning_rate": 1e-3, "kl_coef": 0.02}
 VERDICTS = ("judge_accuracy", "honest_verified", "dishonest_verified")
 CONCEPTS = ("harm", "length", "truth")
 # form -> who speaks for the truth and against it: nobody, the base, or the model trained for that side

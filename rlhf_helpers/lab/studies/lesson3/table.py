@@ -75,7 +75,7 @@ def techniques_of(seed: int) -> dict[str, Callable[[], Any]]:
     def hardened() -> nn.Module:
         """Train the base on its safe answers to attacks, judged by itself."""
         attacks = create_adversarial_prompts(("harmful", "privacy"), 160, seed=seed, split="train")
-        settings = TrainingSettings(learning_rate=5e-4, seed=seed, progress=False)
+        settings = TrainingSettings(learning_rate=5e-4, seed=seed)
         return adversarial_training(base, attacks, safety_fn=judge, settings=settings)
 
     def preferences() -> nn.Module:

@@ -82,7 +82,7 @@ def run(method: str, value: float, *, seed: int, **changes: Any) -> tuple[torch.
         The model and its history.
     """
     model, tokenizer = load_model("tiny")
-    settings = RLOOSettings(**{**RLOO, **changes}, seed=seed, progress=False)
+    settings = RLOOSettings(**{**RLOO, **changes}, seed=seed)
     prompts = training_prompts(seed)
     if method == "lagrangian":
         costs = {"harm": lambda *texts, **columns: 1 - GOLD["harmlessness"](*texts, **columns)}

@@ -90,10 +90,10 @@ def chatbot(seed: int, pairs: int = 2000, rows: int = 480, **evaluation: Any) ->
     data, reward = conversations(rows, seed=seed), trained_reward(pairs, seed=seed)
     imitating, guarded = AlignedChatbot("tiny"), AlignedChatbot("tiny", reward)
     answers, remembered = [{"prompt": r["prompt"], "response": r["chosen"]} for r in data], memory_rows()
-    ChatbotTrainer(imitating, SETTINGS, seed=seed, progress=False).train(answers + remembered)
+    ChatbotTrainer(imitating, SETTINGS, seed=seed).train(answers + remembered)
     guarded.model.load_state_dict(imitating.model.state_dict())  # RLOO continues from SFT
     prompts = [row["prompt"] for row in data + remembered[::5]]
-    ChatbotTrainer(guarded, SETTINGS, seed=seed, progress=False).train(prompts)
+    ChatbotTrainer(guarded, SETTINGS, seed=seed).train(prompts)
     arms = {
         "base": plain(AlignedChatbot("tiny")),
         "sft": plain(imitating),
@@ -125,7 +125,7 @@ def personalities(
     for name in names:
         bot = AlignedChatbot("tiny", reward, personality=None if name == "base" else name)
         if name != "base":
-            ChatbotTrainer(bot, SETTINGS, seed=seed, progress=False).train(prompts)
+            ChatbotTrainer(bot, SETTINGS, seed=seed).train(prompts)
         yield {"personality": name, **character(plain(bot), seed=seed, samples=samples)}
 
 

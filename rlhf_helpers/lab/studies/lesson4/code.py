@@ -26,9 +26,7 @@ ARMS = {
     "weak tests": ("weak", 0.8, 0.0),
     "weak tests, short": ("weak", 0.8, 0.005),
 }
-SETTINGS = RLOOSettings(
-    learning_rate=7e-4, steps=14, prompts_per_step=16, samples_per_prompt=4, kl_coef=0.02, progress=False
-)
+SETTINGS = RLOOSettings(learning_rate=7e-4, steps=14, prompts_per_step=16, samples_per_prompt=4, kl_coef=0.02)
 
 
 @study
