@@ -113,6 +113,7 @@ class TestStored:
             few = {"clip_and_kl": [0, 1, 2], "ability_tax": [0, 1, 2], "method_tuning": [100, 101]}
             few |= {"real_model": [0], "real_reward_model": [0], "real_safety": [0], "real_chatbot": [0]}
             few |= {"length_candidates": [0, 1], "real_preferences": [0]}
+            few |= {"own_taste": [100, 101, 102, 103, 104]}
             seeds = few.get(name, [0, 1, 2, 3, 4])
             assert sorted(table.seed.unique()) == table.attrs["seeds"] == seeds
         assert "/" not in json.dumps(table.attrs.get("data", ""))  # a name, never somebody's path

@@ -250,13 +250,13 @@ def length_candidates(seed: int, pairs: int = 800, prompts: int = 24, samples: i
         yield {"prompt": row // samples, "reward": reward, "words": words, "gold": truth}
 
 
-@study
+@functools.partial(study, seeds=range(100, 105))
 def own_taste(
     seed: int,
     labels: Sequence[int] = (15, 30, 60),
     follow: int = 30,
     heldout: int = 500,
-    steps: int = 20,
+    steps: int = 30,
 ) -> Rows:
     """Measure how many labels of a scripted person, who likes short and friendly answers, teach that taste.
 
@@ -265,7 +265,8 @@ def own_taste(
     RLOO. Columns: seed, labels, who (reward model, shorter answer; or a policy), measure, value.
     """
     pairs = draw_pairs(2 * max(labels), seed=seed)
-    new_pairs = draw_pairs(heldout, split="heldout", closest=False, seed=HELD_OUT_SEED)
+    # Pairs and seeds other than those on which the recipe of `learn_taste` was chosen.
+    new_pairs = draw_pairs(heldout, split="heldout", closest=False, seed=HELD_OUT_SEED + 1)
     pool, tests = (decided(some, polite_choices(some)) for some in (pairs, new_pairs))
     for count in labels:
         model = learn_taste(pool[:count], least=count, seed=seed)
