@@ -189,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     grade.add_argument(
         "--due", type=datetime.fromisoformat, help="2026-12-01T12:00; what comes later is late"
     )
-    grade.add_argument("--report", type=Path, help="HTML page: what was solved, the mistakes, who is late")
+    grade.add_argument("--report", type=Path, help="HTML page about the class")
     grade.set_defaults(run=_grade)
 
     commands.add_parser("train", help="train your own model on your own data")  # see main

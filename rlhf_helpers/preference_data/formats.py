@@ -155,10 +155,10 @@ def transcript_turns(text: str) -> Messages | None:
 def split_at_last_shared_turn(chosen: Messages, rejected: Messages) -> Row | None:
     """Split two conversations into prompt, chosen, rejected; None when they share no turn to answer.
 
-    The prompt is the shared prefix of turns, up to its last user turn that both go on to answer; the
-    responses are the rest, which is the final assistant text. Where more than one turn follows, the whole
-    rest is kept, later turns in the flat form: the judge read all of it, and cutting would change what was
-    compared.
+    The prompt is the shared prefix of turns, up to the last user turn after which both sides answer or end;
+    the responses are the rest, which is the final assistant text. Where more than one turn follows, the
+    whole rest is kept, later turns in the flat form: the judge read all of it, and cutting would change what
+    was compared.
     """
     for shared in range(min(len(chosen), len(rejected)), 0, -1):
         if chosen[:shared] != rejected[:shared]:

@@ -33,7 +33,8 @@ TOP_LEVEL = {"notebooks", "rlhf_helpers", "tests", "environment.yaml", "requirem
 TOP_LEVEL |= {"pyproject.toml", "LICENSE", "CITATION.cff", ".ci", ".github", ".pre-commit-config.yaml"}
 TOP_LEVEL |= {".gitignore", ".gitattributes"}
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 50
-# Code tokens that a part of the package may have. A ceiling is lowered when something goes, never raised.
+# Code tokens that a part of the package may have. A ceiling is lowered when something goes,
+# and raised only in the commit of a feature that needs it.
 CEILINGS = {
     "core": 26_480,
     "world": 13_500,

@@ -30,7 +30,7 @@ _WAIT_S = 30.0  # for another kernel that is writing
 
 @dataclass(frozen=True)
 class Item:
-    """What is labeled: `pair` (two answers), `ranking` (several) or `rating` (one)."""
+    """What is labeled: `pair` (two answers), `ranking` (several), `rating` or `thumb` (one)."""
 
     task: str
     prompt: str
@@ -47,7 +47,8 @@ class Label:
     """One person's label of one item.
 
     `value` is, for a pair, the index of the better answer or "tie"; for a ranking, the indices, best first;
-    for a rating, the points; for any of them "skip". Indices are those of the data, whatever order was shown.
+    for a rating, the points; for a thumb, 1 (up) or 0; for any of them "skip". Indices are those of the data,
+    whatever order was shown.
     """
 
     annotator: str
@@ -150,7 +151,8 @@ class LabelStore:
         """Return the labels as rows that `read_preferences`, `read_rankings` and `read_ratings` read.
 
         Ties and skipped items are left out. Rows: prompt, chosen, rejected for a pair; prompt, responses
-        (best first) for a ranking; prompt, response, rating for a rating; each with its annotator.
+        (best first) for a ranking; prompt, response, rating for a rating or a thumb (1 or 0;
+        `lab.chat.thumb_rows` gives rows for KTO); each with its annotator.
         """
         rows: list[dict[str, Any]] = []
         for label in self.labels():
