@@ -1,9 +1,11 @@
 """The chat with several policies: conversations, thumbs, blind choices, the store, and the page."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -198,7 +200,8 @@ def test_no_thumb_is_lost_where_the_kernel_is_killed(tmp_path):
             form.thumb(number % 2 == 0, 1)
         os.kill(os.getpid(), signal.SIGKILL)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path, env=None)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path, env=environment)
     assert done.returncode == -9
     rows = thumb_rows(LabelStore(tmp_path / "chat.sqlite"))
     assert [row["label"] for row in rows] == [True, False, True]

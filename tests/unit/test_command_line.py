@@ -193,7 +193,7 @@ def test_sigterm_ends_the_step_and_the_printed_command_continues(folder, tiny_ll
     stopped = command("rloo", tiny_llama_dir, reward="my_rewards:stops")
     assert main(stopped) == 130
     said = capsys.readouterr().out
-    assert "stopped by a signal after step 2 of 3" in said
+    assert "stopped at step 2 of 3" in said
     assert Path("out/step-00000002").is_dir()
     line = said.splitlines()[-1].strip()
     python, *words = shlex.split(line)
