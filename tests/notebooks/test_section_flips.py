@@ -107,7 +107,7 @@ FLIPS = {
         "reward-design": f"here {INTERVAL}",
         "limits": INTERVAL,
         "losses": "rlhf_helpers.core.preference_losses:ipo_loss",
-        "fits": f"here {INTERVAL}",
+        "fits": "rlhf_helpers.policy_optimization.best_of_n:best_of_n_shares",
         "tax": INTERVAL,
         "frontier": "rlhf_helpers.policy_optimization:best_of_n_kl",
         "taste": INTERVAL,
