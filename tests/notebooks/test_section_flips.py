@@ -131,7 +131,7 @@ FLIPS = {
         "attacker": "rlhf_helpers.red_teaming:similarity",
         "gradient-attacks": "rlhf_helpers.red_teaming.gradient:suffix_loss",
         "metrics": "rlhf_helpers.alignment_eval:bbq_bias_score",
-        "pareto": INTERVAL,
+        "pareto": f"here {INTERVAL}",
         "values": AIMS,
         "debate": "rlhf_helpers.debate:quotes_truly",
         "interpretability": "rlhf_helpers.interpretability:attention_maps",
