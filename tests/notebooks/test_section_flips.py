@@ -60,6 +60,9 @@ def flip(module, name, turn, only_here):
                 for parameter, default in (getattr(value, "__kwdefaults__", None) or {}).items():
                     if default is kept:
                         value.__kwdefaults__[parameter] = flipped
+                defaults = getattr(value, "__defaults__", None) or ()
+                if any(default is kept for default in defaults):
+                    value.__defaults__ = tuple(flipped if one is kept else one for one in defaults)
 
 """
 GOLD = "rlhf_helpers.world.gold_judge:gold_reward"
