@@ -184,8 +184,9 @@ RIGHT = {
     "clipped_loss": [
         ppo,
         ppo_by_cases,
-        lambda lp, old, a, c: (
-            -torch.min(a * torch.exp(lp - old), a * torch.exp(lp - old.detach()).clamp(1 - c, 1 + c))
+        # PPO passes cliprange by name.
+        lambda lp, old, a, cliprange: (
+            -torch.min(a * torch.exp(lp - old), a * torch.exp(lp - old).clamp(1 - cliprange, 1 + cliprange))
         ),
     ],
     "rloo_step": [
