@@ -106,9 +106,7 @@ def has_title(figure: Figure) -> bool:
 
 @contextmanager
 def axes(*, xlabel: str, ylabel: str, title: str = "") -> Iterator[tuple[Figure, Axes]]:
-    """Give a figure and its axes in the house style; both labels name quantity and unit, or ValueError."""
-    _require_unit("xlabel", xlabel)
-    _require_unit("ylabel", ylabel)
+    """Give a figure and its axes in the house style."""
     with mpl.rc_context(STYLE):
         figure = Figure(layout="constrained")  # no pyplot: nothing is shown twice, nothing stays open
         axis = figure.add_subplot()
@@ -119,8 +117,8 @@ def axes(*, xlabel: str, ylabel: str, title: str = "") -> Iterator[tuple[Figure,
 
 
 def _require_unit(name: str, label: str) -> None:
-    if not (label.strip().endswith(")") and "(" in label):
-        raise ValueError(f"{name} must end with its unit, like 'KL (nats)' or 'step (count)': {label!r}")
+    if not ("(" in label and ")" in label):
+        raise ValueError(f"{name} must name its unit, like 'KL (nats)': {label!r}")
 
 
 Limits = tuple[float | None, float | None]  # lowest and highest possible value; None where there is none
@@ -176,13 +174,13 @@ def line_plot(
     limits: Limits = (None, None),
     label_ends: bool = False,
 ) -> Figure:
-    """Draw one line per name over shared x, with an optional (low, high) band; labels must carry units.
+    """Draw one line per name over shared x, with an optional (low, high) band.
 
     Args:
         x: positions shared by all lines.
         lines: name -> values. A method has the same color in all lessons (`method_color`).
-        xlabel: quantity and unit, like "step (count)".
-        ylabel: quantity and unit.
+        xlabel: quantity, with its unit if it has one: "step", "KL (nats)".
+        ylabel: quantity and unit, like "gold (0 to 1)".
         title: the message of the figure.
         bands: name -> (low, high), cut at `limits`.
         colors: name -> color, where a line should have another one.
@@ -190,13 +188,14 @@ def line_plot(
         label_ends: write the names at the ends of the lines instead of in a legend.
 
     Raises:
-        ValueError: a label without a unit, no lines, too many to tell apart, or unequal lengths.
+        ValueError: ylabel without a unit, no lines, too many to tell apart, or unequal lengths.
     """
     if not 0 < len(lines) <= len(MARKERS):
         raise ValueError(f"lines must hold 1 to {len(MARKERS)} series to be told apart, got {len(lines)}")
     for name, values in lines.items():
         if len(values) != len(x):
             raise ValueError(f"lines[{name!r}] has {len(values)} values for {len(x)} positions on x")
+    _require_unit("ylabel", ylabel)
     used = line_colors(lines) | dict(colors or {})
     with axes(xlabel=xlabel, ylabel=ylabel, title=title) as (figure, axis):
         every = max(1, len(x) // 12)
@@ -233,9 +232,10 @@ def bar_with_intervals(
 
     `reference_name`, like "chance", stands at the end of the dashed line. A bar has the color of its method
     (`method_color`) or the one that `colors` gives its name. Intervals are cut at `limits`, what is possible:
-    (0, 1) for shares. Raises ValueError for a label without a unit, no bars, or a bar without an interval
+    (0, 1) for shares. Raises ValueError for a ylabel without a unit, no bars, or a bar without an interval
     around it.
     """
+    _require_unit("ylabel", ylabel)
     if not values:
         raise ValueError("values must hold at least one bar, got none")
     for name, value in values.items():
@@ -336,7 +336,7 @@ def learning_curve(
     history: Any,
     *keys: str,
     ylabel: str,
-    xlabel: str = "step (count)",
+    xlabel: str = "step",
     smooth: int = 1,
     names: Mapping[str, str] | None = None,
     **options: Any,
@@ -344,7 +344,7 @@ def learning_curve(
     """Draw the logged `keys` of a training History (or DataFrame) over its steps, `smooth` rows averaged.
 
     names: key -> the words to show for it. `options` go to `line_plot`: title, limits, label_ends and so on.
-    Raises KeyError for a key that was not logged, ValueError for a label without a unit.
+    Raises KeyError for a key that was not logged, ValueError for a ylabel without a unit.
     """
     frame = history.to_frame() if hasattr(history, "to_frame") else history
     if missing := [key for key in keys if key not in frame.columns]:

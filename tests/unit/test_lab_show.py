@@ -21,7 +21,7 @@ ALT = "Line chart of the loss over 3 steps; it falls from 3 to 1 without a bump.
 
 
 def curve(title="The loss falls"):
-    labels = {"xlabel": "step (count)", "ylabel": "loss (nats)", "title": title}
+    labels = {"xlabel": "step", "ylabel": "loss (nats)", "title": title}
     return plots.line_plot([1, 2, 3], {"loss": [3, 2, 1]}, **labels)
 
 
@@ -29,7 +29,7 @@ def test_line_plot_draws_what_it_is_given():
     figure = plots.line_plot(
         [0, 1],
         {"a": [1, 2], "b": [3, 4]},
-        xlabel="x (count)",
+        xlabel="x",
         ylabel="y (nats)",
         bands={"a": ([0, 1], [2, 3])},
     )
@@ -42,20 +42,20 @@ def test_line_plot_draws_what_it_is_given():
     assert len(axis.collections) == 1
 
 
-@pytest.mark.parametrize("label", ["loss", "", "loss (nats) of a batch", "(nats"])
+@pytest.mark.parametrize("label", ["loss", "", "(nats"])
 def test_a_label_without_unit_is_refused(label):
-    with pytest.raises(ValueError, match="must end with its unit"):
-        plots.line_plot([1], {"a": [1]}, xlabel="step (count)", ylabel=label)
+    with pytest.raises(ValueError, match="must name its unit"):
+        plots.line_plot([1], {"a": [1]}, xlabel="step", ylabel=label)
 
 
 @pytest.mark.parametrize("lines", [{}, {str(n): [1] for n in range(9)}, {"a": [1, 2]}])
 def test_lines_that_cannot_be_drawn_are_refused(lines):
     with pytest.raises(ValueError, match="lines"):
-        plots.line_plot([1], lines, xlabel="step (count)", ylabel="loss (nats)")
+        plots.line_plot([1], lines, xlabel="step", ylabel="loss (nats)")
 
 
 def test_bars_carry_their_intervals():
-    labels = {"xlabel": "model (name)", "ylabel": "accuracy (share)"}
+    labels = {"xlabel": "model", "ylabel": "accuracy (share)"}
     figure = plots.bar_with_intervals({"a": 0.6, "b": 0.7}, {"a": (0.5, 0.8), "b": (0.6, 0.9)}, **labels)
     (axis,) = figure.axes
     assert [bar.get_height() for bar in axis.patches] == [0.6, 0.7]
@@ -80,7 +80,7 @@ def test_panels_show_mean_and_interval_of_every_group():
         [5.0, 5.0],
     ]
     assert axis.yaxis_inverted()  # the first row is on top
-    with pytest.raises(ValueError, match="labels must end with its unit"):
+    with pytest.raises(ValueError, match="labels must name its unit"):
         plots.interval_panels(frame, by="method", labels={"gold": "gold"})
 
 
@@ -144,7 +144,7 @@ def test_titles_are_found_wherever_they_stand():
 def test_names_at_the_ends_of_lines_do_not_overlap_and_stay_in_the_picture():
     lines = {"PPO": [0, 0.50], "RLOO": [0, 0.51], "a longer name on two lines": [0, 0.52], "low": [1, 0]}
     figure = plots.line_plot(
-        [1, 2], lines, xlabel="step (count)", ylabel="gold (0 to 1)", title="All end alike", label_ends=True
+        [1, 2], lines, xlabel="step", ylabel="gold (0 to 1)", title="All end alike", label_ends=True
     )
     (axis,) = figure.axes
     assert axis.get_legend() is None
@@ -159,7 +159,7 @@ def test_nothing_is_drawn_outside_what_is_possible():
     figure = plots.line_plot(
         [0, 1],
         {"a": [0.1, 0.9]},
-        xlabel="step (count)",
+        xlabel="step",
         ylabel="accuracy (share)",
         bands={"a": ([-0.2, 0.8], [0.4, 1.2])},
         limits=(0, 1),
@@ -169,7 +169,7 @@ def test_nothing_is_drawn_outside_what_is_possible():
     assert (heights.min(), heights.max()) == (0, 1)
     assert -0.05 < axis.get_ylim()[0] < axis.get_ylim()[1] < 1.05
 
-    labels = {"xlabel": "model (name)", "ylabel": "accuracy (share)"}
+    labels = {"xlabel": "model", "ylabel": "accuracy (share)"}
     figure = plots.bar_with_intervals({"SFT": 0.9}, {"SFT": (0.7, 1.1)}, limits=(0, 1), **labels)
     (segment,) = figure.axes[0].collections[0].get_segments()
     assert segment[:, 1].tolist() == pytest.approx([0.7, 1.0])

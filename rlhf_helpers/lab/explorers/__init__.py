@@ -74,7 +74,7 @@ def ppo_clip_figure(cliprange: float, advantage: float) -> Figure:
         ratios,
         {"no clip": advantage * ratios, "PPO": -loss},
         f"Advantage {advantage:+g}, clip range {cliprange:g}: no gradient beyond a ratio of {edge:g}",
-        "ratio of new to old probability (no unit)",
+        "ratio of new to old probability",
         "surrogate, to be raised (reward)",
         at=edge,
     )
@@ -92,7 +92,7 @@ def kl_estimators_figure(distance: float, samples: int) -> Figure:
         dict(zip(names, torch.stack([means - noise, means + noise], 1).tolist(), strict=True)),
         title=f"KL {means[0]:.3f} nats: k2 is off by {means[1] - means[0]:+.3f} on average; the noise is "
         f"{noise[0]:.3f} for k1 and {noise[2]:.3f} for k3",
-        xlabel="estimator (name)",
+        xlabel="estimator",
         ylabel="mean, one std to either side (nats)",
         reference=means[0].item(),  # E k1 is the KL, by definition
         reference_name="KL",
@@ -127,7 +127,7 @@ def gae_lambda_figure(lam: float, gamma: float, score: float) -> Figure:
         {"value before the token": VALUES, "its own surprise": own, "advantage": ahead},
         f"lambda = {lam:g}: the first token gets {(gamma * lam) ** 7:.0%} of the surprise at the last; "
         f"its advantage is {ahead[0, 0]:+.2f}",
-        "token (number)",
+        "token",
         "value, advantage (reward)",
         at=1,
     )
@@ -238,7 +238,7 @@ def value_rules_figure(
         {answer: (min(served), max(served)) for answer, served in worth.items()},
         title=f'The rule {rule} chooses "{best}": worth {np.mean(worth[best]):.2f} on average, and '
         f"{min(worth[best]):.2f} to the worst-off",
-        xlabel="answer (name)",
+        xlabel="answer",
         ylabel="mean, worst-off to best-off (0 to 1)",
         colors={best: AFTER},
     )
@@ -274,7 +274,7 @@ def token_heat_map_figure(
         f"Score {score.item():.2f}, KL {kl.sum():.2f} nats: most credit goes to token {best + 1}, "
         f'"{words[best].strip()}": {advantages[0, best]:+.2f}'
     )
-    with axes(title=title, xlabel="token (text)", ylabel="largest in the row (±)") as (figure, axis):
+    with axes(title=title, xlabel="token", ylabel="largest in the row (±)") as (figure, axis):
         axis.imshow((rows / sizes.clamp(min=1e-9)).numpy(), cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
         axis.set_xticks(range(len(words)), words, rotation=90)
         axis.set_yticks(
