@@ -9,7 +9,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
 
+import hashlib
 import ipaddress
+import json
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -366,3 +368,13 @@ def with_padding(rollout):
         response_mask=torch.cat([rollout.response_mask, rubbish < 0], 1),
         old_logps=torch.cat([rollout.old_logps, -9.0 * rubbish], 1),
     )
+
+
+def rewrite_settings(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the settings that the newest checkpoint of a run records, as another version would."""
+    newest = max(folder.glob("step-*"))
+    manifest = json.loads((newest / "manifest.json").read_text())
+    change(manifest["run_config"])
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    digest = hashlib.sha256((newest / "manifest.json").read_bytes()).hexdigest()
+    (newest / "manifest.sha256").write_text(digest)

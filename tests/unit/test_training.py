@@ -40,7 +40,7 @@ from rlhf_helpers.core.training.supervised import (
     evaluate_sft,
     token_weights,
 )
-from tests.conftest import run_in_two_processes
+from tests.conftest import rewrite_settings, run_in_two_processes
 
 WORKER = Path(__file__).with_name("training_worker.py")
 sys.path.insert(0, str(WORKER.parent))
@@ -514,6 +514,23 @@ def test_resume_names_every_setting_that_differs(tmp_path):
         worker.noisy_run(tmp_path, steps=6, learning_rate=2e-2)
     engine, _ = worker.noisy_run(tmp_path, steps=4, checkpoint_every=1)  # changes no weight: allowed
     assert engine.step == 4
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda fields: fields.pop("weight_decay"), r"weight_decay was absent \(another version"),
+        (lambda fields: fields.pop("max_length"), r"max_length was absent .*, now None\. Use the old"),
+        (lambda fields: fields.update(momentum=0.5), r"momentum was 0\.5, now absent \(another version"),
+        (lambda fields: fields.clear(), r"learning_rate was absent .*; total_steps was absent .*, now 4;"),
+    ],
+)
+def test_a_run_of_another_version_is_not_continued(tmp_path, change, message):
+    """Settings that were added since, one of them None; a setting that was dropped; a run that names none."""
+    worker.noisy_run(tmp_path, steps=4)
+    rewrite_settings(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        worker.noisy_run(tmp_path, steps=4)
 
 
 def test_a_fresh_run_does_not_mix_with_an_older_one(tmp_path):

@@ -28,6 +28,7 @@ FREE_ON_RESUME = (
     "log",
     "shard",
 )
+ABSENT = "absent (another version of rlhf_helpers)"  # of a setting that was added or dropped since
 
 
 @contextmanager
@@ -89,14 +90,16 @@ def resume_run(engine: "Engine") -> Path | None:
     if path is None:
         return None
     manifest = checkpoints.read_manifest(path)
-    saved, config = manifest["run_config"], run_config(engine)
-    fields = [name for name in {**saved, **config} if saved.get(name) != config.get(name)]
-    if fields:
-        differences = "; ".join(
-            f"{name} was {saved.get(name)!r}, now {config.get(name)!r}" for name in fields
-        )
+    saved, config = manifest.get("run_config", {}), run_config(engine)
+    # A setting that only one of the two versions has differs as well, even if its value is None.
+    differences = [
+        f"{name} was {saved.get(name, ABSENT)}, now {config.get(name, ABSENT)}"
+        for name in {**saved, **config}
+        if saved.get(name, ABSENT) != config.get(name, ABSENT)
+    ]
+    if differences:
         raise ValueError(
-            f"{path} belongs to another run: {differences}. Use the old values or another run_dir"
+            f"{path} belongs to another run: {'; '.join(differences)}. Use the old values or another run_dir"
         )
     weights, state = checkpoints.read_checkpoint(path)
     distributed.load_full_weights(engine.model, weights)
