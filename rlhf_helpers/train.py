@@ -176,7 +176,8 @@ def _preference_task(summary: str, data: str, **fixed: str) -> Task:
 
 TASKS = {
     "sft": Task("Imitate given answers", SFTSettings, train_sft, "demonstrations"),
-    "reward": _reward_task("Train a reward model on pairs", "pairs", "pairwise"),
+    "reward": _reward_task("Train a reward model on pairs, without a margin", "pairs", "pairwise"),
+    "reward-margin": _reward_task("Train a reward model on pairs with a margin", "pairs", "margin"),
     "reward-ranking": _reward_task("Train a reward model on rankings", "rankings", "ranking"),
     "reward-rating": _reward_task("Train a reward model on ratings", "ratings", "rating"),
     "dpo": _preference_task("Learn from pairs by DPO, or by another --loss", "pairs"),
@@ -198,13 +199,18 @@ def main(argv: Sequence[str]) -> int:
     task = TASKS[arguments.task]
     given = {name: value for name, value in vars(arguments).items() if name in task.settings.__match_args__}
     try:
-        settings = task.settings(**{**DEFAULTS, "run_dir": arguments.out, **task.fixed, **given})
+        settings = task.settings(**DEFAULTS | {"run_dir": arguments.out} | task.fixed | given)
     except ValueError as error:
         parser.error(str(error))
     try:
         run(task, settings, arguments)
     except KeyboardInterrupt as stop:
-        say(f"{stop or 'stopped in the middle of a step'}\nContinue with:\n  {continue_command(argv)}")
+        again = "Continue" if checkpoints(arguments.out) else "There is no checkpoint: start again"
+        # What follows the semicolon is for a caller in Python: pass resume=True.
+        say(
+            f"{str(stop).partition(';')[0] or 'stopped in the middle of a step'}\n"
+            f"{again} with:\n  {continue_command(argv)}"
+        )
         return INTERRUPTED
     except (ValueError, OSError, FloatingPointError) as error:
         say(f"train {arguments.task}: {error}", file=sys.stderr)
@@ -215,8 +221,7 @@ def main(argv: Sequence[str]) -> int:
 def run(task: Task, settings: TrainingSettings, arguments: argparse.Namespace) -> None:
     """Read the data, train, save; every refusal comes before the first step."""
     out = arguments.out
-    is_first = process_state().is_main_process and not arguments.resume
-    if is_first and out.is_dir() and any(out.iterdir()):
+    if process_state().is_main_process and not arguments.resume and out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty: continue its run with --resume, or name another --out")
     read = getattr(preference_data, READERS[task.data])
     rows, report = read(arguments.data, split=arguments.split, limit=arguments.limit)
@@ -243,9 +248,11 @@ def run(task: Task, settings: TrainingSettings, arguments: argparse.Namespace) -
         measured = {name: value for name, value in history[-1].items() if name.startswith("eval_")}
         say(f"on the held-out rows: {measured}")
     if isinstance(model, RewardModel):
-        files = f"--model {arguments.model} --data {arguments.data}"
-        command = f"rloo {files} --reward {out} --out {out}-rloo"
-        say(f"Train a policy on this reward with:\n  {PROGRAM} {command}")
+        say(
+            "Train a policy on this reward with:\n"
+            f"  {PROGRAM} rloo --model {shlex.quote(arguments.model)} --data {shlex.quote(arguments.data)} "
+            f"--reward {shlex.quote(str(out))} --out {shlex.quote(f'{out}-rloo')}"
+        )
 
 
 def say(text: object, **options: Any) -> None:
@@ -299,8 +306,9 @@ def add_flags(parser: argparse.ArgumentParser, task: Task) -> None:
     parser.add_argument(
         "--model", required=True, help="'tiny', 'smollm2', a local folder or a name on the hub"
     )
-    columns = ", ".join(COLUMNS[task.data])
-    parser.add_argument("--data", required=True, help=f"a file or a data set on the hub with {columns}")
+    parser.add_argument(
+        "--data", required=True, help=f"a file or a data set on the hub with {', '.join(COLUMNS[task.data])}"
+    )
     parser.add_argument("--split", help="of a data set on the hub, or the rows' own column `split`")
     parser.add_argument("--limit", type=int, help="read only the first rows")
     parser.add_argument("--out", required=True, type=Path, help="folder for model, metrics and checkpoints")

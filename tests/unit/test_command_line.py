@@ -3,6 +3,7 @@
 import importlib.machinery
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import types
@@ -17,7 +18,7 @@ from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.training import Engine
 from rlhf_helpers.reward_model import load_reward_model
 from rlhf_helpers.train import TASKS, field_notes
-from tests.conftest import Killed, dies_at, launch_two_processes
+from tests.conftest import Killed, dies_at, launch_two_processes, rewrite_settings
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -48,7 +49,8 @@ share = 0.5
 POLICY_TASKS = ("rloo", "grpo", "ppo")
 ROWS = {
     "pairs": [
-        {"prompt": f"What is {n}?", "chosen": f"It is {n}, see.", "rejected": "No idea."} for n in range(12)
+        {"prompt": f"What is {n}?", "chosen": f"It is {n}, see.", "rejected": "No idea.", "margin": n / 12}
+        for n in range(12)
     ],
     "demonstrations": [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(12)],
     "labels": [
@@ -193,7 +195,7 @@ def test_sigterm_ends_the_step_and_the_printed_command_continues(folder, tiny_ll
     stopped = command("rloo", tiny_llama_dir, reward="my_rewards:stops")
     assert main(stopped) == 130
     said = capsys.readouterr().out
-    assert "stopped at step 2 of 3" in said
+    assert said.splitlines()[-3:-1] == ["stopped at step 2 of 3", "Continue with:"]
     assert Path("out/step-00000002").is_dir()
     line = said.splitlines()[-1].strip()
     python, *words = shlex.split(line)
@@ -201,6 +203,17 @@ def test_sigterm_ends_the_step_and_the_printed_command_continues(folder, tiny_ll
     assert words == ["-m", "rlhf_helpers", *stopped, "--resume"]
     assert main(words[2:]) == 0
     assert_same_run("out", "whole")
+
+
+def test_without_a_checkpoint_the_printed_command_starts_again(folder, tiny_llama_dir, monkeypatch, capsys):
+    words = command("sft", tiny_llama_dir, "--checkpoint-every", "0")
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "optimizer_step", lambda engine: signal.raise_signal(signal.SIGINT))
+        assert main(words) == 130
+    *_, reached, start, line = capsys.readouterr().out.splitlines()
+    assert (reached, start) == ("stopped at step 1 of 3", "There is no checkpoint: start again with:")
+    assert main(shlex.split(line)[3:]) == 0
+    assert [row["step"] for row in metrics()] == [0, 1, 2]
 
 
 @pytest.mark.slow
@@ -339,6 +352,11 @@ def test_another_run_is_not_continued(folder, tiny_llama_dir, capsys):
     assert main(command("sft", tiny_llama_dir)) == 0
     assert main(command("sft", tiny_llama_dir, "--resume", "--prompt-weight", "0.5")) == 1
     assert "belongs to another run: prompt_weight was 0.0, now 0.5" in capsys.readouterr().err
+    rewrite_settings(folder / "out", lambda fields: fields.pop("prompt_weight"))  # it did not exist yet
+    assert main(command("sft", tiny_llama_dir, "--resume")) == 1
+    said = capsys.readouterr().err
+    assert "prompt_weight was absent (another version of rlhf_helpers), now 0.0. Use the old values" in said
+    assert len(said.splitlines()) == 1
 
 
 def test_evaluation_on_a_file_says_what_is_trained_on_too(folder, tiny_llama_dir, capsys):
@@ -395,8 +413,6 @@ def test_tensorboard_drops_the_steps_that_are_computed_again(folder, tiny_llama_
 
 
 def test_the_engine_gives_signals_back_when_a_loop_ends(folder, tiny_llama_dir):
-    import signal
-
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     assert main(command("sft", tiny_llama_dir)) == 0
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
