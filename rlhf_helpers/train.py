@@ -25,7 +25,6 @@ from typing import Any, get_args, get_origin, get_type_hints
 from datasets import Dataset
 from torch import nn
 
-from rlhf_helpers import preference_data
 from rlhf_helpers.core.models import SMOLLM2, RewardFn, as_reward_fn, load_model
 from rlhf_helpers.core.training import History, TrainingSettings, sft
 from rlhf_helpers.core.training.checkpoints import checkpoints
@@ -41,7 +40,7 @@ from rlhf_helpers.policy_optimization import (
     ppo,
     rloo,
 )
-from rlhf_helpers.preference_data import READERS, leaked_prompts, split_by_prompt
+from rlhf_helpers.preference_data import leaked_prompts, read_preferences, split_by_prompt
 from rlhf_helpers.preference_data.tidying import COLUMNS
 from rlhf_helpers.reward_model import (
     RewardModel,
@@ -162,7 +161,7 @@ class Task:
     summary: str
     settings: type[TrainingSettings]
     train: Callable[..., Trained]
-    data: str  # a key of `preference_data.READERS`
+    data: str  # a unit of `read_preferences`
     fixed: dict[str, Any] = field(default_factory=dict)  # settings that make the task what it is
 
 
@@ -223,12 +222,13 @@ def run(task: Task, settings: TrainingSettings, arguments: argparse.Namespace) -
     out = arguments.out
     if process_state().is_main_process and not arguments.resume and out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty: continue its run with --resume, or name another --out")
-    read = getattr(preference_data, READERS[task.data])
-    rows, report = read(arguments.data, split=arguments.split, limit=arguments.limit)
+    rows, report = read_preferences(
+        arguments.data, unit=task.data, split=arguments.split, limit=arguments.limit
+    )
     say(report)
     eval_rows = None
     if arguments.eval_data:
-        eval_rows, report = read(arguments.eval_data)
+        eval_rows, report = read_preferences(arguments.eval_data, unit=task.data)
         say(report)
         say(f"{len(leaked_prompts(rows, eval_rows))} prompts of --eval-data are trained on too")
     elif arguments.eval_share:

@@ -188,7 +188,7 @@ def _checked(rows: Rows, kind: str | None) -> tuple[list[dict[str, Any]], str]:
         elif kind == "unpaired" and row["label"] not in (0, 1):
             fault = "label must be true (desirable) or false"
         elif kind == "rankings" and row.get("ranks") and len(set(row["ranks"])) < len(texts):
-            fault = "ranks tie, so use rankings_to_pairs"
+            fault = "ranks tie, so read the rows as pairs with read_preferences"
         if fault:
             raise ValueError(f"row {index}: {fault}; got {row}")
     return checked, kind

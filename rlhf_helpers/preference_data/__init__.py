@@ -28,7 +28,7 @@ from rlhf_helpers.preference_data.collection import (
     collect_rankings,
     collect_ratings,
 )
-from rlhf_helpers.preference_data.conversions import CONVERSIONS, rankings_to_pairs
+from rlhf_helpers.preference_data.conversions import CONVERSIONS
 from rlhf_helpers.preference_data.creation import PreferenceDataset, create_preference_data
 from rlhf_helpers.preference_data.formats import Format, Row, detect_format
 from rlhf_helpers.preference_data.quality import (
@@ -51,14 +51,6 @@ from rlhf_helpers.world.annotators import Guideline
 logger = logging.getLogger(__name__)
 
 Reading = tuple[Dataset, LoadReport]
-READERS = {  # unit of the examples -> its reader
-    "pairs": "read_preferences",
-    "rankings": "read_rankings",
-    "ratings": "read_ratings",
-    "labels": "read_unpaired",
-    "demonstrations": "read_demonstrations",
-    "prompts": "read_prompts",
-}
 
 
 def load_preferences(source: Source, *, split: str | None = None, limit: int | None = None) -> Dataset:
@@ -68,69 +60,44 @@ def load_preferences(source: Source, *, split: str | None = None, limit: int | N
     return dataset
 
 
-def read_preferences(source: Source, *, split: str | None = None, limit: int | None = None) -> Reading:
-    """Read pairs from any known source and format into columns prompt, chosen, rejected, with a report.
+def read_preferences(
+    source: Source, *, unit: str = "pairs", split: str | None = None, limit: int | None = None
+) -> Reading:
+    """Read training data of one unit from any known source and format, with a report.
 
     The format is recognised from the records: TRL standard and conversational, prompt explicit or implicit;
-    HH transcripts; OpenAI comparisons; rankings and OASST trees (all pairs of each ranking); ratings (with
-    margin). Texts are in the one text form of `core.text`; Windows line ends are read as "\\n". Further
+    HH transcripts; OpenAI comparisons; OASST message trees; rankings; ratings; labels; demonstrations;
+    conversations. Texts are in the one text form of `core.text`; Windows line ends are read as "\\n". Further
     columns are kept.
+
+        unit            columns                       made of
+        pairs           prompt, chosen, rejected      pairs, all pairs of each ranking, ratings (with margin)
+        rankings        prompt, responses (K >= 2,    rankings, and trees: every user turn that assistants
+                        best first), ranks (lower     answered, its prompt the conversation down to it
+                        is better)
+        ratings         prompt, response, rating      ratings (higher is better)
+        labels          prompt, completion, label     labels, and two of each pair
+        demonstrations  prompt, completion            what supervised fine-tuning imitates: also each answer
+                                                      of a conversation, and the chosen answers of pairs
+        prompts         prompt                        any rows with a prompt, for a policy to answer; their
+                                                      answers are further columns, for the reward
 
     Args:
         source: A hub name; a .json, .jsonl (or .gz of both), .csv or .parquet file or a folder of them; a
             list of dicts; a datasets.Dataset.
+        unit: What an example is, see the table.
         split: Of the hub set (default "train"), the folder's files, or the records' own column `split`.
         limit: Read at most so many records.
 
     Raises:
         PreferenceDataError: Lists every structural fault with its place and its fix (a prompt under another
-            name such as "question" is one), or says that no pair is left.
+            name such as "question" is one), or says that no example is left.
+        ValueError: The unit is unknown.
 
     Derived in lesson 1.
     """
-    return _read(source, split, limit, "pairs")
-
-
-def read_rankings(source: Source, *, split: str | None = None, limit: int | None = None) -> Reading:
-    """Read rankings (K >= 2) into prompt, responses (best first), ranks (lower is better), with a report.
-
-    Accepts rows prompt, responses[, ranks] and OASST message trees, where every user turn that assistants
-    answered is a ranking, its prompt the conversation down to it. The rest as `read_preferences`.
-    """
-    return _read(source, split, limit, "rankings")
-
-
-def read_ratings(source: Source, *, split: str | None = None, limit: int | None = None) -> Reading:
-    """Read rows prompt, response, rating (float, higher is better); the rest as `read_preferences`."""
-    return _read(source, split, limit, "ratings")
-
-
-def read_unpaired(source: Source, *, split: str | None = None, limit: int | None = None) -> Reading:
-    """Read rows prompt, completion, label (bool), or two of them from each pair; the rest as above."""
-    return _read(source, split, limit, "labels")
-
-
-def read_demonstrations(source: Source, *, split: str | None = None, limit: int | None = None) -> Reading:
-    """Read what supervised fine-tuning imitates into columns prompt, completion, with a report.
-
-    Accepts rows prompt, completion, and rows messages, where each answer of the assistant is an example
-    whose prompt is the conversation before it. Of pairs, the chosen answer is read. The rest as
-    `read_preferences`.
-    """
-    return _read(source, split, limit, "demonstrations")
-
-
-def read_prompts(source: Source, *, split: str | None = None, limit: int | None = None) -> Reading:
-    """Read prompts for a policy to answer, with a report; further columns are kept for the reward.
-
-    Accepts any rows with a prompt, a text or messages, and the pairs and conversations that hold one without
-    such a column; their answers are further columns. The rest as `read_preferences`.
-    """
-    return _read(source, split, limit, "prompts")
-
-
-def _read(source: Source, split: str | None, limit: int | None, unit: str) -> Reading:
-    """Read a source into rows of one unit: file -> records -> format -> examples -> rows."""
+    if unit not in COLUMNS:
+        raise ValueError(f"unit={unit!r} is unknown; choose from {list(COLUMNS)}")
     name, records, faults = read_records(source, split=split, limit=limit)
     form = _choose_format(name, records, unit, faults)
     # Examples by the parser of the format: of HH transcripts, `formats.parse_transcripts`.
@@ -157,10 +124,10 @@ def _choose_format(name: str, records: list[Record], unit: str, faults: list[str
     if form is None and records:
         place, value = records[0]
         columns = sorted(value) if isinstance(value, dict) else type(value).__name__
-        fix = f"give {', '.join(COLUMNS[unit])}, or another format that {READERS[unit]} names"
+        fix = f"give {', '.join(COLUMNS[unit])}, or another format that read_preferences names"
         faults.append(f"{place}: unknown format, the record has {columns}; {fix}")
     elif form and form.unit not in usable:
-        fix = f"read it with {READERS[form.unit]}"
+        fix = f"read it with unit={form.unit!r}"
         faults.append(f"{name}: holds {form.unit} ('{form.name}'), not {' or '.join(usable)}; {fix}")
     return form
 

@@ -4,9 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import combinations
 
-import datasets
-
-from rlhf_helpers.preference_data.tidying import Row, clean_rows, to_dataset
+from rlhf_helpers.preference_data.tidying import Row
 
 
 def _by_prompt(rows: Iterable[Row]) -> list[list[Row]]:
@@ -71,13 +69,3 @@ CONVERSIONS = {
     "demonstrations": {"pairs": demonstrations_of_pairs},
     "prompts": {"pairs": lambda rows, noted: rows, "demonstrations": lambda rows, noted: rows},
 }
-
-
-def rankings_to_pairs(rankings: datasets.Dataset) -> datasets.Dataset:
-    """Turn rankings (prompt, responses best first[, ranks]) into all their pairs prompt, chosen, rejected.
-
-    A ranking of K gives K (K - 1) / 2 pairs; those of one prompt stand together, because they are not
-    independent and belong into one batch element (InstructGPT 2022, section 3.5). Tied, empty and identical
-    pairs are left out (`read_preferences` counts them); raises PreferenceDataError if none is left.
-    """
-    return to_dataset("rankings", clean_rows(pairs_of_rankings(rankings, Counter()), "pairs")[0])

@@ -5,16 +5,14 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from torch.utils.data import Dataset
 
 from rlhf_helpers.core.text import to_messages
 from rlhf_helpers.preference_data.tidying import Row
-from rlhf_helpers.world.annotators import Annotator
 from rlhf_helpers.world.prompts import CONVERSATION, find_prompt, load_prompts, sample_answer
 from rlhf_helpers.world.tables import load_table
 
-LEVEL_WORTH = {"high": 1.0, "medium": 0.5, "low": 0.0}  # in units of gold reward
+LEVELS = ("high", "medium", "low")  # the best first
 # Nobody here knows the answer to a prompt from outside the world, so no level claims one: they differ in
 # how much use they are.
 _GENERIC = load_table("world/generic_answers")
@@ -38,20 +36,16 @@ class PreferenceDataset(list[Row], Dataset):
 def create_preference_data(
     num_samples: int = 1000,
     prompt_templates: Sequence[str] | None = None,
-    response_quality_levels: Sequence[str] = ("high", "medium", "low"),
+    response_quality_levels: Sequence[str] = LEVELS,
     *,
-    annotator: Annotator | None = None,
     seed: int = 0,
 ) -> PreferenceDataset:
-    """Draw pairs of answers of two different levels, and let the better level (or an annotator) win.
+    """Draw pairs of answers of two different levels; the better level wins.
 
     prompt_templates: any prompts (None: the world's conversation, the part to train on), drawn alike. The
         world's get answers as `sample_answer` writes them; to any other the answers are generic: they claim
         nothing about the prompt, and differ by level in how much use they are.
     response_quality_levels: at least two of "high", "medium", "low".
-    annotator: None: the better level always wins. Otherwise it wins with probability
-        sigmoid((u_better - u_worse) / temperature), Bradley and Terry 1952, where u is the level's worth (1,
-        0.5, 0) plus this person's biases.
 
     Rows: prompt, chosen, rejected, chosen_quality, rejected_quality; the two answers always differ. With few
     prompts pairs repeat. Raises ValueError for num_samples < 1, no or a blank prompt, fewer than two levels,
@@ -60,23 +54,17 @@ def create_preference_data(
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}: ask for at least one")
     levels = sorted(set(response_quality_levels))
-    if len(levels) < 2 or not set(levels) <= set(LEVEL_WORTH):
-        raise ValueError(f"response_quality_levels={levels}: name at least two of {list(LEVEL_WORTH)}")
+    if len(levels) < 2 or not set(levels) <= set(LEVELS):
+        raise ValueError(f"response_quality_levels={levels}: name at least two of {list(LEVELS)}")
     if prompt_templates is None:
         prompt_templates = [prompt.text for prompt in load_prompts(CONVERSATION, "train")]
     if isinstance(prompt_templates, str) or not prompt_templates or not all(map(str.strip, prompt_templates)):
         raise ValueError(f"prompt_templates={prompt_templates!r}: give a list of prompts, none of them blank")
     rng = random.Random(f"preference data/{seed}")
     prompts = [rng.choice(prompt_templates) for _ in range(num_samples)]
-    pairs = [_two_answers(prompt, levels, rng) for prompt in prompts]
-    wins = np.ones(num_samples, bool)
-    if annotator:
-        worth = np.array([[LEVEL_WORTH[level] for _, level in two] for two in pairs])
-        worth += np.array([annotator.biases([answer for answer, _ in two]) for two in pairs])
-        wins = annotator.decide(worth[:, 0] - worth[:, 1], np.random.default_rng(seed))
     rows = []
-    for prompt, two, better_wins in zip(prompts, pairs, wins, strict=True):
-        (chosen, best), (rejected, rest) = two if better_wins else reversed(two)
+    for prompt in prompts:
+        (chosen, best), (rejected, rest) = _two_answers(prompt, levels, rng)
         qualities = {"chosen_quality": best, "rejected_quality": rest}
         rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, **qualities})
     return PreferenceDataset(rows)
@@ -84,7 +72,7 @@ def create_preference_data(
 
 def _two_answers(text: str, levels: Sequence[str], rng: random.Random) -> list[tuple[str, str]]:
     """Two different answers, each with its level, the better level first."""
-    two = sorted(rng.sample(levels, 2), key=LEVEL_WORTH.__getitem__, reverse=True)
+    two = sorted(rng.sample(levels, 2), key=LEVELS.index)
     for _ in range(_DRAWS):
         answers = [_answer(text, level, rng) for level in two]
         if answers[0] != answers[1]:

@@ -279,7 +279,7 @@ STANDARD = Format("TRL standard", "pairs", _P | _SIDES)
 IMPLICIT = Format("TRL standard, implicit prompt", "pairs", _SIDES, _implicit)
 CONVERSATIONAL = Format("TRL conversational", "pairs", dict.fromkeys(_SIDES, MESSAGES), _conversational)
 TREES = Format("OASST trees", "rankings", {"prompt": OBJECT}, _tree)
-PROMPTS = Format("prompts", "prompts", _P)  # for `read_prompts` alone
+PROMPTS = Format("prompts", "prompts", _P)  # for the unit "prompts" alone
 # Formats that one column gives away: the first of these that a record has.
 _COMPARED = {"info": OBJECT, "summaries": LIST, "choice": NUMBER}
 BY_COLUMN = {

@@ -134,7 +134,9 @@ def as_rows(rows: Rows, objective: str = "pairwise") -> list[Mapping[str, Any]]:
         if "chosen" in columns and row["chosen"] == row["rejected"]:
             raise ValueError(f"row {index}: chosen and rejected are the same text, so nothing was preferred")
         if objective == "ranking" and row.get("ranks") and len(set(row["ranks"])) < len(row["ranks"]):
-            raise ValueError(f"row {index}: ranks {row['ranks']} tie; use rankings_to_pairs and 'pairwise'")
+            raise ValueError(
+                f"row {index}: ranks {row['ranks']} tie; read_preferences makes pairs of them, for 'pairwise'"
+            )
     return checked
 
 

@@ -95,7 +95,13 @@ class Annotator:
         """For each pair whether `first` is preferred, (B,) bool; the same seed gives the same answers."""
         rng = np.random.default_rng(seed)
         gap = self.utility(prompts, first) - self.utility(prompts, second)
-        return self.decide(gap, rng)
+        coin = rng.random(gap.shape)
+        awake = rng.random(gap.shape) < self.reliability
+        if self.temperature == 0:
+            chance = np.where(gap == 0, 0.5, gap > 0)
+        else:
+            chance = 1 / (1 + np.exp(-np.clip(gap / self.temperature, -500, 500)))
+        return coin < np.where(awake, chance, 0.5)
 
     def rank(self, prompt: str, responses: Sequence[str], *, seed: int) -> list[int]:
         """Indices of the responses, best first: a draw from the Plackett-Luce model (Gumbel trick)."""
@@ -112,16 +118,6 @@ class Annotator:
         worth = self.utility(prompts, responses) + self.temperature * rng.normal(size=len(responses))
         worth = np.where(rng.random(len(responses)) < self.reliability, worth, rng.random(len(responses)))
         return np.clip(np.floor(worth * 5) + 1, 1, 5).astype(int)
-
-    def decide(self, gap: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Whether the first is preferred where its utility is greater by `gap`, (B,) bool, noise included."""
-        coin = rng.random(gap.shape)
-        awake = rng.random(gap.shape) < self.reliability
-        if self.temperature == 0:
-            chance = np.where(gap == 0, 0.5, gap > 0)
-        else:
-            chance = 1 / (1 + np.exp(-np.clip(gap / self.temperature, -500, 500)))
-        return coin < np.where(awake, chance, 0.5)
 
 
 STANDARD = Annotator()

@@ -27,7 +27,7 @@ from rlhf_helpers.lab.labeling import (
 )
 from rlhf_helpers.lab.labeling.payoff import WordPoints, _distance
 from rlhf_helpers.lab.labeling.store import SKIP, TIE
-from rlhf_helpers.preference_data import read_preferences, read_rankings, read_ratings
+from rlhf_helpers.preference_data import read_preferences
 from rlhf_helpers.reward_model import pair_credits, score_pairs
 
 PAIRS = [{"prompt": f"<q{n}>", "a": "yes " * (n + 1), "b": "no"} for n in range(3)]
@@ -220,10 +220,14 @@ class TestStore:
         assert (pair["chosen"], pair["rejected"]) == ("no", PAIRS[0]["a"])
         ranked = LabelStore(None)
         ranked.add(Label("you", Item("ranking", "q", ("poor", "best", "good")), (0, 1, 2), [1, 2, 0]))
-        assert read_rankings(ranked.preferences())[0][0]["responses"] == ["best", "good", "poor"]
+        assert read_preferences(ranked.preferences(), unit="rankings")[0][0]["responses"] == [
+            "best",
+            "good",
+            "poor",
+        ]
         rated = LabelStore(None)
         rated.add(Label("you", Item("rating", "q", ("answer",)), (0,), 4))
-        assert read_ratings(rated.preferences())[0][0]["rating"] == 4.0
+        assert read_preferences(rated.preferences(), unit="ratings")[0][0]["rating"] == 4.0
 
     def test_another_file_is_refused_by_name(self, tmp_path):
         (tmp_path / "notes.sqlite").write_text("no database" * 100)

@@ -108,19 +108,6 @@ class TestCreation:
             assert "Of rain, please" in row["chosen"]
             assert "Assistant" not in row["chosen"]
 
-    @pytest.mark.parametrize("prompts", [[HAIKU], None])
-    def test_an_annotator_errs_at_the_known_rate(self, prompts):
-        data = create_preference_data(2000, prompts, ["high", "medium"], annotator=Annotator(temperature=0.5))
-        wrong = np.mean([row["chosen_quality"] == "medium" for row in data])
-        assert wrong == pytest.approx(0.269, abs=0.03)  # 1 - sigmoid(0.5 / 0.5)
-        exact = create_preference_data(50, prompts, annotator=EXACT)
-        assert exact[:] == create_preference_data(50, prompts)[:]
-
-    def test_a_biased_annotator_takes_the_longer_answer(self):
-        fan = Annotator(temperature=0, length_bias=-10)
-        data = create_preference_data(50, [HAIKU], annotator=fan)
-        assert all(len(row["chosen"].split()) <= len(row["rejected"].split()) for row in data)
-
     @pytest.mark.parametrize(
         "arguments, match",
         [

@@ -15,13 +15,7 @@ from rlhf_helpers.preference_data import (
     leaked_prompts,
     load_preferences,
     prompt_folds,
-    rankings_to_pairs,
-    read_demonstrations,
     read_preferences,
-    read_prompts,
-    read_rankings,
-    read_ratings,
-    read_unpaired,
     split_by_prompt,
 )
 from rlhf_helpers.preference_data.formats import detect_format
@@ -42,9 +36,9 @@ def jsonl(*rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def faults_of(source, reader=read_preferences, **options):
+def faults_of(source, **options):
     with pytest.raises(PreferenceDataError) as caught:
-        reader(source, **options)
+        read_preferences(source, **options)
     return [str(fault) for fault in caught.value.faults], str(caught.value)
 
 
@@ -285,13 +279,13 @@ def test_rankings_best_first_or_by_rank_and_all_their_pairs_together():
         {"prompt": "r", "responses": ["h"]},
         {"prompt": "r", "responses": ["h", " "]},
     ]
-    rankings, report = read_rankings(rows)
+    rankings, report = read_preferences(rows, unit="rankings")
     assert rankings.column_names == ["prompt", "responses", "ranks", "by"]
     assert rankings["responses"][:] == [["a", "b", "c"], ["e", "d"], ["f", "g", "i"]]
     assert rankings["ranks"][:] == [[0, 1, 2], [1, 2], [0, 0, 1]]
     assert (report.read, report.kept) == (5, 3)
     assert report.dropped == {"empty": 1, "ambiguous": 0, "with fewer than two responses": 1}
-    pairs = rankings_to_pairs(rankings)
+    pairs = load_preferences(rankings)
     assert list(zip(pairs["prompt"], pairs["chosen"], pairs["rejected"], strict=True)) == [
         ("p", "a", "b"),
         ("p", "a", "c"),
@@ -334,7 +328,7 @@ def tree():
 
 
 def test_trees_give_a_ranking_for_every_answered_user_turn():
-    rankings, report = read_rankings([tree()])
+    rankings, report = read_preferences([tree()], unit="rankings")
     assert report.format == "OASST trees"
     rows = {row["prompt"]: row["responses"] for row in rankings}
     assert rows == {
@@ -353,7 +347,7 @@ def test_tree_faults_name_the_message():
     unranked, untold = tree(), tree()
     unranked["prompt"]["replies"][0]["rank"] = "best"
     del untold["prompt"]["replies"][1]["text"]
-    found, _ = faults_of([unranked, untold], read_rankings)
+    found, _ = faults_of([unranked, untold], unit="rankings")
     assert len(found) == 2
     assert found[0].startswith("row 0: the message {'message_id': 'worst'")
     assert "lacks replies or a sound rank" in found[0]
@@ -364,7 +358,7 @@ def test_tree_faults_name_the_message():
 def test_ratings_pair_by_difference_without_ties():
     values = [("p", "a", 3), ("p", "b", 5.0), ("p", "c", 3), ("q", "d", 1)]
     rows = [dict(zip(("prompt", "response", "rating"), value, strict=True)) for value in values]
-    ratings, report = read_ratings(rows)
+    ratings, report = read_preferences(rows, unit="ratings")
     assert ratings["rating"][:] == [3.0, 5.0, 3.0, 1.0]
     assert (report.unit, report.kept) == ("ratings", 4)
     expected = [
@@ -381,15 +375,15 @@ def test_ratings_pair_by_difference_without_ties():
 def test_unpaired_labels_and_pairs_turned_into_them(tmp_path):
     path = tmp_path / "labels.csv"
     path.write_text("prompt,completion,label\np,a,True\np,b,false\np,c,1\np, ,0\n")
-    labels, report = read_unpaired(path)
+    labels, report = read_preferences(path, unit="labels")
     assert labels["label"][:] == [True, False, True]
     assert (report.read, report.kept, report.dropped["empty"]) == (4, 3, 1)
-    assert read_unpaired([{**PAIR, "margin": 1.0}])[0].to_list() == [
+    assert read_preferences([{**PAIR, "margin": 1.0}], unit="labels")[0].to_list() == [
         {"prompt": PAIR["prompt"], "completion": "Paris.", "label": True, "margin": 1.0},
         {"prompt": PAIR["prompt"], "completion": "Rome.", "label": False, "margin": 1.0},
     ]
     assert (
-        "holds labels ('unpaired labels'), not pairs or rankings or ratings; read it with read_unpaired"
+        "holds labels ('unpaired labels'), not pairs or rankings or ratings; read it with unit='labels'"
         in (faults_of(path)[1])
     )
 
@@ -488,7 +482,7 @@ def test_csv_faults_name_the_line_where_the_row_begins(tmp_path):
         f"{path}:5: the file is damaged or broken after this",
     ]
     path.write_text("prompt,response,rating\np,a,great\np,b,nan\np,c,2\n")
-    found, _ = faults_of(path, read_ratings)
+    found, _ = faults_of(path, unit="ratings")
     assert found == [f"{path}:{n}: 'rating' is of type str; make it a number" for n in (2, 3)]
 
 
@@ -526,7 +520,7 @@ def test_a_row_that_is_no_transcript_among_transcripts():
 
 def test_labels_that_are_neither_true_nor_false():
     found, _ = faults_of(
-        [{"prompt": "p", "completion": "a", "label": value} for value in (2, "yes")], read_unpaired
+        [{"prompt": "p", "completion": "a", "label": value} for value in (2, "yes")], unit="labels"
     )
     assert found == [
         "row 0: 'label' is 2; make it true or false",
@@ -624,7 +618,7 @@ def test_lists_written_into_csv_cells_are_refused(tmp_path, write):
     assert found[0].startswith(f"{path}:2: 'prompt': holds messages written as text; parquet and JSON keep")
     ranking = {"prompt": "p", "responses": write(["a", "b"]), "ranks": write([1, 0])}
     pandas.DataFrame([ranking]).to_csv(path, index=False)
-    assert faults_of(path, read_rankings)[0] == [f"{path}:2: 'responses' is of type str; make it a list"]
+    assert faults_of(path, unit="rankings")[0] == [f"{path}:2: 'responses' is of type str; make it a list"]
 
 
 def test_cells_that_only_look_like_lists():
@@ -641,7 +635,7 @@ def test_cells_that_only_look_like_lists():
 def test_arrays_written_into_csv_cells_are_not_glued(tmp_path):
     path = tmp_path / "rankings.csv"
     path.write_text("prompt,responses\np,['a' 'b']\n")  # NumPy's way to write a list of two texts
-    assert faults_of(path, read_rankings)[0] == [f"{path}:2: 'responses' is of type str; make it a list"]
+    assert faults_of(path, unit="rankings")[0] == [f"{path}:2: 'responses' is of type str; make it a list"]
 
 
 def test_windows_line_ends_are_line_ends(tmp_path):
@@ -709,9 +703,11 @@ def test_a_json_array_that_is_nested_too_deeply_names_its_file(tmp_path):
 def test_values_of_other_readers_that_cannot_be_stored():
     huge = 10**400
     problem = "more than 64 bits; correct or remove the record"
-    assert faults_of([{"prompt": "p", "response": "a", "rating": huge}], read_ratings)[0][0].endswith(problem)
+    assert faults_of([{"prompt": "p", "response": "a", "rating": huge}], unit="ratings")[0][0].endswith(
+        problem
+    )
     ranking = {"prompt": "p", "responses": ["a", "b"], "ranks": [0, huge]}
-    assert faults_of([ranking], read_rankings)[0][0].endswith(problem)
+    assert faults_of([ranking], unit="rankings")[0][0].endswith(problem)
     assert faults_of([{1: 2, **PAIR}])[0] == ["row 0: the name 1 is not text; correct or remove the record"]
     deep = []
     for _ in range(5000):
@@ -833,36 +829,36 @@ def test_conversations_keep_their_turns(texts):
 def test_demonstrations_of_both_formats_and_of_pairs(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(jsonl({"prompt": "p", "completion": "a"}, {"prompt": [user("p")], "completion": "b"}))
-    rows, report = read_demonstrations(path)
+    rows, report = read_preferences(path, unit="demonstrations")
     assert rows.to_list() == [{"prompt": "p", "completion": "a"}, {"prompt": "p", "completion": "b"}]
     assert (report.format, report.unit, report.kept) == ("prompts and completions", "demonstrations", 2)
     chat = {"messages": [user("1"), assistant("one"), user("2"), assistant("two")], "id": 7}
-    rows, report = read_demonstrations([chat])
+    rows, report = read_preferences([chat], unit="demonstrations")
     assert rows.to_list() == [
         {"prompt": "1", "completion": "one", "id": 7},
         {"prompt": "User: 1\n\nAssistant: one\n\nUser: 2", "completion": "two", "id": 7},
     ]
     assert (report.format, report.records, report.read) == ("conversations", 1, 2)
-    rows, report = read_demonstrations([PAIR, {**OTHER, "chosen": " "}])
+    rows, report = read_preferences([PAIR, {**OTHER, "chosen": " "}], unit="demonstrations")
     assert rows.to_list() == [{"prompt": PAIR["prompt"], "completion": "Paris."}]
     assert report.noted["pairs"] == 2
     assert report.dropped["empty"] == 1
     assert_adds_up(report)
 
 
-def test_pairs_that_share_no_turn_are_counted_by_every_reader():
+def test_pairs_that_share_no_turn_are_counted_for_every_unit():
     rows = [
         {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
         {"chosen": [user("x"), assistant("b")], "rejected": [user("y"), assistant("c")]},
     ]
-    for reader in (read_demonstrations, read_unpaired):
-        _, report = reader(rows)
+    for unit in ("demonstrations", "labels"):
+        _, report = read_preferences(rows, unit=unit)
         assert report.dropped["unshared"] == 1
         assert_adds_up(report)
 
 
 def test_unpaired_rows_of_pairs():
-    labels, report = read_unpaired([PAIR])
+    labels, report = read_preferences([PAIR], unit="labels")
     assert [(row["completion"], row["label"]) for row in labels] == [("Paris.", True), ("Rome.", False)]
     assert report.noted["pairs"] == 1
 
@@ -872,7 +868,7 @@ def test_prompts_keep_their_further_columns_whatever_these_are_called():
         {"prompt": "2 + 2?", "label": "4", "completion": None, "tests": ["f(1)"]},
         {"prompt": [user("a"), assistant("b"), user("c")], "label": "d", "completion": None, "tests": []},
     ]
-    prompts, report = read_prompts(rows)
+    prompts, report = read_preferences(rows, unit="prompts")
     assert prompts["prompt"] == ["2 + 2?", "User: a\n\nAssistant: b\n\nUser: c"]
     assert prompts["label"] == ["4", "d"]
     assert prompts["tests"] == [["f(1)"], []]
@@ -880,85 +876,85 @@ def test_prompts_keep_their_further_columns_whatever_these_are_called():
 
 
 @pytest.mark.parametrize(
-    "reader, row, fault",
+    "unit, row, fault",
     [
         (
-            read_demonstrations,
+            "demonstrations",
             {"completion": "a"},
             "row 0: 'prompt' is missing; add a text or a list of messages",
         ),
         (
-            read_demonstrations,
+            "demonstrations",
             {"question": "q", "completion": "a"},
             "row 0: 'prompt' is missing; write question into a column 'prompt'",
         ),
         (
-            read_demonstrations,
+            "demonstrations",
             {"prompt": "p", "completion": 3},
             "row 0: 'completion' is of type int; make it a text or a list",
         ),
         (
-            read_demonstrations,
+            "demonstrations",
             {"messages": "a"},
             "row 0: 'messages' is of type str; make it a list of messages",
         ),
         (
-            read_demonstrations,
+            "demonstrations",
             {"messages": [user("a")]},
             "row 0: 'messages' holds no answer of the assistant",
         ),
         (
-            read_demonstrations,
+            "demonstrations",
             {"messages": [{"from": "human"}]},
             "row 0: the message {'from': 'human'} lacks a sound role or text",
         ),
         (
-            read_demonstrations,
+            "demonstrations",
             {"prompt": "p", "output": "a"},
             "row 0: unknown format, the record has ['output', 'prompt']; give prompt, completion",
         ),
         (
-            read_demonstrations,
+            "demonstrations",
             {"prompt": "p", "completion": "a", "label": True},
             "list: holds labels ('unpaired labels'), not demonstrations or pairs",
         ),
         (
-            read_preferences,
+            "pairs",
             {"prompt": "p", "completion": "a"},
             "list: holds demonstrations ('prompts and completions'), not pairs",
         ),
         (
-            read_unpaired,
+            "labels",
             {"prompt": "p", "completion": "a"},
             "list: holds demonstrations ('prompts and completions'), not labels or pairs",
         ),
         (
-            read_prompts,
+            "prompts",
             {"question": "q"},
             "row 0: 'prompt' is missing; write question into a column 'prompt'",
         ),
         (
-            read_prompts,
+            "prompts",
             {"prompt": {"text": "q"}},
             "row 0: 'prompt' is of type dict; make it a text or a list of messages",
         ),
-        (read_prompts, {"prompt": "q", "system": "s"}, "row 0: 'system' stands beside the prompt"),
-        (read_prompts, 5, "row 0: a record of type int; make it an object with named columns"),
+        ("prompts", {"prompt": "q", "system": "s"}, "row 0: 'system' stands beside the prompt"),
+        ("prompts", 5, "row 0: a record of type int; make it an object with named columns"),
     ],
 )
-def test_faults_of_demonstrations_and_prompts(reader, row, fault):
-    found, _ = faults_of([row], reader)
+def test_faults_of_demonstrations_and_prompts(unit, row, fault):
+    found, _ = faults_of([row], unit=unit)
     assert found[0].startswith(fault)
 
 
 def test_prompts_of_pairs_and_conversations_without_a_column_of_their_own():
     transcripts = [{"chosen": transcript("H: q|A: good"), "rejected": transcript("H: q|A: bad")}]
-    prompts, report = read_prompts(transcripts)
+    prompts, report = read_preferences(transcripts, unit="prompts")
     assert prompts.to_list() == [{"prompt": "q", "chosen": "good", "rejected": "bad"}]
     assert (report.format, report.unit, report.noted["pairs"]) == ("HH transcripts", "prompts", 1)
-    prompts, _ = read_prompts([{"messages": [user("q"), assistant("a")]}])
+    prompts, _ = read_preferences([{"messages": [user("q"), assistant("a")]}], unit="prompts")
     assert prompts.to_list() == [{"prompt": "q", "completion": "a"}]
-    prompts, report = read_prompts([PAIR])
+    prompts, report = read_preferences([PAIR], unit="prompts")
     assert prompts.to_list() == [PAIR]
     assert report.format == "prompts"
 

@@ -9,9 +9,7 @@ import pytest
 from rlhf_helpers.preference_data import (
     leaked_prompts,
     prompt_folds,
-    rankings_to_pairs,
     read_preferences,
-    read_rankings,
     split_by_prompt,
 )
 
@@ -47,7 +45,7 @@ def test_transcripts_split_without_leaks():
 
 @needs_trees
 def test_all_trees_are_read():
-    rankings, report = read_rankings(TREES)
+    rankings, report = read_preferences(TREES, unit="rankings")
     assert (report.format, report.unit) == ("OASST trees", "rankings")
     assert (report.records, report.read, report.kept) == (60, 152, 122)
     assert report.dropped == {"empty": 0, "ambiguous": 0, "with fewer than two responses": 30}
@@ -67,8 +65,8 @@ def test_all_pairs_of_the_trees():
     pairs, report = read_preferences(TREES)
     assert (report.records, report.read, report.kept, report.noted["rankings"]) == (60, 446, 446, 152)
     assert sum(report.dropped.values()) == 0
-    rankings, _ = read_rankings(TREES)
-    assert rankings_to_pairs(rankings).to_list() == pairs.to_list()
+    rankings, _ = read_preferences(TREES, unit="rankings")
+    assert read_preferences(rankings)[0].to_list() == pairs.to_list()
     prompts = pairs["prompt"][:]
     changes = sum(one != other for one, other in pairwise(prompts))
     assert changes + 1 == len(set(prompts)) == 122

@@ -148,7 +148,7 @@ class LabelStore:
                 self.add(Label(annotator, label.item, label.shown, label.value))
 
     def preferences(self) -> list[dict[str, Any]]:
-        """Return the labels as rows that `read_preferences`, `read_rankings` and `read_ratings` read.
+        """Return the labels as rows that `read_preferences` reads, each kind as its unit.
 
         Ties and skipped items are left out. Rows: prompt, chosen, rejected for a pair; prompt, responses
         (best first) for a ranking; prompt, response, rating for a rating or a thumb (1 or 0;
