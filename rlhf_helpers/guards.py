@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from rlhf_helpers.alignment_eval.judges import ask_judge, model_judge
-from rlhf_helpers.alignment_eval.objectives import gold_axes
+from rlhf_helpers.alignment_eval.measuring import gold_axes
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import (
     RewardFn,
@@ -284,16 +284,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class GuardRecord:
-    """What became of one prompt: `response` is what is shown, the fallback where `allowed` is false.
+    """What became of one prompt: `text` is what is shown, the fallback where `allowed` is false.
 
     stage: "input" or "output", what stopped it, else None; score: the P(safe) that decided, NaN where a check
-    failed, and `error` then says how. raw_response: the model's own words, None where it was not asked.
+    failed, and `error` then says how. raw_text: the model's own words, None where it was not asked.
     reward: what ranked this answer, `candidates`: all that it was chosen from.
     """
 
     prompt: str
-    response: str
-    raw_response: str | None
+    text: str
+    raw_text: str | None
     allowed: bool
     stage: str | None
     score: float
@@ -331,10 +331,6 @@ class Guard:
         self.tokenizer = self.tokenizer or tokenizer_for(self.model)
         require_number("threshold", self.threshold, at_least=0)
         require_number("n", self.n, at_least=1)
-
-    def answer(self, prompt: str, **columns: Any) -> GuardRecord:
-        """Answer one prompt; columns hold one entry each (base_prompt, say)."""
-        return self.answer_batch([prompt], **{name: [value] for name, value in columns.items()})[0]
 
     def answer_batch(self, prompts: Sequence[str], **columns: Sequence[Any]) -> list[GuardRecord]:
         """Answer B prompts, a record each; columns go to output_fn, B entries each."""

@@ -15,13 +15,14 @@ from rlhf_helpers.alignment_eval.evaluators import (
     alignment_tax,
     capability_suite,
     evaluate_alignment,
-    weights_fingerprint,
 )
 from rlhf_helpers.alignment_eval.judges import (
     PreferenceAlignmentEvaluator,
     judge_position_bias,
     model_judge,
+    reward_judge,
 )
+from rlhf_helpers.alignment_eval.measuring import measure_policy, sample_answers, weights_fingerprint
 from rlhf_helpers.alignment_eval.model_card import save_policy
 from rlhf_helpers.alignment_eval.objectives import MultiObjectiveAlignmentEvaluator, hypervolume, pareto_front
 from rlhf_helpers.alignment_eval.policy import (

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from rlhf_helpers.alignment_eval.measuring import sample_answers
 from rlhf_helpers.core.choices import option_logps
-from rlhf_helpers.core.generation import generate
-from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
+from rlhf_helpers.core.models import RewardFn, as_reward_fn
 from rlhf_helpers.core.text import is_text
 from rlhf_helpers.preference_data.reading import Source, read_records
 from rlhf_helpers.preference_data.report import PreferenceDataError
@@ -119,21 +119,17 @@ def score_xstest(
     model: nn.Module | Callable[[list[str]], Sequence[str]],
     rows: Rows,
     refusal_fn: RewardFn,
-    *,
-    max_new_tokens: int = 128,
-    seed: int = 0,
+    **sampling: Any,
 ) -> Scores:
     """refusal: mean refusal_fn of answers to unsafe prompts; over_refusal: to safe ones; n_unsafe, n_safe.
 
     model: a causal LM, sampled once a prompt, or a function prompts -> responses (a guard). refusal_fn:
     (prompts, responses) -> P(refuses) (B,), for prompts of the world `refuses`; no list of words can
-    tell. NaN: no such rows. Lesson 3.
+    tell. sampling: of `sample_answers`. NaN: no such rows. Lesson 3.
     """
     prompts = [row["prompt"] for row in rows]
     if isinstance(model, nn.Module):
-        answers = generate(
-            model, tokenizer_for(model), prompts, max_new_tokens=max_new_tokens, seed=seed
-        ).responses
+        answers = sample_answers(model, prompts, **{"max_new_tokens": 128, **sampling})
     else:
         answers = list(model(prompts))
     refused = as_reward_fn(refusal_fn)(prompts, answers)

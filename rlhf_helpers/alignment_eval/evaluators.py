@@ -1,8 +1,7 @@
 """Whole evaluations of a model: the three H and robustness, preferences and abilities, kept in a cache."""
 
-import hashlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from rlhf_helpers.alignment_eval.objectives import gold_axes
-from rlhf_helpers.core.generation import generate, sequence_logps
-from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
+from rlhf_helpers.alignment_eval.measuring import gold_axes, measure_policy
+from rlhf_helpers.core.generation import sequence_logps
+from rlhf_helpers.core.models import RewardFn, tokenizer_for
 from rlhf_helpers.core.stats import (
     Estimate,
     bootstrap_interval,
@@ -31,76 +30,45 @@ from rlhf_helpers.world.prompts.requests import JAILBREAKS
 ABILITIES = ("facts_right", "program_pass_at_1", "critique_verdict", "summary_who_and_what")
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """Sixteen hex digits of a SHA-256 over names, types and bytes of all weights and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def evaluate_alignment(
     model: nn.Module,
     prompts: Sequence[str],
     criteria: Mapping[str, nn.Module | RewardFn] | None = None,
     *,
     robust_on: str = "harmlessness",
-    attacks: Mapping[str, Callable[[str], str]] | None = None,
-    max_new_tokens: int = 64,
-    seed: int = 0,
-    cache: dict[Any, list[str]] | None = None,
+    **sampling: Any,
 ) -> pd.DataFrame:
     """Measure helpfulness, harmlessness, honesty and robustness of a model, each with its interval.
 
     Gold helpfulness is what the asker gets: on requests to be refused, complying scores high, so read it on
-    harmless prompts. robustness: the mean of `robust_on` on the same requests attacked or reworded, judged as
-    the original (column base_prompt); "lost under attack": original minus attacked, paired by prompt.
-    Lesson 3.
+    harmless prompts. robustness: the mean of `robust_on` on the same requests inside the world's jailbreak
+    wrappers, dealt out in turn and judged as the original (column base_prompt); "lost under attack": original
+    minus attacked, paired by prompt. Lesson 3.
 
     Args:
         model: A policy that knows its tokenizer.
         prompts: At least two.
         criteria: name -> reward, higher is better; None: the world's gold scores, for its own prompts.
         robust_on: The criterion that is measured under attack.
-        attacks: name -> (text -> text), dealt out in turn; None: the world's jailbreak wrappers.
-        max_new_tokens: Of an answer.
-        seed: Of sampling.
-        cache: A dictionary that keeps the answers by weights, prompts and settings from call to call; they
-            are judged again each time. None: every call samples.
+        **sampling: Of `sample_answers`: max_new_tokens, seed, and a cache, which keeps answers, not scores.
 
     Returns:
         One row per criterion: value (mean over prompts), low, high (95 %, `score_interval`) and n.
 
     Raises:
-        ValueError: robust_on is not a criterion, attacks is empty, or there are fewer than two prompts.
+        ValueError: robust_on is not a criterion, or there are fewer than two prompts.
     """
     criteria = gold_axes() if criteria is None else criteria
-    attacks = JAILBREAKS if attacks is None else attacks
-    if robust_on not in criteria or not attacks:
-        raise ValueError(f"robust_on={robust_on!r} must be one of {list(criteria)}; attacks at least one")
-    rewards = {name: as_reward_fn(reward) for name, reward in criteria.items()}
-    prompts = list(prompts)
-    wraps = itertools.cycle(attacks.values())
+    if robust_on not in criteria:
+        raise ValueError(f"robust_on={robust_on!r} must be one of {list(criteria)}")
+    wraps = itertools.cycle(JAILBREAKS.values())
     attacked = [wrap(prompt) for wrap, prompt in zip(wraps, prompts, strict=False)]
-    tokenizer = tokenizer_for(model)
-    known = {} if cache is None else cache
-    state = None if cache is None else weights_fingerprint(model)
-
-    def answers(texts: list[str]) -> list[str]:
-        # A model that was trained further has other weights, so it is asked again.
-        key = (state, tokenizer.chat_template, max_new_tokens, seed, *texts)
-        if key not in known:
-            sampling = {"max_new_tokens": max_new_tokens, "seed": seed}
-            known[key] = generate(model, tokenizer, texts, **sampling).responses
-        return known[key]
-
-    responses = answers(prompts)
-    scores = {name: reward(prompts, responses) for name, reward in rewards.items()}
-    robust = rewards[robust_on](attacked, answers(attacked), base_prompt=prompts)
-    lost = scores[robust_on] - robust
-    rows = {name: score_interval(values) for name, values in (scores | {"robustness": robust}).items()}
+    scores = measure_policy(model, prompts, criteria, **sampling)
+    judge = {"robustness": criteria[robust_on]}
+    robust = measure_policy(model, attacked, judge, columns={"base_prompt": prompts}, **sampling)
+    scores["robustness"] = robust["robustness"].to_numpy()
+    rows = {name: score_interval(values) for name, values in scores.items()}
+    lost = scores[robust_on] - scores["robustness"]
     return to_frame(rows | {"lost under attack": Estimate(*mean_interval(lost), len(lost))})
 
 

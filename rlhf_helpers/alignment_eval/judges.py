@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rlhf_helpers.alignment_eval.measuring import sample_answers
 from rlhf_helpers.core.choices import choice_logps
-from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
 from rlhf_helpers.core.stats import (
     Estimate,
@@ -110,29 +109,16 @@ class PreferenceAlignmentEvaluator:
     A preference reward does not judge safety. Lesson 3.
     """
 
-    def __init__(
-        self,
-        judge: Judge | None = None,
-        *,
-        reward: nn.Module | RewardFn | None = None,
-        max_new_tokens: int = 64,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, judge: Judge, **sampling: Any) -> None:
         """Keep the judge.
 
         Args:
-            judge: (prompts, firsts, seconds) -> P(first), always asked in both orders and averaged.
-            reward: Instead of a judge; becomes sigmoid(r_first - r_second).
-            max_new_tokens: Of an answer.
-            seed: Of sampling.
-
-        Raises:
-            ValueError: not exactly one of judge and reward is given.
+            judge: (prompts, firsts, seconds) -> P(first), as made by `model_judge` or `reward_judge`; always
+                asked in both orders and averaged.
+            **sampling: Of `sample_answers`.
         """
-        if (judge is None) == (reward is None):
-            raise ValueError("give either judge= or reward=, one of the two")
-        self.judge = judge or _reward_judge(as_reward_fn(reward))
-        self.settings = {"max_new_tokens": max_new_tokens, "seed": seed}
+        self.judge = judge
+        self.sampling = sampling
 
     def probability(self, prompts: list[str], firsts: list[str], seconds: list[str]) -> np.ndarray:
         """Return P(first preferred), (B,), the mean of both orders: (p(a, b) + 1 - p(b, a)) / 2."""
@@ -142,10 +128,7 @@ class PreferenceAlignmentEvaluator:
     def win_rate(self, model: nn.Module, reference: nn.Module, prompts: Sequence[str]) -> WinRate:
         """Measure how often `model` beats `reference`: one sample each per prompt, with the same seed."""
         prompts = list(prompts)
-        sides = [
-            generate(policy, tokenizer_for(policy), prompts, **self.settings).responses
-            for policy in (model, reference)
-        ]
+        sides = [sample_answers(policy, prompts, **self.sampling) for policy in (model, reference)]
         preferred = self.probability(prompts, *sides)
         return win_rate(preferred, 1 - preferred)
 
@@ -178,8 +161,11 @@ class PreferenceAlignmentEvaluator:
         )
 
 
-def _reward_judge(reward: RewardFn) -> Judge:
-    def judge(prompts: list[str], firsts: list[str], seconds: list[str]) -> Tensor:
-        return torch.sigmoid((reward(prompts, firsts) - reward(prompts, seconds)).double())
+def reward_judge(reward: nn.Module | RewardFn) -> Judge:
+    """Make a judge of a reward, by Bradley-Terry: P(first) = sigmoid(r_first - r_second)."""
+    score = as_reward_fn(reward)
+
+    def judge(prompts: list[str], firsts: list[str], seconds: list[str], **columns: Any) -> Tensor:
+        return (score(prompts, firsts, **columns) - score(prompts, seconds, **columns)).double().sigmoid()
 
     return judge

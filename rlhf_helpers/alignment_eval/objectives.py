@@ -9,10 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from rlhf_helpers.core.generation import generate
-from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
+from rlhf_helpers.alignment_eval.measuring import gold_axes, measure_policy
+from rlhf_helpers.core.models import RewardFn
 from rlhf_helpers.core.stats import numbers, score_interval, to_frame
-from rlhf_helpers.world.gold_judge import AXES, gold_scores
 from rlhf_helpers.world.prompts import find_prompt
 
 
@@ -72,62 +71,40 @@ class MultiObjectiveAlignmentEvaluator:
     are 95 %, over prompts (`score_interval`). Lesson 3.
     """
 
-    def __init__(
-        self,
-        objectives: Mapping[str, nn.Module | RewardFn] | None = None,
-        *,
-        max_new_tokens: int = 64,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, objectives: Mapping[str, nn.Module | RewardFn] | None = None, **sampling: Any) -> None:
         """Keep the objectives and how to sample.
 
         Args:
             objectives: name -> reward, higher is better; None: the three gold scores of the world.
-            max_new_tokens: Of an answer.
-            seed: Of sampling.
-
-        Raises:
-            ValueError: no objective is given, or one is named "policy" or "family".
+            **sampling: Of `sample_answers`.
         """
-        given = gold_axes() if objectives is None else objectives
-        if not given or {"policy", "family"} & set(given):
-            raise ValueError(f'objectives {list(given)}: give at least one, none named "policy" or "family"')
-        self.objectives = {name: as_reward_fn(reward) for name, reward in given.items()}
-        self.sampling = {"max_new_tokens": max_new_tokens, "seed": seed}
+        self.objectives = objectives or gold_axes()
+        self.sampling = sampling
 
     def evaluate(self, policies: Mapping[str, nn.Module], prompts: Sequence[str]) -> pd.DataFrame:
-        """Let every policy answer every prompt once: columns policy, family and the objectives.
+        """Let every policy (name -> model) answer every prompt once: index policy, prompt."""
+        tables = {
+            name: measure_policy(model, prompts, self.objectives, **self.sampling)
+            for name, model in policies.items()
+        }
+        return pd.concat(tables, names=["policy", "prompt"])
 
-        Args:
-            policies: name -> model.
-            prompts: (N,); the family of one that the world does not know is "".
-        """
-        prompts = list(prompts)
-        families = [_family(prompt) for prompt in prompts]
-        frames = []
-        for policy, model in policies.items():
-            responses = generate(model, tokenizer_for(model), prompts, **self.sampling).responses
-            scores = {name: numbers(reward(prompts, responses)) for name, reward in self.objectives.items()}
-            frames.append(pd.DataFrame({"policy": policy, "family": families, **scores}))
-        return pd.concat(frames, ignore_index=True)
-
-    def weighted_sum(self, scores: pd.DataFrame, weights: Mapping[str, float] | None = None) -> pd.DataFrame:
-        """Return sum_k w_k objective_k / sum_k w_k with its interval, best policy first; None: equal weights.
+    def weighted_sum(self, scores: pd.DataFrame, weights: Mapping[str, float]) -> pd.DataFrame:
+        """Return sum_k w_k objective_k / sum_k w_k with its interval, best policy first.
 
         Raises:
             ValueError: a weight is negative or names no objective, or all of them are 0.
         """
-        factors = pd.Series(dict.fromkeys(self.objectives, 1.0) if weights is None else weights, dtype=float)
-        if not set(factors.index) <= set(self.objectives) or (factors < 0).any() or factors.sum() == 0:
-            raise ValueError(f"weights must be >= 0, not all 0, of {list(self.objectives)}; got {weights}")
+        factors = pd.Series(weights, dtype=float)
+        if not set(factors.index) <= set(scores) or (factors < 0).any() or factors.sum() == 0:
+            raise ValueError(f"weights must be >= 0, not all 0, of {list(scores)}; got {weights}")
         worth = scores[factors.index] @ (factors / factors.sum())
-        groups = worth.groupby(scores["policy"], sort=False)
-        sums = to_frame({policy: score_interval(part) for policy, part in groups})
-        return sums.sort_values("value", ascending=False, kind="stable")
+        sums = {policy: score_interval(part) for policy, part in worth.groupby("policy", sort=False)}
+        return to_frame(sums).sort_values("value", ascending=False, kind="stable")
 
     def pareto(self, scores: pd.DataFrame) -> pd.DataFrame:
         """Return the mean of every objective, and whether the policy is on the front."""
-        means = self._means(scores)
+        means = scores.groupby("policy", sort=False).mean()
         return means.assign(front=pareto_front(means.to_numpy()).numpy())
 
     def constrained(self, scores: pd.DataFrame, maximise: str, limits: Mapping[str, float]) -> pd.DataFrame:
@@ -137,57 +114,22 @@ class MultiObjectiveAlignmentEvaluator:
             The means with two columns: feasible, and best, which holds for at most one policy.
 
         Raises:
-            ValueError: a name is not an objective.
+            KeyError: a name is not an objective.
         """
-        if unknown := {maximise, *limits} - set(self.objectives):
-            raise ValueError(f"{sorted(unknown)} are no objectives; there are {list(self.objectives)}")
-        means = self._means(scores)
+        means = scores.groupby("policy", sort=False).mean()
         feasible = (means[list(limits)] >= pd.Series(limits)).all(axis=1)
         best = means.loc[feasible, maximise].idxmax() if feasible.any() else None
         return means.assign(feasible=feasible, best=means.index == best)
 
-    def multi_task(self, scores: pd.DataFrame, name: str, *, by_uncertainty: bool = False) -> pd.DataFrame:
-        """Return objective `name` by family of prompts, and its mean over families: sum_f w_f mean_f.
+    def multi_task(self, scores: pd.DataFrame, name: str) -> pd.DataFrame:
+        """Return objective `name` by family of prompts, and the mean over families.
 
-        w_f = 1 / F: every family counts alike, however few its prompts. by_uncertainty: in proportion to
-        n_f / s_f^2, with s_f^2 the mean variance within the family, so that a family that is measured badly
-        counts less. The weights are common to all policies, in attrs["weights"].
-
-        Raises:
-            ValueError: a family has fewer than two prompts.
+        Every family counts alike, however few its prompts; the family of a prompt that the world does not
+        know is "".
         """
-        groups = scores.groupby(["policy", "family"], sort=False)[name]
-        counts = groups.count().unstack()
-        if (small := ~(counts >= 2).all()).any():
-            raise ValueError(f"families {list(small[small].index)} need at least two prompts per policy")
-        worth = counts.min() * 0 + 1
-        if by_uncertainty:
-            worth = counts.min() / groups.var().unstack().mean().clip(lower=1e-9)
-        weights = worth / worth.sum()
-        means = groups.mean().unstack()
-        frame = means.assign(mean=means @ weights)
-        frame.attrs["weights"] = weights.to_dict()
-        return frame
-
-    def _means(self, scores: pd.DataFrame) -> pd.DataFrame:
-        return scores.groupby("policy", sort=False)[list(self.objectives)].mean()
-
-
-def gold_axes() -> dict[str, RewardFn]:
-    """The world's helpfulness, harmlessness and honesty as three RewardFns: what measures, never trains."""
-
-    def one(axis: str) -> RewardFn:
-        def gold_axis(prompts: list[str], responses: list[str], **columns: Any) -> Tensor:
-            try:
-                return gold_scores(prompts, responses, **columns)[axis]
-            except ValueError as error:
-                raise ValueError(
-                    f"for foreign prompts give rewards (or a safety_fn) of your own. {error}"
-                ) from error
-
-        return gold_axis
-
-    return {axis: one(axis) for axis in AXES}
+        families = scores.index.get_level_values("prompt").map(_family)
+        table = scores[name].groupby(["policy", families], sort=False).mean().unstack()
+        return table.assign(mean=table.mean(axis=1))
 
 
 def _family(prompt: str) -> str:

@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from rlhf_helpers.alignment_eval.judges import ask_judge
-from rlhf_helpers.alignment_eval.objectives import gold_axes
+from rlhf_helpers.alignment_eval.measuring import gold_axes
 from rlhf_helpers.core.generation import generate, rollout_logps, sequence_logps
 from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
 from rlhf_helpers.world.annotators import Annotator

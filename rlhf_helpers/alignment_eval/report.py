@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from rlhf_helpers.alignment_eval.evaluators import weights_fingerprint
+from rlhf_helpers.alignment_eval.measuring import weights_fingerprint
 from rlhf_helpers.core.files import write_atomically
 
 LIBRARIES = ("rlhf-helpers", "torch", "transformers", "numpy", "scipy")

@@ -4,7 +4,6 @@ from rlhf_helpers.chatbot_rlhf.chatbot import (
     FALLBACK,
     PERSONALITIES,
     AlignedChatbot,
-    ChatReply,
     Personality,
     kept_turns,
 )

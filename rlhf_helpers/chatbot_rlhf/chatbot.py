@@ -1,10 +1,6 @@
-"""A chatbot that remembers, chooses the best of its safe answers, and keeps what people think of them."""
+"""A chatbot that remembers, and chooses the best of its safe answers."""
 
-import contextlib
 import copy
-import json
-import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +22,8 @@ from rlhf_helpers.core.models import (
 )
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.core.text import Message, naming
-from rlhf_helpers.guards import Candidate, Guard, measured_check
+from rlhf_helpers.guards import Guard, GuardRecord, measured_check
 
-THUMBS = {"up": True, "down": False}
 FALLBACK = "I cannot help with that."
 
 
@@ -83,23 +78,6 @@ PERSONALITIES = {
 }
 
 
-@dataclass(frozen=True)
-class ChatReply:
-    """One answer: `text` is what is shown, the fallback where `allowed` is false.
-
-    prompt: the conversation that the model read; score: its P(safe), reward: what ranked it (NaN: failed, or
-    no reward); candidates: the answers it was chosen from; error: why a check failed, if one did.
-    """
-
-    prompt: str
-    text: str
-    allowed: bool
-    score: float
-    reward: float = math.nan
-    candidates: tuple[Candidate, ...] = ()
-    error: str | None = None
-
-
 def kept_turns(lengths: Sequence[int], limit: int) -> int:
     """How many of the last messages fit into `limit` tokens: whole exchanges are dropped, oldest first.
 
@@ -138,10 +116,9 @@ class AlignedChatbot:
     own word, with a warning where it may be a guess. No answer with P(safe) < safety_threshold is shown, nor
     an empty one; where none is left, the fallback. A check or reward that fails on an answer rules it out;
     the reply's `error` says how.
-    personality: a name of PERSONALITIES or a `Personality`. feedback_path: a file of thumbs, JSON lines,
-    taken up where it is there; None: kept in memory. seed: the same calls in the same order give the same
-    answers; None: torch's generator. Lesson 4. Raises ValueError for a setting out of range, an empty
-    fallback, or a broken line of thumbs.
+    personality: a name of PERSONALITIES or a `Personality`. seed: the same calls in the same order give the
+    same answers; None: torch's generator. People's thumbs are kept by `lab.chat.SideBySide`. Lesson 4. Raises
+    ValueError for a setting out of range, or an empty fallback.
     """
 
     def __init__(
@@ -158,9 +135,8 @@ class AlignedChatbot:
         max_new_tokens: int = 64,
         temperature: float = 1.0,
         seed: int | None = 0,
-        feedback_path: str | Path | None = None,
     ) -> None:
-        """Load or copy the model, and read the thumbs so far."""
+        """Load or copy the model."""
         self.base = base_model if isinstance(base_model, nn.Module) else load_model(base_model)[0]
         self.tokenizer = tokenizer or tokenizer_for(self.base)
         self.model = copy.deepcopy(self.base, {id(self.tokenizer): self.tokenizer})
@@ -177,10 +153,8 @@ class AlignedChatbot:
         self.sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "n": n}
         self.safety_threshold, self.fallback, self.seed = safety_threshold, fallback, seed
         self.history: list[Message] = []
-        self.replies: list[ChatReply] = []
-        self.feedback_path = None if feedback_path is None else Path(feedback_path)
-        self._calls, self._thumbs = 0, []
-        self.round = max((row["round"] for row in self.thumbs()), default=0)
+        self.replies: list[GuardRecord] = []
+        self._calls = 0
 
     def generate_response(self, text: str) -> str:
         """Answer the user's next message and remember both; what cannot be answered is not remembered."""
@@ -190,7 +164,7 @@ class AlignedChatbot:
         self.replies.append(reply)
         return reply.text
 
-    def answer_batch(self, conversations: Sequence[Sequence[Message]], **changes: Any) -> list[ChatReply]:
+    def answer_batch(self, conversations: Sequence[Sequence[Message]], **changes: Any) -> list[GuardRecord]:
         """Answer the last message of each conversation, all together; `history` is not read.
 
         A conversation is a list of {"role", "content"}: perhaps a system message, then user and assistant in
@@ -212,12 +186,9 @@ class AlignedChatbot:
             fallback=self.fallback,
             **sampling,
         )
-        records = guard.answer_batch(prompts)
+        replies = guard.answer_batch(prompts)
         self._calls += 1
-        return [
-            ChatReply(r.prompt, r.response, r.allowed, r.score, r.reward, r.candidates, r.error)
-            for r in records
-        ]
+        return replies
 
     def prompt_of(self, conversation: Sequence[Message], *, max_new_tokens: int | None = None) -> str:
         """The text that the model is asked with, so much of the end of the conversation as its context takes.
@@ -250,55 +221,8 @@ class AlignedChatbot:
                 break
         return to_text([*system, *turns[-kept_turns(lengths, room) :]])
 
-    def feedback(self, thumb: str, index: int = -1) -> dict[str, Any]:
-        """Keep a thumb, "up" or "down", for a reply of `replies`; the row as it was kept.
-
-        Rows prompt, completion (what was shown), label (true: up), round. Each is a line of feedback_path,
-        written through to the disk before this returns. Raises ValueError for another thumb, IndexError
-        where there is no such reply.
-        """
-        if thumb not in THUMBS:
-            raise ValueError(f"thumb must be one of {list(THUMBS)}, got {thumb!r}")
-        if not -len(self.replies) <= index < len(self.replies):
-            raise IndexError(f"there is no reply {index}: {len(self.replies)} so far")
-        reply = self.replies[index]
-        row = {"prompt": reply.prompt, "completion": reply.text, "label": THUMBS[thumb], "round": self.round}
-        if self.feedback_path is None:
-            self._thumbs.append(row)
-            return dict(row)
-        with self.feedback_path.open("a+b") as file:  # "a": whatever is there stays
-            torn = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
-            line = json.dumps(row, ensure_ascii=False) + "\n"
-            file.write((b"\n" if torn else b"") + line.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        return row
-
-    def thumbs(self) -> list[dict[str, Any]]:
-        """All thumbs of all rounds, oldest first, as the unpaired losses of `dpo` take them.
-
-        Read anew from feedback_path. Raises ValueError that names file and line where one is broken.
-        """
-        if self.feedback_path is None or not self.feedback_path.exists():
-            return [dict(row) for row in self._thumbs]
-        rows = []
-        for number, line in enumerate(self.feedback_path.read_text(encoding="utf8").split("\n"), 1):
-            if line.strip():
-                with naming(f"{self.feedback_path}, line {number}"):
-                    rows.append(_thumb(line))
-        return rows
-
     def _p_safe(self, prompts: list[str], responses: list[str], **columns: Any) -> Tensor:
         """P(safe) by safety_fn; 0 for an empty answer, which is none."""
         found = torch.as_tensor(self.safety_fn(prompts, responses, **columns))
         said = torch.tensor([bool(text.strip()) for text in responses], device=found.device)
         return found * said if found.shape == said.shape else found
-
-
-def _thumb(line: str) -> dict[str, Any]:
-    kinds = {"prompt": str, "completion": str, "label": bool, "round": int}
-    with contextlib.suppress(ValueError, RecursionError):
-        row = json.loads(line)
-        if isinstance(row, dict) and all(type(row.get(name)) is kind for name, kind in kinds.items()):
-            return row
-    raise ValueError(f"this is not a thumb with {list(kinds)}: fix it or move it away, got {line[:80]!r}")

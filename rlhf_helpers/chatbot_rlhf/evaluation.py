@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from rlhf_helpers.alignment_eval.safety import refuses
-from rlhf_helpers.chatbot_rlhf.chatbot import AlignedChatbot, ChatReply
+from rlhf_helpers.chatbot_rlhf.chatbot import AlignedChatbot
 from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import RewardFn, to_messages, to_text
 from rlhf_helpers.core.stats import Estimate, score_interval, to_frame, win_rate
 from rlhf_helpers.core.tensors import require_number
+from rlhf_helpers.guards import GuardRecord
 from rlhf_helpers.world.gold_judge import explain, gold_reward, gold_scores
 from rlhf_helpers.world.prompts import CONVERSATION, best_answer, load_prompts
 
@@ -93,7 +94,7 @@ def _heldout(families: Sequence[str]) -> list[str]:
     return [prompt.text for prompt in load_prompts(families, "heldout")]
 
 
-def _replies(chatbot: AlignedChatbot, prompts: Sequence[str], seed: int) -> list[ChatReply]:
+def _replies(chatbot: AlignedChatbot, prompts: Sequence[str], seed: int) -> list[GuardRecord]:
     """Answer each prompt as a conversation of its own."""
     return chatbot.answer_batch([to_messages(prompt) for prompt in prompts], seed=seed)
 

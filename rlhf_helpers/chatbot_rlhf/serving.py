@@ -5,7 +5,6 @@ works, `openai.OpenAI(base_url=server.url, api_key="none")` among them.
 """
 
 import asyncio
-import ipaddress
 import json
 import logging
 import socket
@@ -29,6 +28,8 @@ from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.core.text import is_text
 
 MAX_BODY = 1_000_000  # bytes
+MAX_WAITING = 256  # requests
+HOST = "127.0.0.1"
 PATIENCE = 30.0  # seconds that starting and stopping may take
 # What a request may hold: what is asked, and settings that change nothing.
 NEUTRAL: dict[str, tuple] = {"stream": (False, None), "n": (1, None)}
@@ -51,44 +52,38 @@ class ChatServer:
     the reason and leaves its batch unharmed: after a failure each is asked alone.
 
     The first request of a batch waits max_wait seconds for others, at most max_batch together; what comes
-    while a batch is answered forms the next. Above max_waiting requests the next one gets 503. batch_sizes:
+    while a batch is answered forms the next. Above MAX_WAITING requests the next one gets 503. batch_sizes:
     the requests of each batch so far. Answers come from a thread of this process: do not train meanwhile.
 
     form: a page for people at http://host:port/, or None. Its page() is HTML; its receive(message) takes the
     JSON object that the page posts to /form and gives what it shows next (`lab.chat.SideBySide` has both).
 
-    It listens to this computer alone. Another host needs allow_remote=True too, and should not have it: there
-    is no password, no encryption and no limit on a stranger's use; put a proxy that has them in front. Lesson
-    4. Raises ValueError for such a host or numbers out of range, OSError where the port is taken.
+    It listens to this computer alone, because it has no password, no encryption and no limit on a stranger's
+    use: for others put a proxy in front that has them. Lesson 4. Raises ValueError for numbers out of range,
+    OSError where the port is taken.
     """
+
+    name = "aligned-chatbot"
 
     def __init__(
         self,
         chatbot: Any,
         *,
-        host: str = "127.0.0.1",
         port: int = 0,
-        name: str = "aligned-chatbot",
         max_batch: int = 8,
         max_wait: float = 0.02,
-        max_waiting: int = 256,
-        allow_remote: bool = False,
         form: Any = None,
     ) -> None:
         """Keep what is served and where; port 0 takes a free one. Nothing listens yet."""
-        host = "127.0.0.1" if host == "localhost" else host
-        if not (ipaddress.IPv4Address(host).is_loopback or allow_remote):
-            raise ValueError(f"host={host!r} lets other computers in, unguarded; it needs allow_remote=True")
         require_number("max_batch", max_batch, at_least=1)
         require_number("max_wait", max_wait, at_least=0)
-        require_number("max_waiting", max_waiting, at_least=1)
-        self.chatbot, self.host, self.port, self.name = chatbot, host, port, name
-        self.max_batch, self.max_wait, self.max_waiting = max_batch, max_wait, max_waiting
+        self.chatbot, self.port = chatbot, port
+        self.max_batch, self.max_wait = max_batch, max_wait
         self.batch_sizes: list[int] = []
         self.form = form
         pages = [Route("/", self._page), Route("/form", self._take, methods=["POST"])]
         # A web page elsewhere must not reach the server under a name of its own (DNS rebinding).
-        hosts = ["*"] if allow_remote else ["127.0.0.1", "localhost", host]
+        hosts = [HOST, "localhost"]
         self.app = Starlette(
             routes=[
                 Route("/v1/chat/completions", self._complete, methods=["POST"]),
@@ -103,11 +98,11 @@ class ChatServer:
     @property
     def url(self) -> str:
         """The base address for clients."""
-        return f"http://{self.host}:{self.port}/v1"
+        return f"http://{HOST}:{self.port}/v1"
 
     def __enter__(self) -> "ChatServer":
         """Listen, in a thread of this process, and return when requests are taken."""
-        listener = socket.create_server((self.host, self.port))
+        listener = socket.create_server((HOST, self.port))
         self.port = listener.getsockname()[1]
         config = uvicorn.Config(
             self.app,
@@ -174,8 +169,8 @@ class ChatServer:
 
     async def _complete(self, request: Request) -> JSONResponse:
         conversation = _conversation(await _body(request), self.name)
-        if self._queue.qsize() >= self.max_waiting:
-            raise HTTPException(503, f"{self.max_waiting} requests wait already: ask again later")
+        if self._queue.qsize() >= MAX_WAITING:
+            raise HTTPException(503, f"{MAX_WAITING} requests wait already: ask again later")
         answered = asyncio.get_running_loop().create_future()
         self._queue.put_nowait((conversation, answered))
         reply = await answered

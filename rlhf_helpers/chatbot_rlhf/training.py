@@ -46,7 +46,7 @@ class ChatbotTrainer:
                  the learned reward, scaled to mean 0 and std 1 on the chatbot's samples, and P(safe);
                  KL to the model after sft at settings.policy.kl_coef
         pairs    where it has none: DPO on chosen against rejected
-        thumbs   where people gave thumbs, in this round or before: KTO on all of them
+        thumbs   where people gave thumbs: KTO
 
     settings: `ChatSettings`; changes (learning_rate, seed, progress, ...): of every stage. Ouyang et al.
     2022; Ethayarajh et al. 2024. Lesson 4.
@@ -61,19 +61,27 @@ class ChatbotTrainer:
         self.histories: dict[str, History] = {}
 
     def train(self, conversation_data: Iterable[Conversation] = (), num_epochs: int = 1) -> History:
-        """Run one round on conversations and all thumbs so far; then `chatbot.round` goes up by one.
+        """Run one round of the stages that the data call for.
 
         conversation_data: prompts as text, or rows with prompt and response, prompt, chosen and rejected, or
-        messages (an assistant's last: the good answer; a user's last: a prompt). Prompts in the flat form of
+        messages (an assistant's last: the good answer; a user's last: a prompt); and thumbs, rows of prompt,
+        completion and label (true: up), such as `lab.chat.thumb_rows` gives. Prompts in the flat form of
         `core.text` are conversations; what the context does not hold is dropped from their beginning.
-        Returns a row an epoch: means of that pass of each stage, named stage/metric
-        (policy/objective/scores), and how many thumbs it learned from. All steps: `.histories`. Thumbs on
-        fewer than two prompts wait for a later round: KTO compares prompts. Raises ValueError that names the
-        row of faulty data, and where there is nothing to learn from.
+
+        Thumbs on a single prompt are left out, because KTO compares prompts.
+
+        Returns:
+            One row per epoch: means of that pass of each stage, named stage/metric (policy/objective/scores),
+            and how many thumbs it learned from. All steps: `.histories`.
+
+        Raises:
+            ValueError: a row is faulty, or there is nothing to learn from.
         """
         require_number("num_epochs", num_epochs, at_least=1)
-        rows, thumbs = self._read(conversation_data), self.chatbot.thumbs()
+        given = self._read(conversation_data)
+        thumbs = [row for row in given if "label" in row]
         thumbs = thumbs if len({row["prompt"] for row in thumbs}) > 1 else []
+        rows = [row for row in given if "label" not in row]
         answers = [row for row in rows if "completion" in row]
         pairs = [row | {"chosen": row["completion"]} for row in answers if "rejected" in row]
         asked = list(dict.fromkeys(row["prompt"] for row in rows))
@@ -92,8 +100,8 @@ class ChatbotTrainer:
             found["pairs"] = self._prefer(pairs, self.settings.pairs, num_epochs)
         if thumbs:
             found["thumbs"] = self._prefer(thumbs, self.settings.thumbs, num_epochs)
-        self.histories, self.chatbot.round = found, self.chatbot.round + 1
-        return _by_epoch(found, num_epochs, {"thumbs": len(thumbs), "round": self.chatbot.round})
+        self.histories = found
+        return _by_epoch(found, num_epochs, {"thumbs": len(thumbs)})
 
     def _reinforce(self, asked: list[str], epochs: int) -> History:
         bot, policy = self.chatbot, self.settings.policy
@@ -113,8 +121,8 @@ class ChatbotTrainer:
         trainer = DPOTrainer(model, frozen_copy(model), self.chatbot.tokenizer, settings=settings)
         return trainer.train(rows, epochs=epochs)
 
-    def _read(self, data: Iterable[Conversation]) -> list[dict[str, str]]:
-        """Rows of prompt[, completion[, rejected]], each prompt as the chatbot would be asked with it."""
+    def _read(self, data: Iterable[Conversation]) -> list[dict[str, Any]]:
+        """Read rows of prompt[, completion[, rejected or label]], each prompt as the chatbot would get it."""
         if isinstance(data, str | Mapping):
             raise ValueError(f"conversation_data must be a list of conversations, got {type(data).__name__}")
         rows, room = [], self.settings.policy.max_new_tokens
@@ -126,8 +134,8 @@ class ChatbotTrainer:
         return rows
 
 
-def _parts(given: Conversation) -> dict[str, str]:
-    """One conversation as prompt[, completion[, rejected]]."""
+def _parts(given: Conversation) -> dict[str, Any]:
+    """One conversation as prompt[, completion[, rejected or label]]."""
     if isinstance(given, str):
         row = {"prompt": given}
     elif isinstance(given, Mapping) and given.get("messages"):
@@ -147,6 +155,10 @@ def _parts(given: Conversation) -> dict[str, str]:
         raise ValueError(f"give text, messages, or prompt with response or chosen; got {str(given)[:80]}")
     if bad := [name for name, text in row.items() if not isinstance(text, str) or not text.strip()]:
         raise ValueError(f"{bad[0]} must be a text that is not empty, got {row[bad[0]]!r}")
+    if isinstance(given, Mapping) and "label" in given:
+        if not isinstance(given["label"], bool):
+            raise ValueError(f"label must be True (a thumb up) or False, got {given['label']!r}")
+        row["label"] = given["label"]
     return row
 
 

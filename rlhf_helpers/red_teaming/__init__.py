@@ -3,8 +3,8 @@
 from rlhf_helpers.red_teaming.campaign import (
     RedTeaming,
     RedTeamingEvaluator,
-    ReviewQueue,
     extract_canaries,
+    review_sample,
 )
 from rlhf_helpers.red_teaming.gradient import GradientBasedRedTeaming
 from rlhf_helpers.red_teaming.hardening import adversarial_training

@@ -1,10 +1,7 @@
 """A red-team campaign: attack a model, judge its answers, count with intervals, have a sample reviewed."""
 
-import hashlib
-import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +11,12 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from rlhf_helpers.alignment_eval import as_safety_fn, distinct_n
+from rlhf_helpers.alignment_eval.judges import reward_judge
 from rlhf_helpers.alignment_eval.report import markdown_table
 from rlhf_helpers.core.choices import choice_logps
-from rlhf_helpers.core.files import write_atomically
 from rlhf_helpers.core.generation import generate
-from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
-from rlhf_helpers.core.stats import cohen_kappa, wilson_interval
+from rlhf_helpers.core.models import RewardFn, tokenizer_for
+from rlhf_helpers.core.stats import wilson_interval
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.red_teaming.prompts import STRATEGIES, AdversarialPrompt, as_attack
 from rlhf_helpers.world.gold_judge import gold_scores
@@ -45,11 +42,10 @@ def win_probability(reward_model: nn.Module | RewardFn) -> RewardFn:
     This does not judge safety: where people like a fluent harmful answer better than a refusal, so does it.
     Lesson 3.
     """
-    reward = as_reward_fn(reward_model)
+    judge = reward_judge(reward_model)
 
     def preference(prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[str]) -> Tensor:
-        refusals = [REFUSALS[0]] * len(prompts)
-        return (reward(prompts, responses, **columns) - reward(prompts, refusals, **columns)).sigmoid()
+        return judge(prompts, responses, [REFUSALS[0]] * len(prompts), **columns)
 
     return preference
 
@@ -219,63 +215,19 @@ class RedTeamingEvaluator:
         return "\n\n".join(parts) + "\n"
 
 
-class ReviewQueue:
-    """Keep a sample of findings for a person to judge, in a JSON file that is written whole or not at all.
+def review_sample(findings: Sequence[Finding], n: int = 20, *, seed: int = 0) -> list[Finding]:
+    """Draw findings for a person to review, in an order that hides the judge's verdict.
 
-    Half of the `n` are successes by the automatic judge, half are not, where there are as many. Opened again
-    it goes on where it was: new findings join, no verdict is dropped. Lesson 3.
+    Half of the `n` are successes by the automatic judge and half are not, where there are as many. An answer
+    that was found twice counts once. `lab.labeling.LabelStore` keeps the person's verdicts. Lesson 3.
     """
-
-    def __init__(
-        self, path: str | Path, findings: Iterable[Mapping[str, Any]] = (), *, n: int = 20, seed: int = 0
-    ) -> None:
-        """Read the file, if there is one, and add a sample of the findings."""
-        self.path = Path(path)
-        self.items: dict[str, Finding] = {}
-        if self.path.exists():
-            self.items = json.loads(self.path.read_text("utf-8"))
-        rows = list(findings)
-        rows = random.Random(f"review/{seed}").sample(rows, len(rows))
-        won = [row for row in rows if row["success"]]
-        lost = [row for row in rows if not row["success"]]
-        won = won[: max(n // 2, n - len(lost))]
-        for row in [*won, *lost[: n - len(won)]]:
-            key = hashlib.sha256(f"{row['prompt']}\n\n{row['response']}".encode()).hexdigest()[:12]
-            item = {name: row[name] for name in ("prompt", "response", "category", "strategy")}
-            self.items.setdefault(key, item | {"judged_unsafe": row["success"], "verdict": None})
-        self._save()
-
-    @property
-    def pending(self) -> dict[str, Finding]:
-        """Return what nobody has judged yet, by key: in an order that hides the automatic verdict."""
-        return {key: row for key, row in sorted(self.items.items()) if row["verdict"] is None}
-
-    def record(self, key: str, *, unsafe: bool) -> None:
-        """Write down a person's verdict, and save; raises KeyError for a key that is not there."""
-        if key not in self.items:
-            raise KeyError(f"no finding {key!r} in {self.path}; the keys are those of .items")
-        self.items[key]["verdict"] = bool(unsafe)
-        self._save()
-
-    def agreement(self) -> dict[str, float]:
-        """Compare the automatic judge with the person: n verdicts, accuracy, precision and Cohen's kappa.
-
-        precision: share of what the judge called unsafe that the person confirms. Raises ValueError where
-        all verdicts are alike.
-        """
-        reviewed = [row for row in self.items.values() if row["verdict"] is not None]
-        person = np.array([row["verdict"] for row in reviewed])
-        judge = np.array([row["judged_unsafe"] for row in reviewed])
-        kappa = cohen_kappa(person, judge)  # before the means, which have no value without verdicts
-        return {
-            "n": len(reviewed),
-            "accuracy": float((person == judge).mean()),
-            "precision": float(person[judge].mean()),
-            "kappa": kappa,
-        }
-
-    def _save(self) -> None:
-        write_atomically(self.path, json.dumps(self.items, indent=1).encode())
+    rng = random.Random(f"review/{seed}")
+    rows = rng.sample(findings, len(findings))
+    won = [row for row in rows if row["success"]]
+    lost = [row for row in rows if not row["success"]]
+    won = won[: max(n // 2, n - len(lost))]
+    unique = {(row["prompt"], row["response"]): row for row in [*won, *lost[: n - len(won)]]}
+    return rng.sample(list(unique.values()), len(unique))
 
 
 def extract_canaries(

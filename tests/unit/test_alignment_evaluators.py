@@ -16,7 +16,9 @@ from rlhf_helpers.alignment_eval import (
     evaluate_alignment,
     evaluators,
     mean_interval,
+    measuring,
     model_judge,
+    reward_judge,
     weights_fingerprint,
 )
 from rlhf_helpers.core.generation import generate
@@ -24,6 +26,7 @@ from rlhf_helpers.core.models import load_model, tokenizer_for
 from rlhf_helpers.preference_data import ai_labels
 from rlhf_helpers.world.annotators import make_pairs
 from rlhf_helpers.world.prompts import best_answer, load_prompts
+from rlhf_helpers.world.prompts.requests import JAILBREAKS
 from tests.conftest import share_of_e
 
 PROMPTS = ["Hello", "Why?", "Who are you?"]
@@ -51,7 +54,7 @@ def says(monkeypatch):
             def __init__(self, prompts):
                 self.responses = [rule(prompt) for prompt in prompts]
 
-        monkeypatch.setattr(evaluators, "generate", lambda model, tokenizer, prompts, **_: Said(prompts))
+        monkeypatch.setattr(measuring, "generate", lambda model, tokenizer, prompts, **_: Said(prompts))
 
     return set_rule
 
@@ -60,18 +63,26 @@ def says(monkeypatch):
 
 
 def test_criteria_and_robustness_by_hand(tiny, says):
-    says(lambda prompt: "no" if "please" in prompt else prompt)
-    criteria = {"kept": lambda p, r, **c: torch.tensor([float(a == b) for a, b in zip(p, r, strict=True)])}
-    attacks = {"polite": lambda p: f"please {p}", "loud": lambda p: f"{p}!"}
-    evaluator = AlignmentEvaluator(criteria, robust_on="kept", attacks=attacks)
-    table = evaluator.evaluate_alignment(tiny[0], ["a", "b", "c", "d"])
+    first = next(iter(JAILBREAKS.values()))("{}")
+    says(lambda prompt: "no" if prompt == first.format(prompt[-1:]) else prompt[-1:])
+    seen = []
+
+    def kept(prompts, responses, base_prompt=None):
+        seen.append((prompts, base_prompt))
+        return torch.tensor([float(r == a) for r, a in zip(responses, base_prompt or prompts, strict=True)])
+
+    asked = [*"abcdefgh"[: 2 * len(JAILBREAKS)]]
+    table = AlignmentEvaluator({"kept": kept}, robust_on="kept").evaluate_alignment(tiny[0], asked)
     assert list(table.index) == ["kept", "robustness", "lost under attack"]
     assert list(table.columns) == ["value", "low", "high", "n"]
-    # Attacks are dealt out in turn: a and c are asked politely, and those answers are not kept.
-    assert table["value"].tolist() == [1, 0.5, 0.5]
-    assert table.loc["robustness", ["low", "high"]].tolist() == [0, 1]  # Student's reach beyond both
-    assert table.loc["lost under attack", "low"] == pytest.approx(mean_interval([0, 1, 0, 1])[1])
-    assert table["n"].tolist() == [4, 4, 4]
+    # The wrappers are dealt out in turn, and the answers to the first kind are not kept.
+    wraps = [*JAILBREAKS.values()] * 2
+    attacked = [wrap(prompt) for wrap, prompt in zip(wraps, asked, strict=False)]
+    assert seen == [(asked, None), (attacked, asked)]
+    lost = [float(text == first.format(prompt)) for text, prompt in zip(attacked, asked, strict=True)]
+    assert table["value"].tolist() == pytest.approx([1, 1 - np.mean(lost), np.mean(lost)])
+    assert table.loc["lost under attack", "low"] == pytest.approx(mean_interval(lost)[1])
+    assert table["n"].tolist() == [len(asked)] * 3
 
 
 def test_the_world_judges_attacked_prompts_as_their_original(tiny, says):
@@ -83,11 +94,6 @@ def test_the_world_judges_attacked_prompts_as_their_original(tiny, says):
     assert table.loc["harmlessness", "value"] == 1
     # Every prompt is attacked, and then the answer is foreign text: harmless, but no refusal either.
     assert table.loc["helpfulness", "value"] == 0.5
-    seen = []
-    mine = {"mine": lambda p, r, **c: seen.append((p, c)) or torch.zeros(len(p))}
-    evaluator = AlignmentEvaluator(mine, robust_on="mine", attacks={"x": str.upper})
-    evaluator.evaluate_alignment(tiny[0], ["one", "two"])
-    assert seen == [(["one", "two"], {}), (["ONE", "TWO"], {"base_prompt": ["one", "two"]})]
 
 
 @pytest.mark.parametrize("which", ["tiny_gpt2_dir", "tiny_llama_dir"])
@@ -104,8 +110,6 @@ def test_any_model_with_criteria_of_its_own(which, request):
 def test_evaluator_refuses(tiny):
     with pytest.raises(ValueError, match="robust_on='harmlessness' must be one of"):
         evaluate_alignment(tiny[0], PROMPTS, criteria={"e": share_of_e})
-    with pytest.raises(ValueError, match="attacks at least one"):
-        evaluate_alignment(tiny[0], PROMPTS, attacks={})
     with pytest.raises(ValueError, match="N >= 2"):
         evaluate_alignment(tiny[0], ["one"], criteria={"e": share_of_e}, robust_on="e", **SHORT)
 
@@ -158,7 +162,7 @@ def test_win_rate_against_a_reference(tiny):
             parameter.mul_(0.5)
     said = [generate(m, tokenizer, PROMPTS, seed=3, **SHORT).responses for m in (model, other)]
     rewards = [share_of_e(PROMPTS, texts) for texts in said]
-    by_reward = PreferenceAlignmentEvaluator(reward=share_of_e, seed=3, **SHORT)
+    by_reward = PreferenceAlignmentEvaluator(reward_judge(share_of_e), seed=3, **SHORT)
     found = by_reward.win_rate(model, other, PROMPTS)
     assert found.rate == ((rewards[0] - rewards[1]).sign() + 1).mean().item() / 2
     assert by_reward.win_rate(other, model, PROMPTS).rate == pytest.approx(1 - found.rate)
@@ -166,7 +170,7 @@ def test_win_rate_against_a_reference(tiny):
 
 
 def test_a_reward_becomes_a_probability():
-    judge = PreferenceAlignmentEvaluator(reward=share_of_e)
+    judge = PreferenceAlignmentEvaluator(reward_judge(share_of_e))
     found = judge.probability(["p"], ["ee"], ["eb"])
     assert found.tolist() == pytest.approx([1 / (1 + math.exp(-0.5))])
 
@@ -181,15 +185,12 @@ def test_the_judge_itself_is_measured(tiny):
         {"prompt": "p", "chosen": c, "rejected": r}
         for c, r in [("ee", "b"), ("e", "b"), ("b", "e"), ("c", "b")]
     ]
-    evaluator = PreferenceAlignmentEvaluator(reward=share_of_e, **SHORT)
+    evaluator = PreferenceAlignmentEvaluator(reward_judge(share_of_e), **SHORT)
 
     table = evaluator.evaluate_alignment(tiny[0], tiny[0], PROMPTS, pairs)
     assert list(table.index) == ["win rate", "agreement with people", "flips", "lean"]
     assert table.loc["agreement with people", "value"] == (1 + 1 + 0 + 0.5) / 4
     assert table.loc[["win rate", "flips", "lean"], "value"].tolist() == pytest.approx([0.5, 0, 0])
-    for options in ({}, {"judge": share_of_e, "reward": share_of_e}):
-        with pytest.raises(ValueError, match="either judge= or reward="):
-            PreferenceAlignmentEvaluator(**options)
 
 
 def test_the_models_own_judge_leans_and_averaged_is_ai_labels(assistant):

@@ -95,13 +95,12 @@ def evaluator():
 
 
 def scores_of(**means):
-    """Two families of two prompts each; every policy scatters by 0.1 around its (help, safe)."""
-    rows = []
+    """Four prompts; every policy scatters by 0.1 around its (help, safe)."""
+    tables = {}
     for policy, (help_, safe) in means.items():
-        for row, step in enumerate((-0.1, 0.1, -0.1, 0.1)):
-            family = "talk" if row < 2 else "code"
-            rows.append({"policy": policy, "family": family, "help": help_ + step, "safe": safe - step})
-    return pd.DataFrame(rows)
+        rows = [{"help": help_ + step, "safe": safe - step} for step in (-0.1, 0.1, -0.1, 0.1)]
+        tables[policy] = pd.DataFrame(rows, index=["a", "b", "c", "d"])
+    return pd.concat(tables, names=["policy", "prompt"])
 
 
 SCORES = scores_of(bold=(0.9, 0.2), balanced=(0.5, 0.5), shy=(0.2, 0.9), poor=(0.2, 0.4))
@@ -117,7 +116,7 @@ def test_one_objective_alone_has_means_and_intervals(evaluator):
 
 
 def test_weights_choose(evaluator):
-    even = evaluator.weighted_sum(SCORES)
+    even = evaluator.weighted_sum(SCORES, {"help": 1, "safe": 1})
     assert even["value"].to_dict() == pytest.approx({"bold": 0.55, "shy": 0.55, "balanced": 0.5, "poor": 0.3})
     # help and safe scatter against each other: their even sum does not scatter at all.
     assert (even["high"] - even["low"]).max() == pytest.approx(0, abs=1e-12)
@@ -146,30 +145,17 @@ def test_constraints_choose_the_best_that_keeps_them(evaluator):
     assert frame["best"].tolist() == [False, True, False, False]
     none = evaluator.constrained(SCORES, "help", {"safe": 0.95})
     assert not none[["feasible", "best"]].any(axis=None)
-    with pytest.raises(ValueError, match=r"\['speed'\] are no objectives"):
+    with pytest.raises(KeyError, match="speed"):
         evaluator.constrained(SCORES, "help", {"speed": 1})
 
 
-def test_families_weigh_alike_or_by_how_well_they_are_measured(evaluator):
-    rows = [("talk", v) for v in (0.4, 0.6)] + [("code", v) for v in (0.0, 1.0)] + [("code", 0.5)] * 6
-    scores = pd.DataFrame([{"policy": "one", "family": f, "help": v, "safe": 0.0} for f, v in rows])
-    scores.loc[scores["family"] == "talk", "help"] += 0.3
-    even = evaluator.multi_task(scores, "help")
-    assert even.attrs["weights"] == {"code": 0.5, "talk": 0.5}
-    assert even.loc["one", ["talk", "code", "mean"]].tolist() == pytest.approx([0.8, 0.5, 0.65])
-    # Variances 0.02 (n = 2) and 0.5 / 7 (n = 8).
-    weighed = evaluator.multi_task(scores, "help", by_uncertainty=True)
-    talk, code = 2 / 0.02, 8 / (0.5 / 7)
-    assert weighed.attrs["weights"]["talk"] == pytest.approx(talk / (talk + code))
-    assert weighed.loc["one", "mean"] == pytest.approx((talk * 0.8 + code * 0.5) / (talk + code))
-    with pytest.raises(ValueError, match=r"families \['talk'\] need at least two"):
-        evaluator.multi_task(scores[1:], "help")
-
-
-@pytest.mark.parametrize("objectives", [{}, {"family": length}])
-def test_refuses_names(objectives):
-    with pytest.raises(ValueError, match="objectives"):
-        MultiObjectiveAlignmentEvaluator(objectives)
+def test_families_weigh_alike(evaluator):
+    facts = [p.text for p in load_prompts(("facts",))[:1]]
+    helped = {"How do I fly?": 0.5, "Why?": 0.7} | dict.fromkeys(facts, 0.2)
+    table = pd.DataFrame({"help": helped.values(), "safe": 0.0}, index=list(helped))
+    scores = pd.concat({"one": table}, names=["policy", "prompt"])
+    found = evaluator.multi_task(scores, "help")
+    assert found.loc["one"].to_dict() == pytest.approx({"": 0.6, "facts": 0.2, "mean": 0.4})
 
 
 # ---- on models
@@ -184,9 +170,9 @@ def test_evaluates_policies_on_the_world(tiny):
     prompts = [p.text for p in load_prompts(("facts", "harmful"), "heldout")][:6]
     evaluator = MultiObjectiveAlignmentEvaluator(max_new_tokens=8)
     scores = evaluator.evaluate({"a": model, "b": other}, prompts)
-    assert list(scores) == ["policy", "family", "helpfulness", "harmlessness", "honesty"]
-    assert len(scores) == 12
-    assert set(scores["family"]) <= {"facts", "harmful"}
+    assert list(scores) == ["helpfulness", "harmlessness", "honesty"]
+    assert list(scores.index) == [(name, prompt) for name in "ab" for prompt in prompts]
+    assert set(evaluator.multi_task(scores, "honesty")) <= {"facts", "harmful", "mean"}
     assert len(evaluator.pareto(scores)) == 2
     pd.testing.assert_frame_equal(scores, evaluator.evaluate({"a": model, "b": other}, prompts))
 
@@ -197,4 +183,4 @@ def test_foreign_prompts_need_rewards_of_their_own(tiny_gpt2_dir):
     with pytest.raises(ValueError, match="foreign prompts"):
         MultiObjectiveAlignmentEvaluator(max_new_tokens=4).evaluate(**asked)
     own = MultiObjectiveAlignmentEvaluator({"length": length}, max_new_tokens=4)
-    assert own.evaluate(**asked)["family"].tolist() == [""] * 3
+    assert list(own.multi_task(own.evaluate(**asked), "length")) == ["", "mean"]

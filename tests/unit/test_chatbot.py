@@ -1,6 +1,5 @@
-"""The chatbot: memory by hand, choosing, failing closed, chat templates, and thumbs that nothing loses."""
+"""The chatbot: memory by hand, choosing, failing closed, and chat templates."""
 
-import json
 import math
 import warnings
 
@@ -277,65 +276,6 @@ def test_the_tiny_assistant_is_measured_and_keeps_its_own_wording():
 def test_a_chatbot_warns_where_its_judge_may_guess(tiny):
     with pytest.warns(UserWarning, match=r"tiny-llama\d+ cannot tell safe .* AUC 0\.\d+ \[0\.[0-4]"):
         AlignedChatbot(tiny[0])
-
-
-# ---- thumbs
-
-
-def test_a_thumb_survives_two_rounds_and_a_restart(tiny, scripted, tmp_path):
-    path, kept = tmp_path / "thumbs.jsonl", []
-    for start in range(2):  # the second chatbot is a restart: the first is never closed
-        chatbot = says(bot(tiny, feedback_path=path), "Réponse – fine.")
-        for turn in range(2):
-            chatbot.generate_response(f"Question {start}.{turn}?")
-            kept.append(chatbot.feedback(("up", "down")[turn]))
-            chatbot.round += 1
-        assert chatbot.thumbs() == kept
-    assert [row["round"] for row in kept] == [0, 1, 1, 2]
-    assert [row["label"] for row in kept] == [True, False, True, False]
-    assert len(path.read_text(encoding="utf8").splitlines()) == 4
-    assert kept[0]["prompt"] == "Question 0.0?"
-    assert kept[0]["completion"] == "Réponse – fine."
-
-
-def test_thumbs_for_an_earlier_reply_and_in_memory(tiny, scripted):
-    chatbot = says(bot(tiny), "Yes.")
-    for text in ("One?", "Two?"):
-        chatbot.generate_response(text)
-    chatbot.feedback("down", 0)
-    assert chatbot.thumbs() == [{"prompt": "One?", "completion": "Yes.", "label": False, "round": 0}]
-    with pytest.raises(ValueError, match=r"up.*down.*'sideways'"):
-        chatbot.feedback("sideways")
-    with pytest.raises(IndexError, match="no reply 2: 2 so far"):
-        chatbot.feedback("up", 2)
-
-
-def test_a_thumb_is_on_the_disk_before_feedback_returns(tiny, scripted, tmp_path, monkeypatch):
-    synced = []
-    from rlhf_helpers.chatbot_rlhf import chatbot as module
-
-    monkeypatch.setattr(module.os, "fsync", lambda number: synced.append(path.read_bytes()))
-    path = tmp_path / "thumbs.jsonl"
-    chatbot = says(bot(tiny, feedback_path=path), "Yes.")
-    chatbot.generate_response("Hello")
-    chatbot.feedback("up")
-    assert json.loads(synced[0])["prompt"] == "Hello"  # flushed before it is synced
-
-
-@pytest.mark.parametrize(
-    "line", ['{"prompt": "a", "comp', "7", '{"prompt": "a", "completion": "b", "label": 1, "round": 0}']
-)
-def test_a_broken_line_is_named_and_takes_none_with_it(tiny, scripted, tmp_path, line):
-    path = tmp_path / "thumbs.jsonl"
-    chatbot = says(bot(tiny, feedback_path=path), "Yes.")
-    chatbot.generate_response("Hello")
-    chatbot.feedback("up")
-    with path.open("a") as file:
-        file.write(line)  # torn: no end of line
-    chatbot.feedback("down")
-    assert len(path.read_text().splitlines()) == 3  # the next thumb begins a line of its own
-    with pytest.raises(ValueError, match=r"thumbs\.jsonl, line 2: this is not a thumb"):
-        bot(tiny, feedback_path=path)
 
 
 # ---- evaluation

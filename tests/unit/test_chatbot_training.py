@@ -1,4 +1,4 @@
-"""Training a chatbot: which data give which stage, thumbs over rounds, and that it learns."""
+"""Training a chatbot: which data give which stage, and that it learns."""
 
 import pytest
 import torch
@@ -72,6 +72,7 @@ def test_the_last_message_of_an_assistant_is_the_answer(tiny, monkeypatch):
     "data, told",
     [([PAIR, {"prompt": " ", "response": "b"}], r"conversation_data\[1\].*prompt"),
      ([PAIR, {"prompt": "a", "response": ""}], r"\[1\].*completion must be"), ([PAIR, 7], r"\[1\].*got 7"),
+     ([{**PAIR, "label": "up"}], r"\[0\].*label must be"),
      (["word " * 300], r"\[0\].*shorten"), ("Hello", "list of conversations"), ([], "nothing to learn")],
 )  # fmt: skip
 def test_faulty_data_are_named(tiny, data, told):
@@ -80,7 +81,6 @@ def test_faulty_data_are_named(tiny, data, told):
     with pytest.raises(ValueError, match=told):
         trained(chatbot, data)
     assert torch.equal(weights(chatbot.model), before)
-    assert chatbot.round == 0
 
 
 def test_settings_reach_every_stage(tiny):
@@ -92,43 +92,35 @@ def test_settings_reach_every_stage(tiny):
         ChatbotTrainer(bot(tiny), beta=0.1)
 
 
-def test_every_thumb_of_every_round_is_learned_from(tiny, tmp_path, monkeypatch):
-    seen, path = [], tmp_path / "thumbs.jsonl"
+THUMBS = [
+    {"prompt": prompt, "completion": f"Well, {prompt}", "label": prompt in ("Hello", "Why?")}
+    for prompt in ("Hello", "Bye", "Why?", "How?")
+]
+
+
+def test_thumbs_are_learned_from_beside_other_data(tiny, monkeypatch):
+    seen = []
     real = ChatbotTrainer._prefer
     monkeypatch.setattr(
         ChatbotTrainer,
         "_prefer",
         lambda self, rows, *rest: seen.append(list(rows)) or real(self, rows, *rest),
     )
-    chatbot, given = bot(tiny, feedback_path=path), []
-    for thumb, text in (("up", "Hello"), ("down", "Bye")):
-        chatbot.generate_response(text)
-        given.append(chatbot.feedback(thumb))
-    history, _ = trained(chatbot, [])
-    assert seen == [given]
-    assert history[-1]["thumbs"] == 2
-    assert chatbot.round == 1
-    again = bot(tiny, feedback_path=path)  # another process, later
-    again.round = chatbot.round
-    again.generate_response("More")
-    given.append(again.feedback("up"))
-    history, _ = trained(again, ["Hello", "More"])
-    assert seen[1] == given
-    assert [row["round"] for row in given] == [0, 0, 1]
-    assert history[-1]["thumbs"] == 3
-    assert again.round == 2
+    history, trainer = trained(bot(tiny), THUMBS)
+    assert seen == [THUMBS]
+    assert history[-1]["thumbs"] == 4
+    assert list(trainer.histories) == ["thumbs"], "a thumb is not a prompt to be answered"
+    history, trainer = trained(bot(tiny), [*THUMBS, "Hello", "More"])
+    assert seen[1] == THUMBS
+    assert list(trainer.histories) == ["policy", "thumbs"]
 
 
-def test_thumbs_on_one_prompt_wait(tiny):
-    chatbot = bot(tiny)
-    chatbot.generate_response("Hello")
-    chatbot.feedback("up")
+def test_thumbs_on_one_prompt_are_left_out(tiny):
     with pytest.raises(ValueError, match="nothing to learn"):
-        trained(chatbot, [])
-    history, trainer = trained(chatbot, ["Hello", "Bye"])
+        trained(bot(tiny), THUMBS[:1] * 2)
+    history, trainer = trained(bot(tiny), [*THUMBS[:1], "Hello", "Bye"])
     assert history[-1]["thumbs"] == 0
     assert list(trainer.histories) == ["policy"]
-    assert len(chatbot.thumbs()) == 1
 
 
 def test_the_reward_is_scaled_and_unsafe_answers_cost(tiny, monkeypatch):
@@ -161,12 +153,7 @@ def test_it_learns_what_the_reward_likes(tiny):
 
 def test_thumbs_move_the_policy_their_way(tiny):
     settings = ChatSettings(thumbs=DPOSettings(loss="kto", learning_rate=1e-3, batch_size=4))
-    chatbot = bot(tiny, None)
-    for text in ("Hello", "Bye", "Why?", "How?"):
-        chatbot.generate_response(text)
-    for place, thumb in enumerate(("up", "down", "up", "down")):
-        chatbot.feedback(thumb, place)
-    history, _ = trained(chatbot, [], epochs=8, settings=settings)
+    history, _ = trained(bot(tiny, None), THUMBS, epochs=8, settings=settings)
     assert history[0]["thumbs/rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert history[-1]["thumbs/rewards/margins"] > 0.05
     assert isinstance(ChatSettings().sft, TrainingSettings)

@@ -130,18 +130,18 @@ def test_stages_and_fallback(tiny):
     assert [r.stage for r in records] == ["input", "output", None, None, None]
     assert [r.allowed for r in records] == [False, False, True, True, True]
     assert [r.prompt for r in records] == PROMPTS
-    assert records[0].response == records[1].response == "I cannot help with that."
-    assert records[0].raw_response is None
-    assert records[1].raw_response == unsafe[0]
-    assert all(r.response == r.raw_response for r in records[2:])
+    assert records[0].text == records[1].text == "I cannot help with that."
+    assert records[0].raw_text is None
+    assert records[1].raw_text == unsafe[0]
+    assert all(r.text == r.raw_text for r in records[2:])
     assert [r.score for r in records] == pytest.approx([0, 0.2, 0.5, 0.9, 1.0])
     assert all(r.error is None for r in records)
 
 
 def test_the_model_is_not_asked_what_the_input_check_stops(tiny, monkeypatch):
     monkeypatch.setattr("rlhf_helpers.guards.generate", lambda *a, **k: pytest.fail("was asked"))
-    shown = guard(tiny, input_checks=[always(1), always(0)], fallback="No.").answer(PROMPTS[0])
-    assert (shown.response, shown.stage) == ("No.", "input")
+    shown = guard(tiny, input_checks=[always(1), always(0)], fallback="No.").answer_batch([PROMPTS[0]])[0]
+    assert (shown.text, shown.stage) == ("No.", "input")
     assert guard(tiny).answer_batch([]) == []
 
 
@@ -159,7 +159,7 @@ def test_never_shows_what_failed_its_check(tiny):
         )
         for record, score in zip(records, draws.tolist(), strict=True):
             assert record.allowed == (score >= threshold)
-            assert record.response == (record.raw_response if record.allowed else "I cannot help with that.")
+            assert record.text == (record.raw_text if record.allowed else "I cannot help with that.")
 
 
 def breaks(prompts, responses=None, **columns):
@@ -176,15 +176,17 @@ def test_a_check_that_raises_closes_its_row_alone(tiny, stage):
     assert records[1].stage == stage
     assert records[1].error == "KeyError: 'France'"
     assert math.isnan(records[1].score)
-    assert records[1].response == "I cannot help with that."
+    assert records[1].text == "I cannot help with that."
 
 
 @pytest.mark.parametrize("bad", [math.nan, -0.1, 1.5, math.inf])
 def test_what_is_no_probability_closes_too(tiny, bad):
-    record = guard(tiny, output_fn=always(bad), threshold=0.0).answer("Hello")
+    record = guard(tiny, output_fn=always(bad), threshold=0.0).answer_batch(["Hello"])[0]
     assert not record.allowed
     assert "numbers in [0, 1]" in record.error
-    assert not guard(tiny, output_fn=lambda p, r: torch.ones(7), threshold=0).answer("Hello").allowed
+    assert (
+        not guard(tiny, output_fn=lambda p, r: torch.ones(7), threshold=0).answer_batch(["Hello"])[0].allowed
+    )
 
 
 def test_best_of_n_and_columns(tiny):
@@ -198,9 +200,9 @@ def test_best_of_n_and_columns(tiny):
     (prompts, responses, base_prompts), *_ = seen
     assert prompts == [PROMPTS[0]] * 3 + [PROMPTS[1]] * 3
     assert base_prompts == ["a"] * 3 + ["b"] * 3
-    assert (records[0].response, records[0].score) == (responses[1], pytest.approx(0.8))
+    assert (records[0].text, records[0].score) == (responses[1], pytest.approx(0.8))
     assert not records[1].allowed
-    assert (records[1].raw_response, records[1].score) == (responses[5], pytest.approx(0.3))
+    assert (records[1].raw_text, records[1].score) == (responses[5], pytest.approx(0.3))
 
 
 def test_by_default_gold_judges_and_unknown_prompts_stay_closed():
@@ -208,7 +210,7 @@ def test_by_default_gold_judges_and_unknown_prompts_stay_closed():
     asked = ["How do I make a bomb?", "How are you?", "What would a stranger say?"]
     records = Guard(model=model, seed=1).answer_batch(asked)
     assert records[0].stage == "output"  # it complies
-    assert records[0].raw_response != records[0].response
+    assert records[0].raw_text != records[0].text
     assert records[1].allowed
     assert "the world has no prompt" in records[2].error
     again = Guard(model=model, seed=1).answer_batch(asked[:1])

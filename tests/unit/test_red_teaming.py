@@ -1,8 +1,7 @@
-"""Red teaming: what attacks remember, the judge, counting by hand, the review file, learning, hardening."""
+"""Red teaming: what attacks remember, the judge, counting by hand, reviews, learning, hardening."""
 
 import copy
 import itertools
-import json
 import pickle
 import random
 from types import SimpleNamespace
@@ -19,12 +18,12 @@ from rlhf_helpers.red_teaming import (
     MultiObjectiveRedTeaming,
     RedTeaming,
     RedTeamingEvaluator,
-    ReviewQueue,
     adversarial_training,
     campaign,
     create_adversarial_prompts,
     extract_canaries,
     measure_attacker,
+    review_sample,
     similarity,
     train_attacker,
 )
@@ -245,54 +244,19 @@ def findings(unsafe, safe):
     return [{"prompt": f"p{i}", "response": "r", "success": kind, **told} for i, kind in enumerate(kinds)]
 
 
-def test_review_is_sampled_recorded_and_resumed(tmp_path):
-    path = tmp_path / "review.json"
-    queue = ReviewQueue(path, findings(30, 30), n=10)
-    assert sum(row["judged_unsafe"] for row in queue.items.values()) == 5
-    first, second, *_ = queue.pending
-    queue.record(first, unsafe=True)
-    again = ReviewQueue(path, findings(30, 30), n=10, seed=1)
-    assert again.items[first]["verdict"] is True
-    assert set(queue.items) < set(again.items)
-    assert first not in again.pending
-    assert second in again.pending
-    assert json.loads(path.read_text()) == again.items
-    with pytest.raises(KeyError, match="no finding 'x'"):
-        again.record("x", unsafe=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["review.json"]
+@pytest.mark.parametrize("won, lost, reviewed", [(30, 30, 5), (1, 30, 1), (30, 1, 9)])
+def test_half_of_what_is_reviewed_succeeded_where_possible(won, lost, reviewed):
+    sample = review_sample(findings(won, lost), 10)
+    assert len(sample) == 10
+    assert sum(row["success"] for row in sample) == reviewed
+    assert sample == review_sample(findings(won, lost), 10)
+    assert sample != review_sample(findings(won, lost), 10, seed=1)
 
 
-def test_a_failed_write_loses_nothing(tmp_path, monkeypatch):
-    queue = ReviewQueue(tmp_path / "review.json", findings(2, 2), n=4)
-    before = (tmp_path / "review.json").read_text()
-
-    def full(*_args, **_options):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("pathlib.Path.replace", full)
-    with pytest.raises(OSError, match="disk full"):
-        queue.record(next(iter(queue.pending)), unsafe=True)
-    assert (tmp_path / "review.json").read_text() == before
-
-
-def test_agreement_by_hand(tmp_path):
-    queue = ReviewQueue(tmp_path / "review.json", findings(4, 4), n=8)
-    with pytest.raises(ValueError, match="label more"):
-        queue.agreement()
-    with pytest.raises(ValueError, match="label more"):
-        ReviewQueue(tmp_path / "empty.json").agreement()
-    called = [key for key, row in queue.items.items() if row["judged_unsafe"]]
-    for key in queue.items:
-        queue.record(key, unsafe=key in called[:3])
-    # 7 of 8 agree; p_e = 1/2 3/8 + 1/2 5/8 = 1/2, kappa = (7/8 - 1/2) / (1/2); 3 of 4 calls are confirmed.
-    assert queue.agreement() == {"n": 8, "accuracy": 0.875, "kappa": pytest.approx(0.75), "precision": 0.75}
-
-
-def test_few_findings_of_a_kind_leave_room_for_the_other(tmp_path):
-    queue = ReviewQueue(tmp_path / "review.json", findings(1, 30), n=10)
-    assert len(queue.items) == 10
-    queue = ReviewQueue(tmp_path / "other.json", findings(30, 1), n=10)
-    assert len(queue.items) == 10
+def test_the_order_does_not_tell_the_verdict_and_an_answer_is_asked_about_once():
+    verdicts = [row["success"] for row in review_sample(findings(30, 30), 20)]
+    assert verdicts not in (sorted(verdicts), sorted(verdicts, reverse=True))
+    assert len(review_sample(findings(4, 4) * 2, 16)) == 8
 
 
 # ---- canaries, harms, learned attackers

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from rlhf_helpers.alignment_eval import safety
+from rlhf_helpers.alignment_eval import measuring, safety
 from rlhf_helpers.alignment_eval.safety import (
     SafetyMetrics,
     counterfactual_gaps,
@@ -42,7 +42,7 @@ def answering(assistant, monkeypatch):
                 said.append(answer(text, len(seen) - 1))
             return type("Rollout", (), {"responses": said})
 
-        monkeypatch.setattr(safety, "generate", generate)
+        monkeypatch.setattr(measuring, "generate", generate)
         return SafetyMetrics.evaluate(assistant, prompts, metrics, **settings)
 
     return evaluate

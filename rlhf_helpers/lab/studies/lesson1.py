@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rlhf_helpers.alignment_eval.objectives import gold_axes
+from rlhf_helpers.alignment_eval.measuring import gold_axes
 from rlhf_helpers.core.generation import Rollout, generate
 from rlhf_helpers.core.models import RewardFn, load_model
 from rlhf_helpers.lab.labeling.payoff import (

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from rlhf_helpers.alignment_eval.objectives import gold_axes
+from rlhf_helpers.alignment_eval.measuring import gold_axes
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.lab.studies.lesson1 import prompt_texts
 from rlhf_helpers.lab.studies.lesson2.methods import sampled

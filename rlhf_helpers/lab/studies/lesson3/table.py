@@ -57,7 +57,7 @@ def techniques_of(seed: int) -> dict[str, Callable[[], Any]]:
     def guarded(prompts: list[str], n: int) -> list[str]:
         """Show only those of the base's answers that the judge finds safe; of n the safest."""
         guard = Guard(model=base, output_fn=judge, n=n, seed=60_000 + seed)
-        return [record.response for record in guard.answer_batch(prompts)]
+        return [record.text for record in guard.answer_batch(prompts)]
 
     @cache
     def imitator() -> nn.Module:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rlhf_helpers.alignment_eval.objectives import gold_axes
+from rlhf_helpers.alignment_eval.measuring import gold_axes
 from rlhf_helpers.alignment_eval.safety import refuses
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.training import History

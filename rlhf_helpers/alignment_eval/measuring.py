@@ -1,0 +1,96 @@
+"""One measurement for all evaluations: let a policy answer prompts, and score the answers."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from rlhf_helpers.core.generation import generate
+from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
+from rlhf_helpers.core.stats import numbers
+from rlhf_helpers.world.gold_judge import AXES, gold_scores
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Sixteen hex digits of a SHA-256 over names, types and bytes of all weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def gold_axes() -> dict[str, RewardFn]:
+    """The world's helpfulness, harmlessness and honesty as three RewardFns: what measures, never trains."""
+
+    def one(axis: str) -> RewardFn:
+        def gold_axis(prompts: list[str], responses: list[str], **columns: Any) -> Tensor:
+            try:
+                return gold_scores(prompts, responses, **columns)[axis]
+            except ValueError as error:
+                raise ValueError(
+                    f"for foreign prompts give rewards (or a safety_fn) of your own. {error}"
+                ) from error
+
+        return gold_axis
+
+    return {axis: one(axis) for axis in AXES}
+
+
+def sample_answers(
+    model: nn.Module,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    cache: dict[Any, list[str]] | None = None,
+) -> list[str]:
+    """Sample one answer to each prompt from a model that knows its tokenizer.
+
+    Args:
+        model: A causal LM.
+        prompts: What to ask.
+        max_new_tokens: Of an answer.
+        seed: Of sampling.
+        cache: A dictionary that keeps the answers by weights, prompts and settings from call to call. None:
+            every call samples.
+    """
+    tokenizer = tokenizer_for(model)
+    sampling = {"max_new_tokens": max_new_tokens, "seed": seed}
+    if cache is None:
+        return generate(model, tokenizer, prompts, **sampling).responses
+    # A model that was trained further has other weights, so it is asked again.
+    key = (weights_fingerprint(model), tokenizer.chat_template, max_new_tokens, seed, *prompts)
+    if key not in cache:
+        cache[key] = sample_answers(model, prompts, **sampling)
+    return cache[key]
+
+
+def measure_policy(
+    model: nn.Module,
+    prompts: Sequence[str],
+    measures: Mapping[str, nn.Module | RewardFn],
+    *,
+    columns: Mapping[str, Sequence[Any]] | None = None,
+    **sampling: Any,
+) -> pd.DataFrame:
+    """Let a policy answer every prompt once, and measure each answer: one row per prompt. Lesson 3.
+
+    Args:
+        model: A causal LM that knows its tokenizer.
+        prompts: What to ask; they are the index of the table.
+        measures: name -> reward or other measure of an answer: the columns of the table.
+        columns: Further columns for the measures, one entry per prompt (base_prompt, say).
+        **sampling: Of `sample_answers`.
+    """
+    prompts = list(prompts)
+    responses = sample_answers(model, prompts, **sampling)
+    scores = {
+        name: numbers(as_reward_fn(measure)(prompts, responses, **(columns or {})))
+        for name, measure in measures.items()
+    }
+    return pd.DataFrame(scores, index=prompts)
