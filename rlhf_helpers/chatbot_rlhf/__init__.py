@@ -5,7 +5,6 @@ from rlhf_helpers.chatbot_rlhf.chatbot import (
     PERSONALITIES,
     AlignedChatbot,
     Personality,
-    kept_turns,
 )
 from rlhf_helpers.chatbot_rlhf.evaluation import evaluate_chatbot, memory_questions, spoken
 from rlhf_helpers.chatbot_rlhf.serving import ChatServer

@@ -78,25 +78,6 @@ PERSONALITIES = {
 }
 
 
-def kept_turns(lengths: Sequence[int], limit: int) -> int:
-    """How many of the last messages fit into `limit` tokens: whole exchanges are dropped, oldest first.
-
-    lengths: tokens of messages that alternate user, assistant, ..., user; what is kept starts with a user
-    message, and its sum is at most `limit`. Lesson 4. Raises ValueError for an even number of messages (the
-    last must be the user's), a length below 0, or where the last message alone does not fit.
-    """
-    if len(lengths) % 2 == 0 or any(length < 0 for length in lengths):
-        raise ValueError(
-            f"lengths must alternate user, assistant, ..., user and be >= 0, got {list(lengths)}"
-        )
-    if lengths[-1] > limit:
-        raise ValueError(f"the last message has {lengths[-1]} tokens and {limit} fit: shorten it")
-    kept, total = 1, lengths[-1]
-    while kept < len(lengths) and (total := total + sum(lengths[-kept - 2 : -kept])) <= limit:
-        kept += 2
-    return kept
-
-
 class _OneTurn(Guard):
     """A guard whose answers end where a model starts to write the user's next message."""
 
@@ -212,14 +193,14 @@ class AlignedChatbot:
         context = usable_positions(self.model)
         if context is None:
             return to_text(messages)
-        room, lengths, before = context - (max_new_tokens or self.sampling["max_new_tokens"]), [], 0
-        for count in range(1, len(turns) + 1, 2):  # what an exchange adds, by whatever template
-            whole = len(encode_prompt(self.tokenizer, to_text([*system, *turns[-count:]])))
-            lengths = [whole - before, *([0] if lengths else []), *lengths]
-            before = whole
-            if whole > room:
-                break
-        return to_text([*system, *turns[-kept_turns(lengths, room) :]])
+        room = context - (max_new_tokens or self.sampling["max_new_tokens"])
+        # Whole exchanges are dropped, the oldest first, until the rest fits, whatever the chat template adds.
+        for first in range(0, len(turns), 2):
+            text = to_text([*system, *turns[first:]])
+            length = len(encode_prompt(self.tokenizer, text))
+            if length <= room:
+                return text
+        raise ValueError(f"the last message has {length} tokens and {room} fit: shorten it")
 
     def _p_safe(self, prompts: list[str], responses: list[str], **columns: Any) -> Tensor:
         """P(safe) by safety_fn; 0 for an empty answer, which is none."""

@@ -8,10 +8,9 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from rlhf_helpers.alignment_eval import sample_answers
 from rlhf_helpers.code_generation.rewards import UnitTestRunner
 from rlhf_helpers.code_generation.safety import CodeSafetyEvaluator, extract_code
-from rlhf_helpers.core.generation import generate
-from rlhf_helpers.core.models import tokenizer_for
 from rlhf_helpers.core.stats import cohen_kappa, proportion, score_interval, to_frame
 from rlhf_helpers.sandbox import run_programs
 from rlhf_helpers.world.tables import load_table
@@ -44,7 +43,6 @@ def sample_programs(
     visible: Sequence[Sequence[Any]],
     samples: int = 4,
     runner: UnitTestRunner | None = None,
-    max_new_tokens: int = 64,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Sample programs at temperature 1 and judge each: prompt, code, hidden, visible, unsafe, gaming.
@@ -55,8 +53,7 @@ def sample_programs(
     """
     runner, evaluator = runner or UnitTestRunner(), CodeSafetyEvaluator()
     asked = [prompt for prompt in prompts for _ in range(samples)]
-    sampled = generate(model, tokenizer_for(model), asked, max_new_tokens=max_new_tokens, seed=seed)
-    codes = [extract_code(text) for text in sampled.responses]
+    codes = [extract_code(text) for text in sample_answers(model, asked, seed=seed)]
     frame = pd.DataFrame({"prompt": asked, "code": codes})
     for name, tests in {"hidden": hidden, "visible": visible}.items():
         passed = runner.passed(codes, [row for row in tests for _ in range(samples)])

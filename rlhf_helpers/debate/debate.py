@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rlhf_helpers.alignment_eval import sample_answers
 from rlhf_helpers.core.choices import choice_logps
-from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import tokenizer_for
 from rlhf_helpers.core.stats import Estimate, proportion
 from rlhf_helpers.core.training import History
@@ -95,8 +95,7 @@ def _judge_text(passage: Passage, a: Argument | None, b: Argument | None, claims
 def argue(speaker: Speaker, passages: Sequence[Passage], claim: str, *, seed: int = 0) -> list[Argument]:
     """Sample one argument per passage for its answer `claim` ("true" or "false"), at most 48 tokens."""
     prompts = [meta.argue_text(p["passage"], p["question"], p[claim]) for p in passages]
-    rollout = generate(speaker, tokenizer_for(speaker), prompts, max_new_tokens=48, seed=seed)
-    return check_quotes(passages, rollout.responses)
+    return check_quotes(passages, sample_answers(speaker, prompts, max_new_tokens=48, seed=seed))
 
 
 def check_quotes(passages: Sequence[Passage], responses: Sequence[str]) -> list[Argument]:

@@ -10,12 +10,11 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from rlhf_helpers.alignment_eval import as_safety_fn, distinct_n
-from rlhf_helpers.alignment_eval.judges import reward_judge
+from rlhf_helpers.alignment_eval import as_safety_fn, distinct_n, reward_judge, sample_answers
 from rlhf_helpers.alignment_eval.report import markdown_table
 from rlhf_helpers.core.choices import choice_logps
 from rlhf_helpers.core.generation import generate
-from rlhf_helpers.core.models import RewardFn, tokenizer_for
+from rlhf_helpers.core.models import RewardFn
 from rlhf_helpers.core.stats import wilson_interval
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.red_teaming.prompts import STRATEGIES, AdversarialPrompt, as_attack
@@ -99,13 +98,12 @@ class RedTeaming:
         the attack: score < threshold). Raises ValueError for a score outside [0, 1].
         """
         attacks = [as_attack(prompt) for prompt in prompts for _ in range(samples)]
-        responses = generate(
+        responses = sample_answers(
             self.model,
-            tokenizer_for(self.model),
             attacks,
             max_new_tokens=self.max_new_tokens,
             seed=self.seed if seed is None else seed,
-        ).responses
+        )
         scores = self.safety_fn(
             attacks,
             responses,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from rlhf_helpers.core.generation import generate
+from rlhf_helpers.alignment_eval import sample_answers
 from rlhf_helpers.core.models import RewardFn, tokenizer_for
 from rlhf_helpers.core.training import TrainingSettings, sft
 from rlhf_helpers.red_teaming.campaign import RedTeaming
@@ -58,7 +58,7 @@ def adversarial_training(
         benign = random.Random(f"benign/{seed}").choices(pool, k=3 * len(attacks))
     kept = []
     if len(benign):
-        usual = generate(model, tokenizer, benign, max_new_tokens=64, seed=seed).responses
+        usual = sample_answers(model, benign, seed=seed)
         kept = [{"prompt": p, "completion": a} for p, a in zip(benign, usual, strict=True) if a.strip()]
     attacks = [as_attack(attack) for attack in attacks]
     requests = {a.base_prompt: a.category for a in attacks}

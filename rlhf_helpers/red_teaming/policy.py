@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rlhf_helpers.alignment_eval import distinct_n, pareto_front
-from rlhf_helpers.core.generation import generate
+from rlhf_helpers.alignment_eval import distinct_n, pareto_front, sample_answers
 from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.core.training import History
@@ -100,9 +99,7 @@ def measure_attacker(
 ) -> dict[str, Any]:
     """Sample `n` attacks: success (share), different (share of different texts), distinct_2, attacks."""
     prompts = [RISKY_QUESTION] * n
-    texts = generate(
-        attacker, tokenizer_for(attacker), prompts, max_new_tokens=ATTACKER.max_new_tokens, seed=seed
-    ).responses
+    texts = sample_answers(attacker, prompts, max_new_tokens=ATTACKER.max_new_tokens, seed=seed)
     attacks = [text.strip() for text in texts]
     won = unsafety(red_team, attacks, seed=seed + 1) > 1 - red_team.safety_threshold
     return {

@@ -1,7 +1,7 @@
 """Running an aligned model: watch it, fall back when unsure, suit its users, and roll it back."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from rlhf_helpers.policy_optimization import best_of_n
 from rlhf_helpers.safety_alignment.constrained import weighted_sum
 
 Limits = Mapping[str, float]
+SAFE_ANSWER = "I am not sure."
 
 
 class Monitor:
@@ -90,13 +91,11 @@ class EnsembleFallback:
         responses: Sequence[str],
         *,
         quantile: float = 0.95,
-        safe_answer: str = "I am not sure.",
     ) -> None:
         """Fit on benign answers; ValueError for fewer than two members, or a quantile outside (0, 1)."""
         require_number("quantile", quantile, above=0, below=1)
         require_number("number of members", len(members), at_least=2)
         self.members = [as_reward_fn(member) for member in members]
-        self.safe_answer = safe_answer
         scores = self._scores(prompts, responses)
         self.mean = scores.mean(1, keepdim=True)
         self.std = scores.std(1, keepdim=True).clamp(min=1e-8)
@@ -109,7 +108,7 @@ class EnsembleFallback:
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[list[str], Tensor]:
         """Return the answers to send, and which of them were replaced, (B,)."""
         unsure = self.disagreement(prompts, responses) > self.threshold
-        return [self.safe_answer if u else text for text, u in zip(responses, unsure, strict=True)], unsure
+        return [SAFE_ANSWER if u else text for text, u in zip(responses, unsure, strict=True)], unsure
 
     def _scores(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         return torch.stack([member(prompts, responses).double().cpu() for member in self.members])
@@ -192,18 +191,20 @@ class CheckpointLedger:
             rows.append({"path": path, **(manifest.get("metrics") or manifest["history"][-1])})
         return pd.DataFrame(rows)
 
-    def last_good(self, *, at_least: Limits | None = None, at_most: Limits | None = None) -> Path:
-        """Return the newest complete checkpoint within all limits; LookupError where there is none."""
-        for row in reversed(self.frame().to_dict("records")):
-            high_enough = all(row.get(k, math.nan) >= limit for k, limit in (at_least or {}).items())
-            low_enough = all(row.get(k, math.nan) <= limit for k, limit in (at_most or {}).items())
-            if high_enough and low_enough:
-                return row["path"]
-        raise LookupError(f"no checkpoint in {self.folder} keeps at_least={at_least}, at_most={at_most}")
+    def last_good(self, is_good: Callable[[dict[str, Any]], bool]) -> Path:
+        """Return the newest complete checkpoint whose row of `frame` is good.
 
-    def rollback(self, model: nn.Module, **limits: Limits | None) -> Path:
-        """Put the weights of `last_good(**limits)` into `model`, or raise and change nothing; its folder."""
-        path = self.last_good(**limits)
+        Raises:
+            LookupError: there is none.
+        """
+        for row in reversed(self.frame().to_dict("records")):
+            if is_good(row):
+                return row["path"]
+        raise LookupError(f"no checkpoint in {self.folder} is good")
+
+    def rollback(self, model: nn.Module, is_good: Callable[[dict[str, Any]], bool]) -> Path:
+        """Put the weights of `last_good(is_good)` into `model`, or raise and change nothing; its folder."""
+        path = self.last_good(is_good)
         weights, _ = checkpoints.read_checkpoint(path)
         load_full_weights(model, weights)
         return path

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rlhf_helpers.core.generation import generate
-from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
+from rlhf_helpers.alignment_eval import sample_answers
+from rlhf_helpers.core.models import RewardFn, as_reward_fn
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.summarization_rl.data import article_of
 from rlhf_helpers.summarization_rl.facts import summary_facts
@@ -86,7 +86,6 @@ def summary_comparisons(
     prompts: Sequence[str],
     *,
     annotator: Annotator = STANDARD,
-    max_new_tokens: int = 48,
     seed: int = 0,
 ) -> list[dict[str, str]]:
     """Rows prompt, chosen, rejected: of two samples of `model` an annotator of the world takes the better.
@@ -95,8 +94,8 @@ def summary_comparisons(
     of equal texts is left out. Lesson 4. Raises ValueError for a prompt that is not the world's.
     """
     twice, count = [*prompts, *prompts], len(prompts)
-    drawn = generate(model, tokenizer_for(model), twice, max_new_tokens=max_new_tokens, seed=seed)
-    first, second = drawn.responses[:count], drawn.responses[count:]
+    drawn = sample_answers(model, twice, max_new_tokens=48, seed=seed)
+    first, second = drawn[:count], drawn[count:]
     rows = label_pairs(list(zip(prompts, first, second, strict=True)), annotator, seed=seed)
     written = [row for row in rows if row["chosen"].strip() and row["rejected"].strip()]
     return [row for row in written if row["chosen"] != row["rejected"]]

@@ -11,7 +11,6 @@ from rlhf_helpers.chatbot_rlhf import (
     AlignedChatbot,
     Personality,
     evaluate_chatbot,
-    kept_turns,
     memory_questions,
     pick_answer,
     spoken,
@@ -55,21 +54,6 @@ def scripted(monkeypatch):
 
 
 # ---- memory
-
-
-@pytest.mark.parametrize(
-    "lengths, limit, kept",
-    [([5], 5, 1), ([3, 4, 5], 12, 3), ([3, 4, 5], 11, 1), ([9, 1, 2, 2, 3], 16, 3), ([9, 1, 2, 2, 3], 17, 5),
-     ([1, 9, 2, 2, 3], 8, 3), ([1, 0, 9, 0, 1], 9, 1), ([0, 0, 0], 0, 3)],
-)  # fmt: skip
-def test_kept_turns_by_hand(lengths, limit, kept):
-    assert kept_turns(lengths, limit) == kept
-
-
-@pytest.mark.parametrize("lengths, limit", [([6], 5), ([1, 1, 6], 5), ([], 5), ([1, 2], 5), ([-1], 5)])
-def test_kept_turns_refuses(lengths, limit):
-    with pytest.raises(ValueError, match=r"shorten it|alternate"):
-        kept_turns(lengths, limit)
 
 
 def test_remembers_and_resets(tiny, scripted):

@@ -1,7 +1,6 @@
 """Debate and recursive reward models: what the judge sees, orders averaged, soft labels, and what learns."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,17 +47,17 @@ def says(text):
 @pytest.fixture
 def scripted(monkeypatch):
     """Let functions of prompts stand for models: a speaker returns texts, a judge its log-odds of A."""
-    real = room.generate
+    real = room.sample_answers
 
-    def generate(speaker, tokenizer, prompts, **options):
+    def sample_answers(speaker, prompts, **options):
         if isinstance(speaker, torch.nn.Module):
-            return real(speaker, tokenizer, prompts, **options)
-        return SimpleNamespace(responses=speaker(prompts))
+            return real(speaker, prompts, **options)
+        return speaker(prompts)
 
     def choice_logps(judge, tokenizer, prompts, choices):
         return torch.stack([judge(prompts), torch.zeros(len(prompts))], dim=1)
 
-    monkeypatch.setattr(room, "generate", generate)
+    monkeypatch.setattr(room, "sample_answers", sample_answers)
     monkeypatch.setattr(room, "choice_logps", choice_logps)
     monkeypatch.setattr(
         room, "tokenizer_for", lambda m: tokenizer_for(m) if isinstance(m, torch.nn.Module) else None

@@ -66,14 +66,14 @@ def test_monitor_refuses():
 
 def test_fallback_where_members_disagree():
     benign = ["ab" * n for n in range(1, 41)]  # vowels and length agree perfectly
-    fallback = EnsembleFallback([long, vowels], ["p"] * 40, benign, quantile=0.9, safe_answer="Pass.")
+    fallback = EnsembleFallback([long, vowels], ["p"] * 40, benign, quantile=0.9)
     assert fallback.disagreement(["p"], ["abab"]).item() == pytest.approx(0, abs=1e-9)
     odd = "b" * 80
     # z of length: (80 - 41) / std 23.38; of vowels: (0 - 20.5) / 11.69; their std is |difference| / sqrt 2
     expected = abs(39 / 23.380 + 20.5 / 11.690) / math.sqrt(2)
     assert fallback.disagreement(["p"], [odd]).item() == pytest.approx(expected, rel=1e-3)
     texts, replaced = fallback(["p", "p"], ["ab", odd])
-    assert texts == ["ab", "Pass."]
+    assert texts == ["ab", "I am not sure."]
     assert replaced.tolist() == [False, True]
 
 
@@ -137,18 +137,19 @@ def test_rollback_to_the_newest_good_checkpoint(tiny, tmp_path):
     for safe, refused in ((0.7, 0.0), (0.95, 0.1), (0.96, 0.5), (0.4, 0.0)):
         kept.append(changed(model, 0.1))
         ledger.record(model, {"safe": safe, "over_refusal": refused})
-    limits = {"at_least": {"safe": 0.9}, "at_most": {"over_refusal": 0.2}}
-    path = ledger.rollback(model, **limits)
+
+    def is_good(row):
+        return row["safe"] >= 0.9 and row["over_refusal"] <= 0.2
+
+    path = ledger.rollback(model, is_good)
     assert torch.equal(weights(model), kept[1])
-    assert path == ledger.last_good(**limits) == ledger.frame()["path"][1]
-    assert ledger.rollback(model, at_least={"safe": 0.9}).name == "step-00000003"
+    assert path == ledger.last_good(is_good) == ledger.frame()["path"][1]
+    assert ledger.rollback(model, lambda row: row["safe"] >= 0.9).name == "step-00000003"
     assert ledger.frame()["safe"].tolist() == [0.7, 0.95, 0.96, 0.4]  # nothing was deleted
     (path / "model.safetensors").write_bytes(b"damaged")
     assert len(ledger.frame()) == 3
-    with pytest.raises(LookupError, match="keeps at_least"):
-        ledger.last_good(**limits)
-    with pytest.raises(LookupError, match="keeps"):
-        ledger.last_good(at_least={"never measured": 0.0})
+    with pytest.raises(LookupError, match="no checkpoint"):
+        ledger.last_good(is_good)
 
 
 def test_a_failed_rollback_changes_nothing(tiny, tiny_gpt2_dir, tmp_path):
@@ -157,7 +158,7 @@ def test_a_failed_rollback_changes_nothing(tiny, tiny_gpt2_dir, tmp_path):
     ledger.record(tiny[0], {"safe": 1.0})
     before = weights(other)
     with pytest.raises(ValueError, match="the checkpoint and the model differ in"):
-        ledger.rollback(other)
+        ledger.rollback(other, lambda row: True)
     assert torch.equal(weights(other), before)
     with pytest.raises(ValueError, match="safe"):
         ledger.record(other, {"safe": math.nan})
@@ -172,7 +173,7 @@ def test_the_checkpoints_of_a_run_serve_too(tiny, tmp_path):
     ledger = CheckpointLedger(tmp_path)
     losses = [row["loss"] for row in history]
     assert ledger.frame()["loss"].tolist() == losses
-    assert ledger.last_good(at_most={"loss": losses[1]}).name == "step-00000003"
-    assert ledger.last_good(at_least={"loss": losses[1]}).name == "step-00000002"
+    assert ledger.last_good(lambda row: row["loss"] <= losses[1]).name == "step-00000003"
+    assert ledger.last_good(lambda row: row["loss"] >= losses[1]).name == "step-00000002"
     ledger.record(model, {"safe": 1.0})
     assert checkpoints.newest_checkpoint(tmp_path).name == "step-00000004"

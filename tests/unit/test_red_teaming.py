@@ -4,7 +4,6 @@ import copy
 import itertools
 import pickle
 import random
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -122,8 +121,7 @@ def test_mutations_by_hand():
 def test_gold_judges_attacks_by_what_they_ask(assistant, monkeypatch):
     red_team = RedTeaming(assistant[0])
     attack = AdversarialPrompt("xyz", category="harmful", strategy="direct", base_prompt=BOMB)
-    answers = SimpleNamespace(responses=[COMPLIES, NAMES_IT])
-    monkeypatch.setattr(campaign, "generate", lambda *args, **options: answers)
+    monkeypatch.setattr(campaign, "sample_answers", lambda *args, **options: [COMPLIES, NAMES_IT])
     assert red_team.evaluate_safety([attack, attack]).tolist() == [0, 1]
     assert [row["base_prompt"] for row in red_team.findings([attack], samples=2)] == [BOMB, BOMB]
     with pytest.raises(ValueError, match="has no prompt 'xyz'"):
