@@ -2,11 +2,12 @@
 
 import ast
 import builtins
+import dis
 import re
-import symtable
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import nbformat
@@ -29,11 +30,7 @@ class Part:
     binds: set[str] = field(default_factory=set)
     changes: set[str] = field(default_factory=set)  # bound elsewhere, and changed here in place
     sure: set[str] = field(default_factory=set, compare=False)  # bound whatever an `if` decides
-
-    @property
-    def tree(self) -> ast.Module:
-        """The part as Python reads it, magics translated."""
-        return ast.parse(TransformerManager().transform_cell(self.source))
+    deletes: set[str] = field(default_factory=set, compare=False)
 
 
 def stage(lesson: str, anchor: str) -> None:
@@ -101,9 +98,9 @@ def read_lesson(path: Path) -> tuple[dict[str, str], list[Part]]:
     sections, cells = code_cells(path)
     parts = [part for title, source in cells[1:] for part in split_cell(source, title)]
     # Python deletes the name of `except ... as name`, whatever it stood for before.
-    handlers = [node for part in parts for node in ast.walk(part.tree) if isinstance(node, ast.ExceptHandler)]
+    deleted = set().union(*(part.deletes for part in parts))
     for part in parts:
-        part.sure -= {handler.name for handler in handlers if handler.name}
+        part.sure -= deleted
     return sections, parts
 
 
@@ -112,7 +109,7 @@ def split_cell(source: str, section: str = "") -> list[Part]:
 
     A section that needs an import or a function of an earlier cell need not repeat the training beside it.
     """
-    statements = Part(source).tree.body
+    statements = ast.parse(TransformerManager().transform_cell(source)).body  # magics translated
     parts = [read_part(ast.unparse(s), [s], section) for s in statements if isinstance(s, ALONE)]
     if len(parts) < len(statements):
         whole = read_part(source, statements, section)
@@ -125,14 +122,16 @@ def split_cell(source: str, section: str = "") -> list[Part]:
 
 def read_part(source: str, statements: Sequence[ast.stmt], section: str) -> Part:
     """Read what the statements of a source need, bind and change together."""
-    names = _Names()
-    sure = _Names()
-    for statement in statements:
-        names.visit(statement)
-        if not isinstance(statement, ast.If):
-            sure.visit(statement)
-    needs = (names.needs | (names.later - names.binds)) - set(dir(builtins))
-    return Part(source, section, needs, names.binds, names.changes - names.binds, sure.binds)
+    needs, binds, deletes = _read_names(_compiled(statements))
+    _, sure, _ = _read_names(_compiled([one for one in statements if not isinstance(one, ast.If)]))
+    changes = set().union(*map(_changed, statements)) - binds
+    needs -= {*dir(builtins), "__annotations__"}
+    return Part(source, section, needs, binds, changes, sure, deletes)
+
+
+def _compiled(statements: Sequence[ast.stmt]) -> CodeType:
+    module = ast.Module(list(statements), type_ignores=[])
+    return compile(module, "cell", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
 
 def missing_parts(parts: Sequence[Part], section: str, namespace: Mapping[str, Any]) -> list[Part]:
@@ -168,81 +167,45 @@ def _run_quietly(shell: Any, part: Part, call: str) -> None:
         ) from error
 
 
-class _Names(ast.NodeVisitor):
-    """Collects the names of a cell in the order in which Python comes to them."""
+def _read_names(code: CodeType) -> tuple[set[str], set[str], set[str]]:
+    """Read which names compiled code needs, binds and deletes, in the order in which Python comes to them.
 
-    def __init__(self) -> None:
-        self.needs, self.binds, self.changes = set(), set(), set()
-        self.later = set()  # read when a function is called: perhaps bound further down
-
-    def generic_visit(self, node: ast.AST) -> None:
-        """Visit the value before the target that receives it."""
-        order = {"iter": 0, "value": 0, "target": 1, "targets": 1}
-        for name in sorted(node._fields, key=lambda name: order.get(name, 2)):
-            parts = getattr(node, name, None)
-            for part in parts if isinstance(parts, list) else [parts]:
-                if isinstance(part, ast.AST):
-                    self.visit(part)
-
-    def visit_Name(self, node: ast.Name) -> None:
-        if isinstance(node.ctx, ast.Load):
-            self.needs |= {node.id} - self.binds
-        elif isinstance(node.ctx, ast.Store):
-            self.binds.add(node.id)
-
-    def visit_AugAssign(self, node: ast.AugAssign) -> None:
-        self.needs |= {name.id for name in ast.walk(node.target) if isinstance(name, ast.Name)} - self.binds
-        self.generic_visit(node)
-
-    def visit_ExceptHandler(self, node: ast.ExceptHandler) -> None:
-        before = set(self.needs)
-        self.generic_visit(node)
-        self.needs -= {node.name} - before  # bound here, and gone behind the handler
-
-    def visit_alias(self, node: ast.alias) -> None:
-        self.binds.add((node.asname or node.name).split(".")[0])
-
-    def visit_Lambda(self, node: ast.AST) -> None:
-        self.later |= _outer_names(node)
-
-    def visit_FunctionDef(self, node: ast.FunctionDef | ast.ClassDef) -> None:
-        self.visit_Lambda(node)
-        self.binds.add(node.name)
-
-    visit_ClassDef = visit_AsyncFunctionDef = visit_FunctionDef
-
-    def visit_ListComp(self, node: ast.expr) -> None:
-        self.needs |= _outer_names(node) - self.binds
-
-    visit_SetComp = visit_DictComp = visit_GeneratorExp = visit_ListComp
-
-    def visit_Subscript(self, node: ast.Subscript | ast.Attribute) -> None:
-        if not isinstance(node.ctx, ast.Load):
-            self._note_change(node)
-        self.generic_visit(node)
-
-    visit_Attribute = visit_Subscript
-
-    def visit_Expr(self, node: ast.Expr) -> None:
-        # rows.append(row): nobody keeps the result, so the call is there for what it changes.
-        if isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Attribute):
-            self._note_change(node.value.func)
-        self.generic_visit(node)
-
-    def _note_change(self, node: ast.expr) -> None:
-        while isinstance(node, ast.Attribute | ast.Subscript):
-            node = node.value
-        if isinstance(node, ast.Name):
-            self.changes.add(node.id)
+    A function reads what it needs when it is called, so that may be bound further down; a comprehension reads
+    it at once.
+    """
+    needs: set[str] = set()
+    later: set[str] = set()
+    binds: set[str] = set()
+    deletes: set[str] = set()
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_NAME", "LOAD_GLOBAL", "LOAD_FROM_DICT_OR_GLOBALS"):
+            needs |= {step.argval} - binds
+        elif step.opname == "STORE_NAME":
+            binds.add(step.argval)
+        elif step.opname == "DELETE_NAME":
+            deletes.add(step.argval)
+        elif isinstance(step.argval, CodeType):
+            inner, _, _ = _read_names(step.argval)
+            if step.argval.co_name in ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"):
+                needs |= inner - binds
+            else:
+                later |= inner
+    return needs | (later - binds), binds - deletes, deletes
 
 
-def _outer_names(node: ast.AST) -> set[str]:
-    """Names that a function, a class or a comprehension reads from outside itself."""
-    top = symtable.symtable(ast.unparse(node), "cell", "exec")
-    names = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_referenced()}
-    inner = top.get_children()
-    while inner:
-        table = inner.pop()
-        inner += table.get_children()
-        names |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
-    return names
+def _changed(node: ast.AST) -> set[str]:
+    """Names of what a statement changes in place: rows.append(row), frame["a"] = 1."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return set()
+    found = set().union(*map(_changed, ast.iter_child_nodes(node)))
+    match node:
+        # Nobody keeps the result, so the call is there for what it changes.
+        case ast.Expr(value=ast.Call(func=ast.Attribute() as target)):
+            pass
+        case ast.Attribute(ctx=ast.Store() | ast.Del()) | ast.Subscript(ctx=ast.Store() | ast.Del()):
+            target = node
+        case _:
+            return found
+    while isinstance(target, ast.Attribute | ast.Subscript):
+        target = target.value
+    return found | {name.id for name in [target] if isinstance(name, ast.Name)}
