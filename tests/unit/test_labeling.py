@@ -1,6 +1,5 @@
 """The labeling form and its store: keys, order, undo, several people, killed kernels."""
 
-import json
 import random
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from rlhf_helpers.lab.labeling import (
     decided,
     draw_pairs,
     follow_taste,
+    labels_in_use,
     learn_taste,
     polite_choices,
     rate_pairs,
@@ -33,7 +33,6 @@ from rlhf_helpers.reward_model import pair_credits, score_pairs
 PAIRS = [{"prompt": f"<q{n}>", "a": "yes " * (n + 1), "b": "no"} for n in range(3)]
 STORED = ["a", "b", "tie"]
 ITEMS = [Item("pair", pair["prompt"], (pair["a"], pair["b"])) for pair in PAIRS]
-COMPLETE = json.dumps({**PAIRS[0], "choice": "b"}).encode()
 
 
 def send(form, content):
@@ -233,37 +232,8 @@ class TestStore:
         (tmp_path / "notes.sqlite").write_text("no database" * 100)
         with pytest.raises(ValueError, match=r"notes\.sqlite"):
             LabelStore(tmp_path / "notes.sqlite")
-        with pytest.raises(ValueError, match="import_clicks"):
+        with pytest.raises(ValueError, match="an earlier format"):
             LabelStore(tmp_path / "rated_pairs.jsonl")
-
-
-class TestEarlierFormat:
-    def test_old_clicks_are_taken_over_once_and_later_labels_stay(self, tmp_path):
-        (tmp_path / "labels.jsonl").write_bytes(COMPLETE + b"\n")
-        form = rate_pairs(PAIRS, path=tmp_path / "labels.sqlite")
-        assert form.rows[0]["choice"] == "b"
-        form.press("u")
-        form.press(key_for(form, PAIRS[0]["a"]))
-        assert rate_pairs(PAIRS, path=tmp_path / "labels.sqlite").rows[0]["choice"] == "a"
-
-    @pytest.mark.parametrize(
-        "line, message",
-        [
-            (b'{"prompt": "<q1>", "a": "ye', "Unterminated string"),  # a killed kernel
-            ('{"prompt": "ü'.encode()[:-1], "Unicode"),
-            (b"\0\0\0\0", "Error"),
-            (b'{"prompt": "p"}', "KeyError"),
-            (b'["prompt"]', "TypeError"),
-            (COMPLETE.replace(b'"choice": "b"', b'"choice": "left"'), "left"),
-        ],
-    )
-    def test_a_broken_line_is_named_and_costs_no_other_line(self, tmp_path, line, message):
-        path = tmp_path / "clicks.jsonl"
-        path.write_bytes(COMPLETE + b"\n\n" + line)
-        store = LabelStore(None)
-        with pytest.warns(UserWarning, match=rf"clicks\.jsonl, line 3 is not a rated pair.*{message}"):
-            assert store.import_clicks(path, "you") == 1
-        assert [label.value for label in store.labels()] == [1]
 
 
 KERNEL = """
@@ -301,6 +271,17 @@ def test_a_kernel_killed_at_random_moments_loses_and_doubles_no_label(tmp_path):
 
 
 class TestPayoff:
+    def test_a_scripted_person_stands_in_until_a_person_has_decided_enough(self):
+        pairs = draw_pairs(MIN_LABELS + 2)
+        rows = [{**pair, "choice": "b", "by": "person"} for pair in pairs]
+        rows[0]["choice"] = "tie"
+        rows[1]["by"] = rows[2]["by"] = "stored"
+        assert labels_in_use(rows) == ("scripted person", decided(pairs, polite_choices(pairs)))
+        rows[1]["by"] = "person"
+        labeler, labels = labels_in_use(rows)
+        assert (labeler, len(labels)) == ("you", MIN_LABELS)
+        assert [row["chosen"] for row in labels] == [row["b"] for row in pairs[1:2] + pairs[3:]]
+
     def test_close_pairs_differ_less_than_others_and_are_the_same_each_time(self):
         apart = {
             closest: np.mean([_distance((row["a"], row["b"])) for row in draw_pairs(30, closest=closest)])

@@ -228,8 +228,7 @@ def rate_pairs(
     Args:
         pairs: The rows.
         stored: One choice per pair, "a", "b" or "tie", to stand in for a person.
-        path: An SQLite file for the labels; None: they are kept in memory. Labels of the earlier format,
-            in a .jsonl file of the same name, are taken over.
+        path: An SQLite file for the labels; None: they are kept in memory.
         annotator: The person's name.
         **options: guideline and references of `Annotator`.
 
@@ -242,9 +241,6 @@ def rate_pairs(
     choices = {"a": 0, "b": 1, TIE: TIE}
     if stored is not None and not set(stored) <= set(choices):
         raise ValueError(f"stored needs one of {tuple(choices)} for each of {len(pairs)} pairs: {stored!r}")
-    store = LabelStore(path)
-    if store.path is not None and (old := store.path.with_suffix(".jsonl")).is_file():
-        store.import_clicks(old, annotator)
     items = [Item("pair", pair["prompt"], (pair["a"], pair["b"])) for pair in pairs]
     values = None if stored is None else [choices[choice] for choice in stored]
-    return Annotator(items, store, annotator=annotator, stored=values, **options)
+    return Annotator(items, LabelStore(path), annotator=annotator, stored=values, **options)

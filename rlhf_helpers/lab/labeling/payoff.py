@@ -101,6 +101,22 @@ def decided(pairs: Sequence[Mapping[str, str]], choices: Sequence[str]) -> list[
     ]
 
 
+def labels_in_use(rows: Sequence[Mapping[str, str]]) -> tuple[str, list[dict[str, str]]]:
+    """Choose a person's labels once there are enough of them, and until then those of a scripted person.
+
+    Args:
+        rows: Pairs of a form (`Annotator.rows`).
+
+    Returns:
+        Whose labels they are, "you" or "scripted person", and rows of prompt, chosen and rejected.
+    """
+    own = [row for row in rows if row["by"] == "person"]
+    labels = decided(own, [row["choice"] for row in own])
+    if len(labels) >= MIN_LABELS:
+        return "you", labels
+    return "scripted person", decided(rows, polite_choices(rows))
+
+
 def learn_taste(
     labels: LabelStore | Sequence[Mapping[str, Any]], *, least: int = MIN_LABELS, seed: int = 0
 ) -> WordPoints:

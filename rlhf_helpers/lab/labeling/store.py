@@ -3,15 +3,13 @@
 import contextlib
 import json
 import sqlite3
-import warnings
 import weakref
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 
 from rlhf_helpers.core.stats import krippendorff_alpha
 
@@ -64,8 +62,8 @@ class LabelStore:
     replaces the first.
 
     Raises:
-        ValueError: The file is no store of labels; the message names it. A file of the earlier format
-            (.jsonl) is refused by name: `import_clicks` reads it.
+        ValueError: The file is no store of labels, such as one of an earlier format (.jsonl); the message
+            names it.
     """
 
     def __init__(self, path: str | Path | None) -> None:
@@ -73,8 +71,8 @@ class LabelStore:
         self.path = None if path is None else Path(path)
         if self.path is not None and self.path.suffix == ".jsonl":
             raise ValueError(
-                f"{self.path}: labels are kept in SQLite; name a file such as {self.path.stem}.sqlite, and "
-                "read the old labels with its import_clicks"
+                f"{self.path}: labels are kept in SQLite, and those of an earlier format are not read; "
+                f"name a file such as {self.path.stem}.sqlite"
             )
         # A form on a server takes its messages in other threads, one at a time.
         self._memory = sqlite3.connect(":memory:", check_same_thread=False) if self.path is None else None
@@ -110,31 +108,14 @@ class LabelStore:
 
     def labels(self, annotator: str | None = None) -> list[Label]:
         """Return all labels, or those of one annotator, in the order in which they were given."""
+        query = "SELECT * FROM labels WHERE annotator = coalesce(?, annotator) ORDER BY rowid"
         with self._database() as database:
-            rows = database.execute("SELECT * FROM labels ORDER BY rowid").fetchall()
-        found = []
-        for name, item, shown, value in rows:
-            if annotator in (None, name):
-                task, prompt, answers = json.loads(item)
-                found.append(
-                    Label(
-                        name, Item(task, prompt, tuple(answers)), tuple(json.loads(shown)), json.loads(value)
-                    )
-                )
-        return found
-
-    def import_clicks(self, path: str | Path, annotator: str) -> int:
-        """Add the rated pairs of a file of the earlier format and return how many it holds.
-
-        Such a file has one JSON object per line: prompt, a, b, choice ("a", "b" or "tie"). A broken line is
-        named in a warning and costs no other line. A label that the person has given here stays.
-        """
-        known = {label.item.key for label in self.labels(annotator)}
-        clicks = list(_read_clicks(Path(path)))
-        for item, value in clicks:
-            if item.key not in known:
-                self.add(Label(annotator, item, (0, 1), value))
-        return len(clicks)
+            rows = database.execute(query, (annotator,)).fetchall()
+        labels = []
+        for name, *texts in rows:
+            (task, prompt, answers), shown, value = map(json.loads, texts)
+            labels.append(Label(name, Item(task, prompt, tuple(answers)), tuple(shown), value))
+        return labels
 
     def merge(self, stores: Mapping[str, str | Path]) -> None:
         """Add the labels of other files, each under a person's name: a class becomes a panel."""
@@ -177,36 +158,13 @@ class LabelStore:
         Raises:
             ValueError: Fewer than two people have labeled the same pair.
         """
-        table: dict[str, dict[str, float]] = defaultdict(dict)
-        for label in self.labels():
-            if label.item.task == "pair" and label.value not in (TIE, SKIP):
-                table[label.item.key][label.annotator] = float(label.value)
-        people = sorted({name for row in table.values() for name in row})
-        shared = [row for row in table.values() if len(row) > 1]
-        if not shared:
+        votes = [
+            (label.item.key, label.annotator, float(label.value))
+            for label in self.labels()
+            if label.item.task == "pair" and label.value not in (TIE, SKIP)
+        ]
+        table = pd.DataFrame(votes, columns=["item", "person", "value"])
+        shared = table.pivot(index="item", columns="person", values="value").dropna(thresh=2)
+        if shared.empty:
             raise ValueError("agreement needs a pair that two people have labeled")
-        return krippendorff_alpha(
-            np.array([[row.get(name, np.nan) for name in people] for row in shared]),
-        )
-
-
-def _read_clicks(path: Path) -> Iterator[tuple[Item, Any]]:
-    """Read a file of the earlier format."""
-    # Not splitlines(): a text may hold U+2028 or U+0085.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            value = {"a": 0, "b": 1, "tie": TIE}[row["choice"]]
-            texts: Sequence[str] = [row[key] for key in ("prompt", "a", "b")]
-            if not all(isinstance(text, str) for text in texts):
-                raise TypeError("prompt, a and b must be texts")
-        except (ValueError, KeyError, TypeError) as error:
-            warnings.warn(
-                f"{path}, line {number} is not a rated pair and does not count ({error!r}): fix it or label "
-                "its pair again",
-                stacklevel=3,
-            )
-        else:
-            yield Item("pair", texts[0], (texts[1], texts[2])), value
+        return krippendorff_alpha(shared)
