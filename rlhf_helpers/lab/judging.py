@@ -40,11 +40,13 @@ def _judge(exercise: Exercise, my_fn: Any) -> Verdict:
     if not callable(my_fn):
         return Verdict("wrong", f"not right yet: give check the function itself, not {_show(my_fn)}.")
     outcomes, faults = attempt(exercise, my_fn)
-    return verdict(exercise, outcomes, faults, lambda probe: call(gradients, my_fn, probe)[0])
+    return verdict(
+        exercise, outcomes, faults, lambda index: call(gradients, my_fn, exercise.probes[index])[0]
+    )
 
 
 def verdict(
-    exercise: Exercise, mine: list[Any], faults: list[str], gradients_of: Callable[[Probe], Any]
+    exercise: Exercise, mine: list[Any], faults: list[str], gradients_of: Callable[[int], Any]
 ) -> Verdict:
     """Judge what a function did, wherever it ran.
 
@@ -52,7 +54,8 @@ def verdict(
         exercise: The exercise.
         mine: The outcome on each probe.
         faults: What the function did besides, in words.
-        gradients_of: Gives `gradients` of the function at a probe, or Raised; asked for right values only.
+        gradients_of: Gives `gradients` of the function at the probe of an index, or Raised; asked for right
+            values only.
     """
     if _is_stub(mine[0]):
         return Verdict("open", "not attempted yet.")
@@ -161,16 +164,16 @@ def is_floating(arg: Any) -> bool:
     return isinstance(arg, Tensor) and arg.is_floating_point()
 
 
-def _gradient_faults(exercise: Exercise, gradients_of: Callable[[Probe], Any]) -> list[str]:
+def _gradient_faults(exercise: Exercise, gradients_of: Callable[[int], Any]) -> list[str]:
     """Say what is wrong with the gradient of a function whose values are right."""
     faults: list[str] = []
-    for probe in exercise.probes:
+    for index, probe in enumerate(exercise.probes):
         if exercise.trial or not any(map(is_floating, probe)):
             continue  # nothing to differentiate by; the reference may even refuse this probe
         wanted = gradients(exercise.reference, probe)
         if all(want is None for want in wanted):
             continue  # a measure, not a loss: nothing is trained through it
-        got = gradients_of(probe)
+        got = gradients_of(index)
         if isinstance(got, Raised):  # .numpy() of a tensor that requires a gradient raises here
             faults.append(f"with gradients on it raised {got.kind}: {got.text}")
             continue

@@ -129,7 +129,7 @@ def test_points_are_one_for_a_right_function_only():
     ],
 )
 def test_what_leaves_the_sandbox_comes_back_the_same(value):
-    back = restore(json.loads(json.dumps(describe(value))))
+    back = restore(describe(value))
     assert np.array_equal(back, value) if isinstance(value, np.ndarray) else same(back, value)
 
 
@@ -215,11 +215,11 @@ SUBMISSIONS = {
     "forks": "import os\ndef my_bradley_terry(*args):\n    while True:\n        os.fork()",
     "patches": (
         "import rlhf_helpers.lab.classroom.worker as worker\nworker.attempt = lambda *args: True\n"
-        "worker.describe = lambda value: ['plain', True]\n"
+        "worker.describe = lambda value: 'true'\n"
         "def my_bradley_terry(*args):\n    return bool(worker)"
     ),
     "forges": (
-        "import rlhf_helpers.lab.classroom.worker as worker\nworker.try_out = lambda name: {'outcomes': []}\n"
+        "import rlhf_helpers.lab.classroom.worker as worker\nworker.try_out = lambda name: '{}'\n"
         "def my_bradley_terry(*args):\n    return bool(worker)"
     ),
     "syntax": "def my_bradley_terry(chosen, rejected)\n    return 1",

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import pandas as pd
@@ -23,7 +22,7 @@ import pandas as pd
 from rlhf_helpers.lab.classroom.worker import restore
 from rlhf_helpers.lab.exercises import EXERCISES, NAMES
 from rlhf_helpers.lab.isolation import standard_settings
-from rlhf_helpers.lab.judging import Verdict, verdict
+from rlhf_helpers.lab.judging import Verdict, judge, verdict
 from rlhf_helpers.lab.progress import items_of, read_states
 from rlhf_helpers.lab.stages import ALONE, Part, missing_parts, read_part, split_cell
 from rlhf_helpers.sandbox import SandboxResult, run_programs
@@ -39,14 +38,16 @@ _TRY = "from rlhf_helpers.lab.classroom.worker import try_out"
 
 @dataclass(frozen=True)
 class Handed:
-    """One exercise of one learner: the program that defines `submitted`, or a verdict where there is none."""
+    """One exercise or quiz of one learner.
+
+    `attempt` is the program that defines `submitted`, or a verdict where there is none.
+    """
 
     learner: str
     lesson: int
-    exercise: str
+    name: str
     late: bool
-    program: str = ""
-    verdict: Verdict | None = None
+    attempt: str | Verdict
 
 
 def grade(folder: Path, *, due: datetime | None = None, workers: int | None = None) -> pd.DataFrame:
@@ -72,24 +73,22 @@ def grade(folder: Path, *, due: datetime | None = None, workers: int | None = No
         raise FileNotFoundError(
             f"{folder} holds no folder of a learner with a notebook 01_... to 04_... in it"
         )
-    programs = [item for item in handed if item.verdict is None]
+    programs = [item for item in handed if isinstance(item.attempt, str)]
     results = run_programs(
-        [item.program for item in programs],
-        calls_per_code=[[("try_out", (item.exercise,))] for item in programs],
+        [item.attempt for item in programs],
+        calls_per_code=[[("try_out", (item.name,))] for item in programs],
         workers=workers,
         timeout=SECONDS,
         memory_mb=MEMORY_MB,
         preload=PRELOAD,
     )
-    verdicts = {
-        (item.learner, item.exercise): judge_result(item.exercise, result)
-        for item, result in zip(programs, results, strict=True)
-    }
-    rows = []
+    remaining, rows = iter(results), []
     for item in handed:
-        found = item.verdict or verdicts[item.learner, item.exercise]
+        found = item.attempt
+        if isinstance(found, str):
+            found = judge_result(item.name, next(remaining))
         points = None if found.state == SELF_REPORTED else int(found.state == "solved")
-        rows.append((item.learner, item.lesson, item.exercise, found.state, points, found.message, item.late))
+        rows.append((item.learner, item.lesson, item.name, found.state, points, found.message, item.late))
     columns = ["learner", "lesson", "exercise", "state", "points", "message", "late"]
     return pd.DataFrame(rows, columns=columns).astype({"points": "Int64"})
 
@@ -99,26 +98,18 @@ def judge_result(exercise: str, result: SandboxResult) -> Verdict:
     if result.verdict != "ok":
         return Verdict("wrong", f"stopped ({result.verdict}): {result.error}")
     try:
-        (tried,) = result.values
+        tried = restore(*result.values)
         if "given" in tried:
-            return Verdict("open", "not attempted yet.") if tried["given"] == "open" else _no_function(tried)
-        outcomes, slopes = ([restore(part) for part in tried[key]] for key in ("outcomes", "gradients"))
+            return judge(EXERCISES[exercise], tried["given"])
+        outcomes, slopes = tried["outcomes"], tried["gradients"]
         faults = [str(fault) for fault in tried["faults"]]
         probes = EXERCISES[exercise].probes
         if not len(outcomes) == len(slopes) == len(probes):
             raise ValueError("other than one outcome per input")
-
-        def gradients_of(probe: Any) -> Any:
-            return slopes[next(i for i, known in enumerate(probes) if known is probe)]
-
         with standard_settings():
-            return verdict(EXERCISES[exercise], outcomes, faults, gradients_of)
+            return verdict(EXERCISES[exercise], outcomes, faults, slopes.__getitem__)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
         return Verdict("wrong", f"stopped (forged): the sandbox returned no outcome ({error})")
-
-
-def _no_function(tried: dict[str, Any]) -> Verdict:
-    return Verdict("wrong", f"not right yet: give check the function itself, not {tried['given']}.")
 
 
 def _collect(folder: Path, due: datetime | None) -> Iterator[Handed]:
@@ -128,12 +119,10 @@ def _collect(folder: Path, due: datetime | None) -> Iterator[Handed]:
     lessons = sorted({lesson for notebooks in found.values() for lesson in notebooks})
     for learner, notebooks in found.items():
         for lesson in lessons:
-            if lesson in notebooks:
-                yield from _read(learner.name, lesson, notebooks[lesson], due)
-                continue
-            for name in NAMES[lesson]:
-                nothing = Verdict("missing", "the notebook was not handed in.")
-                yield Handed(learner.name, lesson, name, late=False, verdict=nothing)
+            path = notebooks.get(lesson)
+            late = bool(path and due) and _handed_in(path) > due.astimezone()
+            for name, attempt in _attempts(lesson, path).items():
+                yield Handed(learner.name, lesson, name, late, attempt)
 
 
 def _notebooks(learner: Path) -> dict[int, Path]:
@@ -145,40 +134,43 @@ def _notebooks(learner: Path) -> dict[int, Path]:
     }
 
 
-def _read(learner: str, lesson: int, path: Path, due: datetime | None) -> Iterator[Handed]:
-    """Yield the exercises of one notebook, and the quizzes that the progress file beside it reports."""
-    late = due is not None and _handed_in(path) > due.astimezone()
-    for name, report in _reported_answers(lesson, path.parent).items():
-        yield Handed(learner, lesson, name, late, verdict=Verdict(SELF_REPORTED, report))
+def _attempts(lesson: int, path: Path | None) -> dict[str, str | Verdict]:
+    """Read the exercises of one notebook, and the quizzes that the progress file beside it reports."""
+    names = NAMES[lesson]
+    if path is None:
+        return dict.fromkeys(names, Verdict("missing", "the notebook was not handed in."))
+    quizzes = _reported_answers(lesson, path.parent)
     try:
         notebook = nbformat.reads(_text(path), as_version=4)
         sources = [str(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
     except Exception as error:  # whatever a broken or hostile file makes the reader raise
-        unreadable = Verdict("wrong", f"the notebook cannot be read ({type(error).__name__}: {error})"[:300])
-        for name in NAMES[lesson]:
-            yield Handed(learner, lesson, name, late, verdict=unreadable)
-        return
-    for name in NAMES[lesson]:
-        try:
-            program = program_of(sources, name)
-        except LookupError:
-            missing = Verdict("missing", "the notebook does not call check for this exercise.")
-            yield Handed(learner, lesson, name, late, verdict=missing)
-        except BROKEN as error:
-            broken = Verdict("wrong", f"the code cannot be read: {error}"[:300])
-            yield Handed(learner, lesson, name, late, verdict=broken)
-        else:
-            yield Handed(learner, lesson, name, late, program)
+        return quizzes | dict.fromkeys(names, _unreadable("the notebook", error))
+    return quizzes | {name: _program_or_verdict(sources, name) for name in names}
 
 
-def _reported_answers(lesson: int, folder: Path) -> dict[str, str]:
+def _program_or_verdict(sources: Sequence[str], name: str) -> str | Verdict:
+    try:
+        return program_of(sources, name)
+    except LookupError:
+        return Verdict("missing", "the notebook does not call check for this exercise.")
+    except BROKEN as error:
+        return _unreadable("the code", error)
+
+
+def _unreadable(what: str, error: BaseException, state: str = "wrong") -> Verdict:
+    return Verdict(state, f"{what} cannot be read ({type(error).__name__}: {error})"[:300])
+
+
+def _reported_answers(lesson: int, folder: Path) -> dict[str, str | Verdict]:
     """Return the answers to the quizzes of a lesson in a learner's progress file, if it was handed in."""
     for path in sorted(folder.glob(PROGRESS)):
         try:
             answers = read_states(_text(path)).get("quizzes", {})
         except Exception as error:  # as for a notebook
-            return {"quizzes": f"the progress file cannot be read ({type(error).__name__}: {error})"[:300]}
-        return {name: answers.get(name, "not answered") for name in _quiz_names(lesson)}
+            return {"quizzes": _unreadable("the progress file", error, SELF_REPORTED)}
+        return {
+            name: Verdict(SELF_REPORTED, answers.get(name, "not answered")) for name in _quiz_names(lesson)
+        }
     return {}
 
 
