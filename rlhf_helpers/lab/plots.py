@@ -188,13 +188,11 @@ def line_plot(
         label_ends: write the names at the ends of the lines instead of in a legend.
 
     Raises:
-        ValueError: ylabel without a unit, no lines, too many to tell apart, or unequal lengths.
+        ValueError: ylabel without a unit, no lines, too many to tell apart, or (matplotlib) unequal
+            lengths.
     """
     if not 0 < len(lines) <= len(MARKERS):
         raise ValueError(f"lines must hold 1 to {len(MARKERS)} series to be told apart, got {len(lines)}")
-    for name, values in lines.items():
-        if len(values) != len(x):
-            raise ValueError(f"lines[{name!r}] has {len(values)} values for {len(x)} positions on x")
     _require_unit("ylabel", ylabel)
     used = line_colors(lines) | dict(colors or {})
     with axes(xlabel=xlabel, ylabel=ylabel, title=title) as (figure, axis):
@@ -346,10 +344,8 @@ def learning_curve(
     names: key -> the words to show for it. `options` go to `line_plot`: title, limits, label_ends and so on.
     Raises KeyError for a key that was not logged, ValueError for a ylabel without a unit.
     """
-    frame = history.to_frame() if hasattr(history, "to_frame") else history
-    if missing := [key for key in keys if key not in frame.columns]:
-        raise KeyError(f"{missing} not logged; the history has {sorted(frame.columns)}")
-    steps = frame["step"] if "step" in frame.columns else np.arange(1, len(frame) + 1)
+    frame = pd.DataFrame(history)
+    steps = frame.get("step", np.arange(1, len(frame) + 1))
     smoothed = frame[list(keys)].rolling(smooth, min_periods=1).mean()
     lines = {(names or {}).get(key, key): smoothed[key].to_numpy() for key in keys}
     return line_plot(np.asarray(steps), lines, xlabel=xlabel, ylabel=ylabel, **options)

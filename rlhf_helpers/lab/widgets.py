@@ -24,6 +24,10 @@ class Form(anywidget.AnyWidget):
     )
     shown = traitlets.Dict().tag(sync=True)
 
+    def __repr__(self) -> str:
+        """Name the form by its title, with no address: a lesson stores the same text in every run."""
+        return f"{type(self).__name__}: {self.shown['title']}"
+
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
         bundle = super()._repr_mimebundle_(**kwargs)
         if bundle is not None:
@@ -53,7 +57,3 @@ class Choices(Form):
     def _receive(self, _widget: Any, content: Mapping[str, Any], _buffers: Any) -> None:
         if content.get("index") in range(len(self.shown["labels"])):
             self.click(content["index"])
-
-    def __repr__(self) -> str:
-        """Name the form by its title, with no address: a lesson stores the same text in every run."""
-        return f"{type(self).__name__}: {self.shown['title']}"

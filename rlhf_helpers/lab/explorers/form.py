@@ -44,10 +44,6 @@ class Explorer(Form):
             "picture": image_html(figure, alt=f"{self.form['drawing']} {message}."),
         }
 
-    def __repr__(self) -> str:
-        """Name the form by its title, with no address: a lesson stores the same text in every run."""
-        return f"Explorer: {self.form['title']}"
-
     def _static_html(self) -> str:
         """Show the picture for the defaults; its title says what they are."""
         return f"<p><b>{self.form['title']}</b></p>{self.shown['picture']}"
