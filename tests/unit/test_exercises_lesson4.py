@@ -47,6 +47,13 @@ def test_failed_limits_by_hand():
     assert failed_limits(measured, {"wins": ("at least", 0.55), "harm": ("at most", 0.2)}) == []
 
 
+def test_failed_limits_reads_the_end_that_decides():
+    measured = {"wins": Estimate(0.7, 0.55, math.nan, 9), "harm": Estimate(0.1, 0.0, math.nan, 9)}
+    assert failed_limits(measured, {"wins": ("at least", 0.5), "harm": ("at most", 0.15)}) == ["harm"]
+    measured = {"wins": Estimate(0.7, math.nan, 0.8, 9), "harm": Estimate(0.1, math.nan, 0.1, 9)}
+    assert failed_limits(measured, {"wins": ("at least", 0.5), "harm": ("at most", 0.15)}) == ["wins"]
+
+
 def test_the_weights_choose_as_gold_does():
     exercise = EXERCISES["summary_weights"]
     gold = {
