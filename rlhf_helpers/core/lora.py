@@ -143,6 +143,8 @@ def merged_copy(model: nn.Module) -> nn.Module:
             layer.merge()
             merged.set_submodule(name, layer.get_base_layer())
     merged._hf_peft_config_loaded = False
+    # load_adapter leaves the names that weights have in an adapter file, under which they would be saved.
+    merged._weight_conversions = None
     return merged
 
 

@@ -345,9 +345,9 @@ def as_reward_fn(model_or_function: nn.Module | Callable[..., Tensor]) -> Reward
         TypeError: It is neither, takes other arguments, or returns something other than a tensor.
         ValueError: The numbers of prompts and responses differ, or rewards are not (B,) and finite.
     """
-    given, is_model = model_or_function, isinstance(model_or_function, nn.Module)
-    score = getattr(given, "score", None) if is_model else given
-    name = getattr(given, "__name__", type(given).__name__)
+    is_model = isinstance(model_or_function, nn.Module)
+    score = getattr(model_or_function, "score", None) if is_model else model_or_function
+    name = getattr(model_or_function, "__name__", type(model_or_function).__name__)
     rule = (
         "a reward must be a function (prompts, responses, **columns) -> Tensor (B,) or an nn.Module with "
         f"score(prompts, responses) -> Tensor (B,); got {name}"
@@ -355,7 +355,7 @@ def as_reward_fn(model_or_function: nn.Module | Callable[..., Tensor]) -> Reward
     fix = "; load a trained reward model with load_reward_model" * is_model
     # A classifier of transformers has an attribute `score` too: its linear layer, which reads states.
     if not callable(score) or isinstance(score, (type, nn.Module)):
-        raise TypeError(rule + " (a class)" * isinstance(given, type) + fix)
+        raise TypeError(rule + " (a class)" * isinstance(model_or_function, type) + fix)
     try:
         signature = inspect.signature(score)
         signature.bind_partial([], [])
@@ -369,7 +369,7 @@ def as_reward_fn(model_or_function: nn.Module | Callable[..., Tensor]) -> Reward
     wanted = f"{name} must return a tensor of shape"
 
     @functools.wraps(score, updated=())
-    def reward_fn(prompts: list[str], responses: list[str], **columns: Any) -> Tensor:
+    def reward_fn(prompts: list[str], responses: list[str], /, **columns: Any) -> Tensor:
         if len(prompts) != len(responses):
             raise ValueError(f"{name} was given {len(prompts)} prompts but {len(responses)} responses")
         with torch.no_grad():

@@ -346,6 +346,9 @@ def test_a_reward_reads_the_columns_of_the_data_and_a_saved_reward_model_is_one(
     assert all(row["objective/scores"] <= 0 for row in metrics())
     assert main(command("reward", tiny_gpt2_dir, out="reward")) == 0
     assert main(command("grpo", tiny_llama_dir, out="policy", reward="reward")) == 0
+    # A ranking's column `responses` has the name of an argument of the reward.
+    rankings = ["--data", "rankings.jsonl"]
+    assert main(command("rloo", tiny_llama_dir, *rankings, out="ranked", reward="reward")) == 0
 
 
 def test_another_run_is_not_continued(folder, tiny_llama_dir, capsys):

@@ -116,6 +116,9 @@ def test_a_policy_comes_back_from_its_adapters_and_merged(tiny, tmp_path):
     assert not has_adapter(merged)
     assert has_adapter(model), "the model itself is not merged"
     torch.testing.assert_close(logps(merged, tokenizer), logps(model, tokenizer), atol=1e-4, rtol=1e-4)
+    save_model(adapted, tmp_path / "later", merge=True)  # as somebody would who finds only the adapters
+    later, _ = load_model(tmp_path / "later", device="cpu")
+    torch.testing.assert_close(full_weights(later), full_weights(merged), atol=0, rtol=0)
 
 
 def test_the_adapters_of_a_policy_can_start_a_reward_model(tiny_qwen_dir, tmp_path, monkeypatch):
@@ -187,6 +190,9 @@ def test_a_reward_model_comes_back_from_its_adapters_and_merged(kind, tiny_llama
         assert has_adapter(again) is not merge
         torch.testing.assert_close(again.score(*TEXTS), rewards, atol=1e-5, rtol=1e-5)
     assert torch.equal(model.score(*TEXTS), rewards)
+    load_reward_model(tmp_path / "False", device="cpu").save_pretrained(tmp_path / "later", merge=True)
+    later = load_reward_model(tmp_path / "later", device="cpu")
+    torch.testing.assert_close(later.score(*TEXTS), rewards, atol=1e-5, rtol=1e-5)
 
 
 @PEFT_WARNING
