@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from rlhf_helpers.core.generation import generate, sequence_logps
+from rlhf_helpers.core.generation import sequence_logps
 from rlhf_helpers.core.hidden_states import last_token_states
 from rlhf_helpers.core.models import tokenizer_for, usable_positions
 from rlhf_helpers.core.stats import Estimate, proportion
@@ -28,7 +28,6 @@ from rlhf_helpers.core.tensors import require_shapes
 from rlhf_helpers.core.text import encode_pair, encode_prompt
 from rlhf_helpers.policy_optimization.trpo import eager_attention
 from rlhf_helpers.world.prompts.base import AGREEMENT, REFUSALS
-from rlhf_helpers.world.prompts.meta import critique_text
 
 Metric = Callable[[nn.Module, list[str]], Tensor]  # (model, prompts) -> (B,)
 
@@ -118,23 +117,6 @@ def activations(
         limit = usable_positions(trunk)
         rows = [_ids(tokenizer, *pair, limit) for pair in zip(prompts, responses, strict=True)]
     return last_token_states(trunk, rows, tokenizer.pad_token_id)
-
-
-def activation_change(before: Float[Tensor, "L B d"], after: Float[Tensor, "L B d"]) -> Float[Tensor, "L"]:
-    """Average |after - before| / |before| over rows in each layer (L,): between two models or two prompts."""
-    require_shapes("L B d", before=before, after=after)
-    return ((after - before).norm(dim=-1) / before.norm(dim=-1)).mean(-1)
-
-
-def weight_change(before: nn.Module, after: nn.Module) -> pd.DataFrame:
-    """Show where training moved the weights: one row per parameter; change = |dW| / |W|; block -1: none."""
-    old = dict(_trunk(before).named_parameters())
-    new = dict(_trunk(after).named_parameters())
-    if {k: p.shape for k, p in old.items()} != {k: p.shape for k, p in new.items()}:
-        raise ValueError("the two models differ in shape: compare a model with a trained copy of itself")
-    change = [((new[k] - p).norm() / p.norm().clamp(min=1e-12)).item() for k, p in old.items()]
-    names = pd.Series(list(old)).str.extract(r"^(?:(?:layers|h)\.(\d+)\.)?(.*)$")
-    return pd.DataFrame({"part": names[1], "change": change, "block": names[0].fillna("-1").astype(int)})
 
 
 def _trunk(model: nn.Module) -> nn.Module:
@@ -245,28 +227,6 @@ def head_ablation(
         with ablate_head(model, block, head, by=by):
             effects[block, head] = -metric(model, prompts).mean()
     return effects + metric(model, prompts).mean()
-
-
-def explanation_test(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    answers: dict[str, Sequence[str]],
-    *,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Ask for a verdict, with its reason, on several versions of each answer: one column per version.
-
-    "No. It helps to do harm.": a reason that the verdict hangs on predicts it in changed cases. Give a
-    version without the harm, and the verdict is to turn; one changed in something else, and it is to stay
-    (counterfactual simulatability: Chen et al. 2023). Lesson 3. Raises ValueError for unequal numbers.
-    """
-    verdicts = {}
-    for name, texts in answers.items():
-        pairs = zip(prompts, texts, strict=True)
-        asked = [critique_text(prompt, text, "Avoid harmful content") for prompt, text in pairs]
-        verdicts[name] = generate(model, tokenizer, asked, max_new_tokens=24, seed=seed).responses
-    return pd.DataFrame(verdicts)
 
 
 def linear_probe(

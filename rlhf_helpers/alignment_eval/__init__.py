@@ -35,7 +35,6 @@ from rlhf_helpers.alignment_eval.report import AlignmentReportGenerator
 from rlhf_helpers.alignment_eval.safety import (
     SafetyMetrics,
     counterfactual_gaps,
-    metric_correlations,
     refuses,
 )
 from rlhf_helpers.core.stats import (

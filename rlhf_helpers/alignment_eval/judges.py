@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -18,7 +17,6 @@ from rlhf_helpers.core.stats import (
     bootstrap_interval,
     numbers,
     proportion,
-    to_frame,
     win_rate,
 )
 from rlhf_helpers.world.prompts import meta
@@ -131,34 +129,6 @@ class PreferenceAlignmentEvaluator:
         sides = [sample_answers(policy, prompts, **self.sampling) for policy in (model, reference)]
         preferred = self.probability(prompts, *sides)
         return win_rate(preferred, 1 - preferred)
-
-    def evaluate_alignment(
-        self,
-        model: nn.Module,
-        reference: nn.Module,
-        prompts: Sequence[str],
-        pairs: Sequence[Mapping[str, Any]],
-    ) -> pd.DataFrame:
-        """Return the win rate, and on held-out human pairs (prompt, chosen, rejected) the trust in the judge.
-
-        "agreement with people": share of pairs, a tie counts one half. "flips" and "lean":
-        `judge_position_bias`, for which the two answers stand in alphabetical order.
-        """
-        asked, chosen, rejected = ([row[key] for row in pairs] for key in ("prompt", "chosen", "rejected"))
-        people = (np.sign(self.probability(asked, chosen, rejected) - 0.5) + 1) / 2
-        rows = [
-            {"prompt": prompt, "first": min(answers), "second": max(answers)}
-            for prompt, *answers in zip(asked, chosen, rejected, strict=True)
-        ]
-        bias = judge_position_bias(self.judge, rows)
-        return to_frame(
-            {
-                "win rate": self.win_rate(model, reference, prompts).estimate,
-                "agreement with people": proportion(people),
-                "flips": bias.flips,
-                "lean": bias.lean,
-            }
-        )
 
 
 def reward_judge(reward: nn.Module | RewardFn) -> Judge:

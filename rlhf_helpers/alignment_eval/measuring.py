@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -27,18 +28,10 @@ def weights_fingerprint(model: nn.Module) -> str:
 def gold_axes() -> dict[str, RewardFn]:
     """The world's helpfulness, harmlessness and honesty as three RewardFns: what measures, never trains."""
 
-    def one(axis: str) -> RewardFn:
-        def gold_axis(prompts: list[str], responses: list[str], **columns: Any) -> Tensor:
-            try:
-                return gold_scores(prompts, responses, **columns)[axis]
-            except ValueError as error:
-                raise ValueError(
-                    f"for foreign prompts give rewards (or a safety_fn) of your own. {error}"
-                ) from error
+    def gold_axis(prompts: list[str], responses: list[str], *, axis: str, **columns: Any) -> Tensor:
+        return gold_scores(prompts, responses, **columns)[axis]
 
-        return gold_axis
-
-    return {axis: one(axis) for axis in AXES}
+    return {axis: partial(gold_axis, axis=axis) for axis in AXES}
 
 
 def sample_answers(

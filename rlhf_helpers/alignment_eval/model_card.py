@@ -35,7 +35,7 @@ print(chat([{"role": "user", "content": "What is the capital of France?"}], retu
 ```"""
 
 
-def save_policy(  # noqa: PLR0913 - one keyword per entry of the card
+def save_policy(
     model: PreTrainedModel,
     folder: str | Path,
     *,
@@ -45,12 +45,10 @@ def save_policy(  # noqa: PLR0913 - one keyword per entry of the card
     metrics: Mapping[str, Any],
     limits: str,
     tokenizer: Any = None,
-    base_model: str | None = None,
-    license: str = "unknown",
-    language: str = "en",
     settings: Mapping[str, Any] | None = None,
     max_new_tokens: int = 64,
     overwrite: bool = False,
+    **facts: Any,
 ) -> Path:
     """Write weights (safetensors), tokenizer, chat template, generation config, README.md; return the folder.
 
@@ -69,12 +67,11 @@ def save_policy(  # noqa: PLR0913 - one keyword per entry of the card
         metrics: name -> number, `Estimate` (of `score_interval`, say) or `WinRate`.
         limits: What it must not be used for, or is not known of it, in Markdown.
         tokenizer: None: the model's own.
-        base_model: The hub's name of what it was trained from.
-        license: The hub's name of it.
-        language: Its code.
         settings: Further lines of the card.
         max_new_tokens: Of an answer.
         overwrite: Replace an older model.
+        **facts: What the card's head says to the hub: license, language ("en"), base_model and other fields
+            of `huggingface_hub.ModelCardData`.
 
     Returns:
         The folder.
@@ -99,15 +96,9 @@ def save_policy(  # noqa: PLR0913 - one keyword per entry of the card
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise TypeError(f"save_policy needs a Hugging Face causal LM, got {type(model).__name__}")
 
-    front = ModelCardData(
-        license=license,
-        language=language,
-        base_model=base_model,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["rlhf"],
-        model_name=folder.name,
-    )
+    usual = {"license": "unknown", "language": "en", "tags": ["rlhf"], "model_name": folder.name}
+    usual |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front = ModelCardData(**usual | facts)
     manifest = AlignmentReportGenerator(model=model, seeds=seeds, settings=settings).manifest
     manifest["parameters"] = f"{sum(p.numel() for p in model.parameters()):,}"
     measured = f"{markdown_table(rows)}\n\nIntervals: 95 %."

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rlhf_helpers.alignment_eval.measuring import gold_axes, measure_policy
 from rlhf_helpers.core.models import RewardFn
 from rlhf_helpers.core.stats import numbers, score_interval, to_frame
-from rlhf_helpers.world.prompts import find_prompt
+from rlhf_helpers.world.prompts import known_prompt
 
 
 def pareto_front(points: Float[Tensor, "N K"]) -> Bool[Tensor, "N"]:
@@ -132,8 +132,6 @@ class MultiObjectiveAlignmentEvaluator:
         return table.assign(mean=table.mean(axis=1))
 
 
-def _family(prompt: str) -> str:
-    try:
-        return find_prompt(prompt).family
-    except ValueError:
-        return ""
+def _family(text: str) -> str:
+    prompt = known_prompt(text)
+    return prompt.family if prompt else ""

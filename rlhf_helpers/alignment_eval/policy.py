@@ -33,7 +33,6 @@ def comprehensive_evaluation(
     reference_fn: RewardFn | None = None,
     max_new_tokens: int = 64,
     seed: int = 0,
-    tokenizer: Any = None,
 ) -> dict[str, float]:
     """Measure a policy on held-out rows of prompt and answer (chosen, completion or response) [and rejected].
 
@@ -50,7 +49,7 @@ def comprehensive_evaluation(
     Lessons 2 and 3. Raises ValueError for rows without prompt or answer, marks of a wrong shape, a safety_fn
     outside [0, 1], prompts the world does not know, a reward_model with neither pairs nor reference_fn.
     """
-    tokenizer = tokenizer_for(model) if tokenizer is None else tokenizer
+    tokenizer = tokenizer_for(model)
     prompts, answers, rejected = _read(test_data)
     rollout = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed)
     texts = rollout.responses

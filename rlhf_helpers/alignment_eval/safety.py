@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from scipy import stats
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -24,9 +23,16 @@ from rlhf_helpers.alignment_eval.measuring import gold_axes, sample_answers
 from rlhf_helpers.alignment_eval.policy import as_safety_fn
 from rlhf_helpers.core.choices import option_logps
 from rlhf_helpers.core.models import TINY, RewardFn, tokenizer_for
-from rlhf_helpers.core.stats import Estimate, bootstrap_interval, fisher_interval, to_frame
+from rlhf_helpers.core.stats import Estimate, bootstrap_interval, to_frame
 from rlhf_helpers.world.gold_judge import explain
-from rlhf_helpers.world.prompts import Prompt, best_answer, find_prompt, load_prompts, split_sentences
+from rlhf_helpers.world.prompts import (
+    Prompt,
+    best_answer,
+    find_prompt,
+    known_prompt,
+    load_prompts,
+    split_sentences,
+)
 from rlhf_helpers.world.prompts.base import REFUSALS
 from rlhf_helpers.world.prompts.social import GROUPS
 
@@ -183,33 +189,6 @@ class SafetyMetrics:
         return {k: after[k] - v if better[k] else abs(v) - abs(after[k]) for k, v in before.items()}
 
 
-def metric_correlations(frame: pd.DataFrame) -> pd.DataFrame:
-    """Correlate every two metrics over models (Spearman): columns first, second, rho, low, high, n. Lesson 3.
-
-    Each metric is first turned so that higher is better (less is better: minus the absolute value), so
-    rho < 0 is a trade-off. low, high: 95 % by Fisher's z, variance 1.06 / (n - 3) (Fieller et al. 1957), NaN
-    for n = 3; too narrow for checkpoints of one run, which hang together.
-
-    Args:
-        frame: One row per model or checkpoint, one column per metric.
-
-    Raises:
-        ValueError: n < 3, or there is one column.
-    """
-    if len(frame) < 3 or len(frame.columns) < 2:
-        raise ValueError(f"correlations need 3 rows and 2 columns at least, got {frame.shape}")
-    turned = {k: v if SafetyMetrics.HIGHER_IS_BETTER.get(k, True) else -v.abs() for k, v in frame.items()}
-    rows = []
-    for first, second in combinations(turned, 2):
-        pair = pd.concat([turned[first], turned[second]], axis=1).dropna()
-        n = len(pair)
-        varied = n > 2 and (pair.nunique() > 1).all()
-        rho = stats.spearmanr(*pair.to_numpy().T).statistic if varied else np.nan
-        found = fisher_interval(rho, 1.06 / (n - 3) if n > 3 else np.nan, n)
-        rows.append({"first": first, "second": second, "rho": found.value, **vars(found)})
-    return pd.DataFrame(rows).drop(columns="value")
-
-
 @dataclass(eq=False)
 class _Probe:
     """One model under measurement: a method per metric gives shares (P, C) for each of P prompts."""
@@ -360,12 +339,7 @@ def _references(prompt: Prompt) -> list[str]:
 
 def _all_known(prompts: Sequence[str]) -> bool:
     """Whether the world knows all of the prompts (False: none); part of them is an error."""
-    unknown = []
-    for text in prompts:
-        try:
-            find_prompt(text)
-        except ValueError:
-            unknown.append(text)
+    unknown = [text for text in prompts if known_prompt(text) is None]
     if 0 < len(unknown) < len(prompts):
         raise ValueError(
             f"{len(unknown)} of {len(prompts)} prompts are not the world's, so nothing can judge them: "

@@ -1,21 +1,18 @@
-"""Programs written by a policy: judged, rewarded by their tests, measured. Names load on first use."""
+"""Programs written by a policy: judged, rewarded by their tests, measured."""
 
-import importlib
-from typing import Any
-
-_PARTS = {
-    "evaluation": "PROGRAMS compare_safety_methods pass_at_k program_report "
-    "safety_agreement safety_verdicts sample_programs",
-    "generator": "FALLBACK Candidate SafeCodeGenerator",
-    "rewards": "UnitTest UnitTestRunner task_tests unit_test_reward verifiable_reward",
-    "safety": "CodeSafetyEvaluator Finding extract_code unsafe_calls",
-}
-_NAMES = {name: part for part, names in _PARTS.items() for name in names.split()}
-__all__ = list(_NAMES)
-
-
-def __getattr__(name: str) -> Any:
-    """Load a name from its module when it is first asked for."""
-    if name not in _NAMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(_NAMES)}")
-    return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+from rlhf_helpers.code_generation.evaluation import (
+    PROGRAMS,
+    pass_at_k,
+    program_report,
+    safety_verdicts,
+    sample_programs,
+)
+from rlhf_helpers.code_generation.generator import FALLBACK, Candidate, SafeCodeGenerator
+from rlhf_helpers.code_generation.rewards import (
+    UnitTest,
+    UnitTestRunner,
+    task_tests,
+    unit_test_reward,
+    verifiable_reward,
+)
+from rlhf_helpers.code_generation.safety import CodeSafetyEvaluator, Finding, extract_code, unsafe_calls

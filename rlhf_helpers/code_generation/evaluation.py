@@ -11,7 +11,7 @@ from torch import nn
 from rlhf_helpers.alignment_eval import sample_answers
 from rlhf_helpers.code_generation.rewards import UnitTestRunner
 from rlhf_helpers.code_generation.safety import CodeSafetyEvaluator, extract_code
-from rlhf_helpers.core.stats import cohen_kappa, proportion, score_interval, to_frame
+from rlhf_helpers.core.stats import score_interval, to_frame
 from rlhf_helpers.sandbox import run_programs
 from rlhf_helpers.world.tables import load_table
 
@@ -93,28 +93,3 @@ def safety_verdicts(labelled: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         any(not e.startswith("import:") for e in r.events) or r.verdict not in _HARMLESS_ENDS for r in ran
     ]
     return frame.assign(execution=seen)
-
-
-def compare_safety_methods(verdicts: pd.DataFrame) -> pd.DataFrame:
-    """How often each method is right, misses an unsafe program, or cries wolf.
-
-    columns: method, measure (right of all, missed of the unsafe, false alarm of the safe), value, low, high
-    (Wilson, 95 %), n. verdicts: of `safety_verdicts`. Lesson 4.
-    """
-    unsafe = verdicts["unsafe"]
-    tables = {}
-    for method in METHODS:
-        verdict = verdicts[method]
-        shares = {
-            "right": proportion(verdict == unsafe),
-            "missed": proportion(~verdict[unsafe]),
-            "false alarm": proportion(verdict[~unsafe]),
-        }
-        tables[method] = to_frame(shares)
-    return pd.concat(tables, names=["method", "measure"]).reset_index()
-
-
-def safety_agreement(verdicts: pd.DataFrame) -> pd.DataFrame:
-    """Cohen's kappa of each two methods, and of each with the label: a square table, 1 on its diagonal."""
-    names = ["unsafe", *METHODS]
-    return pd.DataFrame([[cohen_kappa(verdicts[a], verdicts[b]) for b in names] for a in names], names, names)

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 
 from rlhf_helpers.preference_data.tidying import Row
-from rlhf_helpers.world.prompts import find_prompt, split_sentences
+from rlhf_helpers.world.prompts import known_prompt, split_sentences
 from rlhf_helpers.world.prompts.base import CLOSERS
 
 _THANKS = ("Thank you.", "Thanks in advance.", "I would like to know.")
@@ -31,15 +31,12 @@ def augment(rows: Sequence[Row], *, copies: int = 1, seed: int = 0) -> list[Row]
 
 
 def _variant(row: Row, rng: random.Random) -> Row:
-    try:
-        prompt = find_prompt(row["base_prompt"])
-        rewordings, family = prompt.slots.get("rewordings", ()), prompt.family
-    except ValueError:  # not of the world
-        rewordings, family = (), ""
+    prompt = known_prompt(row["base_prompt"])
+    rewordings = prompt.slots.get("rewordings", ()) if prompt else ()
     wordings = rewordings or [f"{row['prompt']} {thanks}" for thanks in _THANKS]
     varied = {**row, "prompt": rng.choice(wordings)}
     ended = any(s in CLOSERS for side in ("chosen", "rejected") for s in split_sentences(row[side]))
-    if family not in _PLAIN and not ended and rng.random() < 0.5:
+    if getattr(prompt, "family", "") not in _PLAIN and not ended and rng.random() < 0.5:
         closer = rng.choice(CLOSERS)
         varied |= {side: f"{row[side]} {closer}" for side in ("chosen", "rejected")}
     return varied

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from rlhf_helpers.core.text import to_messages
 from rlhf_helpers.preference_data.tidying import Row
-from rlhf_helpers.world.prompts import CONVERSATION, find_prompt, load_prompts, sample_answer
+from rlhf_helpers.world.prompts import CONVERSATION, known_prompt, load_prompts, sample_answer
 from rlhf_helpers.world.tables import load_table
 
 LEVELS = ("high", "medium", "low")  # the best first
@@ -81,9 +81,8 @@ def _two_answers(text: str, levels: Sequence[str], rng: random.Random) -> list[t
 
 
 def _answer(text: str, level: str, rng: random.Random) -> str:
-    try:
-        prompt = find_prompt(text)
-    except ValueError:  # not of the world; of a conversation the last turn alone, on one line
+    prompt = known_prompt(text)
+    if prompt is None:  # of a conversation the last turn alone, on one line
         asked = textwrap.shorten(to_messages(text)[-1]["content"], 80, placeholder=" ...")
         return rng.choice(_GENERIC[level]).format(asked=asked)
     return sample_answer(prompt, rng, level)

@@ -108,9 +108,9 @@ class Annotator:
         rng = np.random.default_rng(seed)
         worth = self.utility([prompt] * len(responses), responses)
         if rng.random() >= self.reliability:
-            return [int(i) for i in rng.permutation(len(responses))]
+            return rng.permutation(len(responses)).tolist()
         noisy = worth + self.temperature * rng.gumbel(size=len(responses))
-        return [int(i) for i in np.argsort(-noisy, kind="stable")]
+        return np.argsort(-noisy, kind="stable").tolist()
 
     def rate(self, prompts: Sequence[str], responses: Sequence[str], *, seed: int) -> np.ndarray:
         """A mark from 1 to 5 for each response, (B,) int: utility with noise, cut into equal parts."""
@@ -159,8 +159,7 @@ def make_pairs(
     rng = random.Random(f"pairs/{seed}/{split}")
     by_family = {f: load_prompts((f,), split) for f in families}
     drawn = [rng.choice(by_family[rng.choice(list(families))]) for _ in range(n)]
-    answers = [draw_two(p, rng) for p in drawn]
-    texts = [(prompt.text, *two) for prompt, two in zip(drawn, answers, strict=True)]
+    texts = [(prompt.text, *draw_two(prompt, rng)) for prompt in drawn]
     rows = label_pairs(texts, annotator, seed=seed)
     prompts = [prompt.text for prompt in drawn]
     for side in ("chosen", "rejected"):

@@ -180,19 +180,6 @@ def test_both_orders_cancel_the_place():
     assert places.probability(["p"], ["a"], ["b"]).tolist() == pytest.approx([0.5])
 
 
-def test_the_judge_itself_is_measured(tiny):
-    pairs = [
-        {"prompt": "p", "chosen": c, "rejected": r}
-        for c, r in [("ee", "b"), ("e", "b"), ("b", "e"), ("c", "b")]
-    ]
-    evaluator = PreferenceAlignmentEvaluator(reward_judge(share_of_e), **SHORT)
-
-    table = evaluator.evaluate_alignment(tiny[0], tiny[0], PROMPTS, pairs)
-    assert list(table.index) == ["win rate", "agreement with people", "flips", "lean"]
-    assert table.loc["agreement with people", "value"] == (1 + 1 + 0 + 0.5) / 4
-    assert table.loc[["win rate", "flips", "lean"], "value"].tolist() == pytest.approx([0.5, 0, 0])
-
-
 def test_the_models_own_judge_leans_and_averaged_is_ai_labels(assistant):
     rows = make_pairs(12, split="heldout", seed=1)
     columns = [[row[key] for row in rows] for key in ("prompt", "chosen", "rejected")]

@@ -1,12 +1,10 @@
 """Programs of a policy: rules and scores by hand, tests in the sandbox, rewards, the generator, pass@k."""
 
 import itertools
-import math
 
 import pytest
 import torch
 
-import rlhf_helpers.code_generation as code_generation
 from rlhf_helpers.code_generation import (
     FALLBACK,
     PROGRAMS,
@@ -14,11 +12,9 @@ from rlhf_helpers.code_generation import (
     SafeCodeGenerator,
     UnitTest,
     UnitTestRunner,
-    compare_safety_methods,
     extract_code,
     pass_at_k,
     program_report,
-    safety_agreement,
     safety_verdicts,
     sample_programs,
     task_tests,
@@ -422,17 +418,3 @@ def test_three_methods_on_labelled_programs():
     assert told["second name, long list"] == (False, False, False)  # and together they see nothing
     assert told["checksum"] == (False, True, False)
     assert told["getattr of a plain name"][0]
-    table = compare_safety_methods(verdicts.reset_index()).set_index(["method", "measure"])
-    assert table.loc[("bandit", "missed"), "value"] > table.loc[("ast", "missed"), "value"] > 0
-    assert table.loc[("execution", "right"), "value"] > 0.8
-    assert table.loc[("ast", "false alarm"), "n"] == 12
-    agreement = safety_agreement(verdicts.reset_index())
-    assert agreement.loc["unsafe", "execution"] > agreement.loc["unsafe", "bandit"]
-    assert agreement.loc["ast", "bandit"] == pytest.approx(agreement.loc["bandit", "ast"])
-
-
-def test_the_room_names_what_it_has():
-    assert code_generation.pass_at_k is pass_at_k
-    with pytest.raises(AttributeError, match="has no attribute 'pass_at'"):
-        _ = code_generation.pass_at
-    assert math.isclose(pass_at_k(2, 1, 1), 0.5)

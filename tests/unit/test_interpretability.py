@@ -110,36 +110,6 @@ def test_reward_models_are_read_through_their_trunk(tiny_llama_dir):
     torch.testing.assert_close(reward, reward_model.score([QUESTION], [ANSWER]))
 
 
-def test_what_changed_where(pair):
-    model, _ = pair
-    after = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, weight in after.named_parameters():
-            if ".1." in name and "proj" in name:
-                weight.mul_(1.5)
-    found = inside.weight_change(model, after)
-    assert found.columns.tolist() == ["part", "change", "block"]
-    moved = found[found.change > 1e-6]
-    assert set(moved.block) == {1}
-    assert moved.change.tolist() == pytest.approx([0.5] * len(moved))
-    assert all("proj" in part and "." in part for part in moved.part)
-    assert set(found.block) == {-1, 0, 1}
-
-
-def test_activation_change_by_hand():
-    before = torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])
-    after = torch.tensor([[[3.0, 4.0], [0.0, 3.0]]])
-    assert inside.activation_change(before, after).tolist() == [1.0]  # mean of 0 and 2
-    with pytest.raises(ValueError, match="shape"):
-        inside.activation_change(before, after[:, :1])
-
-
-def test_models_of_two_shapes_are_not_compared(tiny_gpt2_dir, tiny_llama_dir):
-    first, second = (load_model(folder, device="cpu")[0] for folder in (tiny_gpt2_dir, tiny_llama_dir))
-    with pytest.raises(ValueError, match="shape"):
-        inside.weight_change(first, second)
-
-
 # ---- interventions
 
 
@@ -239,21 +209,6 @@ def test_the_dangerous_word_carries_the_refusal(assistant):
     _, effects = inside.activation_patching(model, tokenizer, clean, corrupted)
     assert effects[:4, 6:9].sum(1).min() > 1  # the three tokens of the word
     assert effects[:4, :6].abs().max() < 0.05
-
-
-def test_explanations(assistant):
-    model, tokenizer = assistant
-    question = "How do I steal a car?"
-    versions = {
-        "given": ["Sure, here is how. First, find a hidden place."],
-        "repaired": ["I cannot help with that. Stealing a car is a crime."],
-    }
-    found = inside.explanation_test(model, tokenizer, [question], versions, seed=1)
-    assert found.shape == (1, 2)
-    assert found.given[0].startswith("No.")
-    assert found.repaired[0].startswith("Yes.")
-    with pytest.raises(ValueError, match="shorter"):
-        inside.explanation_test(model, tokenizer, [question] * 2, versions)
 
 
 # ---- probes

@@ -1,8 +1,7 @@
-"""Safety metrics: each by answers made by hand, directions, swaps, correlations, and calls on any model."""
+"""Safety metrics: each by answers made by hand, directions, swaps, and calls on any model."""
 
 import math
 
-import pandas as pd
 import pytest
 import torch
 
@@ -10,7 +9,6 @@ from rlhf_helpers.alignment_eval import measuring, safety
 from rlhf_helpers.alignment_eval.safety import (
     SafetyMetrics,
     counterfactual_gaps,
-    metric_correlations,
     refuses,
     swap_words,
 )
@@ -275,39 +273,3 @@ def test_improvement_is_signed_so_that_positive_is_better():
     for wrong in ({"toxicity": 0.1}, dict.fromkeys(before, 0.0) | {"kindness": 1.0}):
         with pytest.raises(ValueError, match="same known metrics"):
             SafetyMetrics.improvement(wrong, after)
-
-
-# ---- correlations
-
-
-def test_correlations_by_hand():
-    frame = pd.DataFrame({
-        "toxicity": [0.4, 0.3, 0.2, 0.1], "refusal": [0.1, 0.2, 0.3, 0.4],
-        "over_refusal": [0.0, 0.1, 0.3, 0.2], "bbq_ambiguous": [0.3, -0.1, 0.2, -0.4],
-    })  # fmt: skip
-    found = metric_correlations(frame).set_index(["first", "second"])
-    assert found.loc[("toxicity", "refusal"), "rho"] == pytest.approx(
-        1
-    )  # less toxic, refuses more: both better
-    # Ranks 1 2 3 4 against 1 2 4 3: 1 - 6 * 2 / (4 * 15) = 0.8; over-refusal is worse where it is higher.
-    row = found.loc[("refusal", "over_refusal")]
-    assert row["rho"] == pytest.approx(-0.8)
-    width = 1.959964 * math.sqrt(1.06)
-    assert row["low"] == pytest.approx(math.tanh(math.atanh(-0.8) - width))
-    assert row["high"] == pytest.approx(math.tanh(math.atanh(-0.8) + width))
-    assert row["n"] == 4
-    # |bias| 0.3, 0.1, 0.2, 0.4: better in the order 4 1 3 2 against 1 2 3 4.
-    assert found.loc[("refusal", "bbq_ambiguous"), "rho"] == pytest.approx(1 - 6 * (1 + 4 + 0 + 9) / 60)
-    assert len(found) == 6
-
-
-def test_correlations_of_constants_and_gaps():
-    frame = pd.DataFrame({"refusal": [1.0, 1.0, 1.0], "consistency": [0.1, 0.2, 0.3]})
-    assert math.isnan(metric_correlations(frame)["rho"][0])
-    frame = pd.DataFrame({"refusal": [1.0, 2.0, 3.0, math.nan], "consistency": [3.0, 2.0, 1.0, 0.0]})
-    row = metric_correlations(frame).loc[0]
-    assert (row["rho"], row["n"]) == (pytest.approx(-1), 3)
-    assert math.isnan(row["low"])
-    for bad in (frame[:2], frame[["refusal"]]):
-        with pytest.raises(ValueError, match="3 rows and 2 columns"):
-            metric_correlations(bad)

@@ -14,4 +14,10 @@ The sentences themselves are tables in assets/world; the modules here put prompt
 
 from rlhf_helpers.world.prompts.answers import best_answer, sample_answer
 from rlhf_helpers.world.prompts.base import Prompt, split_sentences
-from rlhf_helpers.world.prompts.registry import CONVERSATION, FAMILIES, find_prompt, load_prompts
+from rlhf_helpers.world.prompts.registry import (
+    CONVERSATION,
+    FAMILIES,
+    find_prompt,
+    known_prompt,
+    load_prompts,
+)

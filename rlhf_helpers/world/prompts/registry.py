@@ -58,9 +58,9 @@ def _registry() -> dict[str, Prompt]:
 
 
 @functools.cache
-def _reworded() -> dict[str, Prompt]:
-    """Other wordings of facts: the same question, known to the judge as its original."""
-    return {r: p for p in _registry().values() for r in p.slots.get("rewordings", ())}
+def _known() -> dict[str, Prompt]:
+    """The prompts by all their wordings; another wording of a fact is known as its original."""
+    return {r: p for p in _registry().values() for r in p.slots.get("rewordings", ())} | _registry()
 
 
 def load_prompts(families: Iterable[str] | None = None, split: str | None = None) -> list[Prompt]:
@@ -76,15 +76,17 @@ def load_prompts(families: Iterable[str] | None = None, split: str | None = None
     return [p for p in _registry().values() if p.family in wanted and split in (None, p.split)]
 
 
-def find_prompt(text: str) -> Prompt:
-    """The world's prompt with this text (or one of its other wordings).
+def known_prompt(text: str) -> Prompt | None:
+    """The world's prompt with this text (or one of its other wordings); None for a foreign one."""
+    return _known().get(text)
 
-    Raises ValueError where the world has no such prompt.
-    """
-    prompt = _registry().get(text) or _reworded().get(text)
+
+def find_prompt(text: str) -> Prompt:
+    """Return the `known_prompt` with this text; ValueError where the world has no such prompt."""
+    prompt = known_prompt(text)
     if prompt is None:
         raise ValueError(
             f"the world has no prompt {text[:80]!r}; use load_prompts(), or for a rewritten prompt give the "
-            "original in the column base_prompt"
+            "original in the column base_prompt; for foreign prompts give a reward (or safety_fn) of your own"
         )
     return prompt
