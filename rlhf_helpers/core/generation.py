@@ -228,7 +228,7 @@ def rollout_values(model: nn.Module, rollout: Rollout, value_head: nn.Module) ->
     """Compute the value of each token of a rollout alone, without log-probs; 0 on padding."""
     pairs, values = rollout.token_pairs, []
     for start in range(0, len(pairs), ANSWERS_PER_FORWARD):
-        _, states = answer_logits(model, pairs[start : start + ANSWERS_PER_FORWARD])
+        *_, states = answer_logits(model, pairs[start : start + ANSWERS_PER_FORWARD])
         values.append(value_head(states).float())
     return torch.zeros_like(rollout.old_logps).masked_scatter(rollout.response_mask, torch.cat(values))
 

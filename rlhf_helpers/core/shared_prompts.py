@@ -16,7 +16,8 @@ only that gathers them, and all processes must make equally many.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, pairwise, takewhile
 from operator import eq
 from typing import Any
@@ -137,37 +138,49 @@ def _common(first: list[int], second: list[int]) -> int:
 
 def answer_logits(
     model: nn.Module, pairs: Sequence[Pair]
-) -> tuple[Float[Tensor, "N V"], Float[Tensor, "N d"]]:
-    """Compute the logits that predict each answer token, and the states behind them; keeps gradients.
+) -> tuple[Float[Tensor, "N V"], Int[Tensor, "N"], Float[Tensor, "N d"]]:
+    """Compute the logits that predict each token of the answers, in one forward pass; keeps gradients.
 
-    N answer tokens, answer after answer: row i predicts entry i of `answer_labels(pairs)`.
+    Returns:
+        For the N tokens of all answers, one answer after the other: logits, already aligned (row i predicts
+        label i), labels (the tokens themselves), and the hidden states that the logits are read from.
     """
     require_cache(model)
     inputs, paths = pack(model, [prompt + answer for prompt, answer in pairs])
-    # The shift by one: what stands at one token predicts the next. So an answer is predicted from the last
-    # token of its prompt on, and its own last token predicts nothing.
+    # The shift by one: the logits at a token predict the next token. So the first token of an answer is
+    # predicted at the last token of its prompt, and its own last token predicts nothing.
     before = [path[len(prompt) - 1 : -1] for (prompt, _), path in zip(pairs, paths, strict=True)]
-    places = torch.tensor([*chain(*before)], device=inputs["input_ids"].device)
+    device = inputs["input_ids"].device
+    positions = torch.tensor([*chain(*before)], device=device)
+    labels = torch.tensor([token for _, answer in pairs for token in answer], device=device)
+    # Through the model's own forward: with sharded weights only that gathers those of the head.
+    with logits_only_at(model, positions) as states:
+        logits = model(**inputs, use_cache=False).logits[0]
+    return logits, labels, states[0]
+
+
+@contextmanager
+def logits_only_at(model: nn.Module, positions: Int[Tensor, "N"]) -> Iterator[list[Tensor]]:
+    """Compute the logits of these positions alone within the block: those of all would be most of the memory.
+
+    Args:
+        positions: counted over all rows (row * L + column); the model then returns logits (1, N, V).
+
+    Yields:
+        A list, to which each forward call adds the states (N, d) that the head reads.
+    """
     states = []
 
     def select(_head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        # The logits of all tokens would be most of the memory: the head is handed these states alone.
-        states.append(args[0].flatten(0, 1)[places])
-        return (states[0][None],)
+        states.append(args[0].flatten(0, 1)[positions])
+        return (states[-1][None],)
 
     head: Any = (transformer_of(model) or model).get_output_embeddings()  # pyright: ignore[reportCallIssue]
     handle = head.register_forward_pre_hook(select)
     try:
-        # Through the model's own forward: with sharded weights only that gathers those of the head.
-        logits = model(**inputs, use_cache=False).logits[0]
+        yield states
     finally:
         handle.remove()
-    return logits, states[0]
-
-
-def answer_labels(pairs: Sequence[Pair], device: torch.device) -> Int[Tensor, "N"]:
-    """Return the tokens of all answers, one answer after the other."""
-    return torch.tensor([*chain(*(answer for _, answer in pairs))], device=device)
 
 
 def in_chunks(
@@ -210,8 +223,8 @@ def answer_outputs(
                 columns.append(token_entropies(logits, torch.ones_like(labels), temperature=temperature))
         return torch.stack(columns, -1)
 
-    logits, states = answer_logits(model, pairs)
-    columns = [*in_chunks(read, logits, answer_labels(pairs, logits.device)).unbind(-1)]
+    logits, labels, states = answer_logits(model, pairs)
+    columns = [*in_chunks(read, logits, labels).unbind(-1)]
     if value_head is not None:
         columns.append(value_head(states).float())
     lengths = [len(answer) for _, answer in pairs]

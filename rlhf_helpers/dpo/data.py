@@ -1,7 +1,6 @@
 """The data of every preference loss: answers tokenized once, with the reference's log-probs beside them."""
 
-import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Union
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from rlhf_helpers.core.generation import Rollout
-from rlhf_helpers.core.shared_prompts import Pair, answer_labels, answer_logits, in_chunks
+from rlhf_helpers.core.shared_prompts import Pair, answer_logits, in_chunks
 from rlhf_helpers.core.tensors import batches_by_length, token_logps
 from rlhf_helpers.core.text import (
     encode_answers,
@@ -23,6 +22,7 @@ from rlhf_helpers.core.text import (
     rows_of,
     warn_of_lost_ends,
 )
+from rlhf_helpers.core.training.resume import checksum, fingerprint
 
 Rows = Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
 Data = Union[Rows, "DPODataset"]  # rows, or rows that are tokenized already
@@ -114,13 +114,13 @@ class DPODataset(Dataset):
             return row | {"ref_chosen_logps": known[0], "ref_rejected_logps": known[1]}
         return row | {"ref_logps": known[0] if self.kind == "unpaired" else known} if known else row
 
-    def answers(self, indices: Collection[int], number: int) -> list[Pair]:
-        """Token ids of prompt and one answer of some rows: of a pair, number 0 is chosen, 1 rejected."""
-        return [self.sequences[index][number] for index in indices]
+    def answers(self, indices: Collection[int]) -> Iterator[tuple[Pair, ...]]:
+        """Return token ids of prompt and answer, one tuple per answer of a row: all chosen, all rejected."""
+        return zip(*(self.sequences[index] for index in indices), strict=True)
 
-    def ref_logps_of(self, indices: Collection[int], device: torch.device) -> Float[Tensor, "B K"]:
-        """Log-probs under the reference, in nats, of the K sequences of each of some rows."""
-        return torch.stack([self.ref_logps[index] for index in indices]).to(device)  # pyright: ignore[reportOptionalSubscript]
+    def ref_logps_of(self, indices: Collection[int]) -> Float[Tensor, "B K"]:
+        """Return the log-probs under the reference, in nats, of the K sequences of each of these rows."""
+        return torch.stack([self.ref_logps[index] for index in indices])  # pyright: ignore[reportOptionalSubscript]
 
     def tie_weights(self, indices: Collection[int]) -> Float[Tensor, "B"]:
         """What each of some rows counts for: 0 for a tie, which prefers nothing, and else 1 unless set."""
@@ -135,7 +135,7 @@ class DPODataset(Dataset):
     def checksum(self) -> int:
         """CRC-32 of kind, tokens and labels: a run must not be resumed on other data."""
         labels = [row.get("label") for row in self.rows] if self.kind == "unpaired" else []
-        return zlib.crc32(repr((self.kind, labels, self.sequences)).encode())
+        return checksum((self.kind, labels, self.sequences))
 
     def add_reference(self, model: nn.Module, *, batch_size: int = 16) -> None:
         """Compute ref_logps without gradient, unless they are this model's; another model's are replaced."""
@@ -158,17 +158,11 @@ def sum_logps(model: nn.Module, sequences: Sequence[Pair]) -> Float[Tensor, "B"]
 
     log p(y | x) = sum_t log softmax(logits_{t-1})[y_t]
     """
-    # Shifted by one already: row i of the logits predicts label i, over the N tokens of all answers.
-    logits, _ = answer_logits(model, sequences)  # (N, V)
-    labels = answer_labels(sequences, logits.device)  # (N,)
-    logps = in_chunks(token_logps, logits, labels)  # log_softmax, and of each row the entry of its label
+    # N tokens of all answers; the shift by one is made, so row i of the logits predicts label i.
+    logits, labels, _ = answer_logits(model, sequences)  # (N, V), (N,)
+    per_token_logps = in_chunks(token_logps, logits, labels)  # (N,): log_softmax, then each label's entry
     lengths = [len(answer) for _, answer in sequences]
-    return torch.stack([answer_logps.sum() for answer_logps in logps.split(lengths)])
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Name a model by its weights: log-probs of one reference must not be taken for another's."""
-    return f"{sum(p.detach().double().abs().sum().item() for p in model.parameters()):.10g}"
+    return torch.stack([logps.sum() for logps in per_token_logps.split(lengths)])
 
 
 def _checked(rows: Rows, kind: str | None) -> tuple[list[dict[str, Any]], str]:

@@ -1,6 +1,5 @@
 """Online DPO: the policy writes the pairs, a reward picks the better one, and DPO learns from that."""
 
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,10 @@ from rlhf_helpers.core.models import RewardFn, as_reward_fn, frozen_copy
 from rlhf_helpers.core.text import Columns, require_columns
 from rlhf_helpers.core.training import Engine, History
 from rlhf_helpers.core.training.distributed import full_weights, load_full_weights
+from rlhf_helpers.core.training.resume import checksum, fingerprint
 from rlhf_helpers.core.training.settings import require_fields
-from rlhf_helpers.dpo.data import DPODataset, fingerprint
-from rlhf_helpers.dpo.objectives import OBJECTIVES, LossFn
+from rlhf_helpers.dpo.data import DPODataset
+from rlhf_helpers.dpo.objectives import OBJECTIVES, BatchLosses, LossFn, batch_losses_of
 from rlhf_helpers.dpo.settings import DPOSettings
 from rlhf_helpers.dpo.training import dpo_update
 
@@ -87,7 +87,7 @@ def online_dpo(
     Raises:
         ValueError: prompts, columns or rewards of the wrong shape.
     """
-    group = settings.samples_per_prompt
+    group, batch_losses = settings.samples_per_prompt, batch_losses_of(settings, loss_fn)
     columns = dict(columns or {})
     require_columns(prompts, columns)
     # A prompt that is too long is refused now, not at the step that draws it.
@@ -117,7 +117,7 @@ def online_dpo(
             ref_logps = rollout_logps(reference, rollout).sum(-1)
         data = DPODataset.from_rollout(rollout, final_scores, ref_logps, group=group)
         metrics = _sample_metrics(rollout, scores, ref_logps, data)
-        metrics |= online_dpo_update(engine, data, loss_fn)
+        metrics |= online_dpo_update(engine, data, batch_losses)
         if settings.refresh_reference and (step + 1) % settings.refresh_reference == 0:
             load_full_weights(reference, full_weights(model))
         if eval_fn is not None and engine.is_due(settings.eval_every or settings.steps):
@@ -138,7 +138,7 @@ def require_no_adapters(model: nn.Module, settings: OnlineDPOSettings) -> None:
         )
 
 
-def online_dpo_update(engine: Engine, data: DPODataset, loss_fn: LossFn | None = None) -> dict[str, float]:
+def online_dpo_update(engine: Engine, data: DPODataset, batch_losses: BatchLosses) -> dict[str, float]:
     """Learn from the pairs of one step: `epochs` passes in seeded orders; return means of the metrics.
 
     The first update is on-policy. The later ones learn from samples of a policy that has moved since, which
@@ -150,7 +150,9 @@ def online_dpo_update(engine: Engine, data: DPODataset, loss_fn: LossFn | None =
         order = np.random.default_rng([engine.step_seed, epoch]).permutation(len(data))
         for indices in np.array_split(order, num_batches):
             # Each process sampled pairs of its own, so they do not share the rows.
-            metrics = dpo_update(engine, data, indices, settings.beta, loss_fn, same_rows_everywhere=False)
+            metrics = dpo_update(
+                engine, data, indices, batch_losses, settings.beta, same_rows_everywhere=False
+            )
             history.append(metrics)
     return history.to_frame().mean().to_dict()
 
@@ -166,7 +168,7 @@ def _start(
         optimizer_steps_per_step=settings.epochs * settings.optimizer_steps_per_epoch,
         extra_state={"reference": reference} if settings.refresh_reference else {},
         resume_must_match={
-            "prompts": zlib.crc32(repr(list(prompts)).encode()),
+            "prompts": checksum([*prompts]),
             "reference": fingerprint(reference),
         },
     )

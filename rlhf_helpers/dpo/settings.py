@@ -57,7 +57,7 @@ class DPOSettings(TrainingSettings):
             )
         if self.target_kl is not None:
             require_fields(self, "target_kl", above=0)
-        if self.target_kl is not None and OBJECTIVES[self.loss].reads != "ratios":
+        if self.target_kl is not None and not OBJECTIVES[self.loss].has_reference:
             raise ValueError(f"DPOSettings.target_kl must be None for {self.loss!r}, which has no reference")
 
     @property
@@ -68,7 +68,7 @@ class DPOSettings(TrainingSettings):
     @property
     def needs_reference(self) -> bool:
         """Whether the loss or a KL compares the policy with a reference."""
-        return self.needs_kl_samples or OBJECTIVES[self.loss].reads == "ratios"
+        return self.needs_kl_samples or OBJECTIVES[self.loss].has_reference
 
     def beta_controller(self) -> BetaController:
         """Return what holds beta: with target_kl, Ziegler's controller, since beta is the KL coefficient."""

@@ -10,6 +10,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from rlhf_helpers.core.training.distributed import full_weights, load_full_weigh
 from rlhf_helpers.dpo.data import Data, DPODataset
 from rlhf_helpers.dpo.objectives import (
     OBJECTIVES,
+    BatchLosses,
     LossFn,
-    batch_losses,
+    batch_losses_of,
     kto_reference_point,
     mismatched_log_ratios,
 )
@@ -41,7 +43,7 @@ class DPORun:
     """What a run holds besides its rows.
 
     ref_model: frozen, and whole on every process; None where neither the loss nor a KL compares with it.
-    loss_fn: used instead of the loss that the settings name.
+    batch_losses: from `batch_losses_of`, the loss that the settings name or your own.
     step_engine: of `dpo_pass`, whose optimizer lasts from call to call.
     """
 
@@ -49,7 +51,7 @@ class DPORun:
     ref_model: nn.Module | None
     tokenizer: Any
     settings: DPOSettings
-    loss_fn: LossFn | None
+    batch_losses: BatchLosses
     beta_controller: BetaController
     step_engine: Engine | None = None
 
@@ -70,7 +72,8 @@ def start_dpo(
     if ref_model is not None or settings.needs_reference:
         ref_model = reference_model(model, ref_model, lora=settings.lora)
     tokenizer = tokenizer or tokenizer_for(model)
-    return DPORun(model, ref_model, tokenizer, settings, loss_fn, settings.beta_controller())
+    batch_losses = batch_losses_of(settings, loss_fn)
+    return DPORun(model, ref_model, tokenizer, settings, batch_losses, settings.beta_controller())
 
 
 def prepare_data(run: DPORun, rows: Data) -> DPODataset:
@@ -89,7 +92,7 @@ def prepare_data(run: DPORun, rows: Data) -> DPODataset:
     if data.kind != objective.kind:
         raise ValueError(f"loss {settings.loss!r} learns from {objective.kind}, these rows are {data.kind}")
     # Once per data set: the reference stays as it is while the policy trains.
-    if objective.reads == "ratios":
+    if objective.has_reference:
         data.add_reference(run.ref_model)  # pyright: ignore[reportArgumentType]
     return data
 
@@ -148,7 +151,7 @@ def dpo_step(run: DPORun, engine: Engine, data: DPODataset, indices: np.ndarray)
     """Make one step of the loop: `dpo_update`, alone unless the settings ask for KL."""
     settings, beta = run.settings, run.beta_controller.value
     if not settings.needs_kl_samples:
-        return dpo_update(engine, data, indices, beta, run.loss_fn)
+        return dpo_update(engine, data, indices, run.batch_losses, beta)
     # KL of the policy before the update, like every other metric of the row.
     prompts = list(dict.fromkeys(data.rows[index]["prompt"] for index in indices))
     rollout, log_ratios = sample_log_ratios(engine, run.ref_model, run.tokenizer, prompts)  # pyright: ignore[reportArgumentType]
@@ -156,7 +159,7 @@ def dpo_step(run: DPORun, engine: Engine, data: DPODataset, indices: np.ndarray)
         # Constrained DPO: each process has samples of its own, so its gradient is one part of their mean.
         penalty = settings.kl_coef * kl_surrogate(engine.model, rollout, log_ratios)
         engine.backward(penalty / engine.accelerator.num_processes, rows=indices.tolist())
-    metrics = dpo_update(engine, data, indices, beta, run.loss_fn)
+    metrics = dpo_update(engine, data, indices, run.batch_losses, beta)
     # The mean over processes, or each of them would move to a beta of its own.
     metrics["objective/kl"] = engine.mean(log_ratios.mean())
     tokens = engine.sum(rollout.response_mask.sum())
@@ -170,8 +173,8 @@ def dpo_update(
     engine: Engine,
     data: DPODataset,
     indices: np.ndarray,
+    batch_losses: BatchLosses,
     beta: float,
-    loss_fn: LossFn | None = None,
     *,
     same_rows_everywhere: bool = True,
 ) -> dict[str, float]:
@@ -181,33 +184,26 @@ def dpo_update(
 
     Args:
         indices: of the batch's rows in `data`.
+        batch_losses: for pairs `pair_losses`, with its loss bound (`batch_losses_of`).
         same_rows_everywhere: all processes hold the same data and divide the batch among them; False: each
             has rows of its own.
     """
-    settings = engine.settings
     # A tie between samples weighs 0. If every row is a tie, the loss is 0 whatever the divisor.
     weight_sum = float(data.tie_weights(indices).sum())
     weight_sum = (weight_sum if same_rows_everywhere else engine.sum(weight_sum)) or 1.0
-    # KTO compares each row with z0, which must be known before the first loss.
-    reference_point = kto_reference_point(engine, data, indices) if settings.loss == "kto" else None
+    if engine.settings.loss == "kto":
+        # KTO compares each row with z0 of the whole batch, which must be known before the first loss.
+        reference_point = kto_reference_point(engine, data, indices)
+        batch_losses = partial(batch_losses, reference_point=reference_point)
     metrics = MeanMetrics()
     for local, row_weight in micro_batches(engine, indices, same_rows_everywhere=same_rows_everywhere):
         # One forward pass, one loss per row: for pairs, `pair_losses`.
-        losses, row_metrics = batch_losses(
-            engine.model,
-            data,
-            local,  # pyright: ignore[reportArgumentType]
-            settings,
-            beta,
-            loss_fn,
-            reference_point,
-        )
+        losses, row_metrics = batch_losses(engine.model, data, local, beta=beta)
         # row_weight is 0 on a process that has no row of this micro-batch and computes only to stay in sync.
         weights = row_weight * data.tie_weights(local).to(losses.device)
+        metrics.add(losses, row_metrics, weights)
         loss = (weights * losses).sum() / weight_sum
         engine.backward(loss, rows=indices.tolist())
-        for values, counted in row_metrics:
-            metrics.add(values, weights * counted)
     engine.optimizer_step()
     return {"loss": 0.0, **with_margins(metrics.means(engine)), "beta": beta}
 
@@ -215,20 +211,16 @@ def dpo_update(
 @torch.no_grad()
 def evaluate_dpo(run: DPORun, data: DPODataset, beta: float) -> dict[str, float]:
     """Return loss and metrics as in training, on rows that are not trained on; names start with eval_."""
-    settings = run.settings
-    batches = list(batches_by_length(data.lengths, settings.batch_size))
-    reference_point = None
-    if settings.loss == "kto":  # z0 of all rows, as in training: the batch size changes no metric
+    batch_losses = run.batch_losses
+    batches = list(batches_by_length(data.lengths, run.settings.batch_size))
+    if run.settings.loss == "kto":  # z0 of all rows, as in training: the batch size changes no metric
         log_ratios = [mismatched_log_ratios(run.model, data, indices) for indices in batches]
         reference_point = torch.cat(log_ratios).mean().clamp(min=0)
+        batch_losses = partial(batch_losses, reference_point=reference_point)
     metrics = MeanMetrics()
     for indices in batches:
-        losses, row_metrics = batch_losses(
-            run.model, data, indices, settings, beta, run.loss_fn, reference_point
-        )
-        weights = data.tie_weights(indices).to(losses.device)
-        for values, counted in row_metrics:
-            metrics.add(values, weights * counted)
+        losses, row_metrics = batch_losses(run.model, data, indices, beta=beta)
+        metrics.add(losses, row_metrics, data.tie_weights(indices).to(losses.device))
     return {f"eval_{name}": value for name, value in with_margins(metrics.means()).items()}
 
 

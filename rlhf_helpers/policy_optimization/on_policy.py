@@ -3,7 +3,6 @@
 A loop reads: `start_run`; per step `sample_batch`, advantages, the loop's own update, `log_step`.
 """
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from rlhf_helpers.core.policy_losses import approx_kl, clip_fraction
 from rlhf_helpers.core.tensors import masked_mean
 from rlhf_helpers.core.text import Columns, require_columns
 from rlhf_helpers.core.training import Engine, TrainingSettings
+from rlhf_helpers.core.training.resume import checksum, fingerprint
 from rlhf_helpers.core.training.settings import require_fields
 from rlhf_helpers.policy_optimization.rollouts import collect, repeat_columns, rollout_metrics
 
@@ -161,12 +161,10 @@ def start_run(
         lengths = {"max_new_tokens": settings.max_new_tokens, "max_length": settings.max_length}
         encode_prompts(policy, tokenizer, prompts, **lengths)
         reward_fn = as_reward_fn(reward_fn)
-        same["prompts"] = hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16]
+        same["prompts"] = checksum([*prompts])
     # Copied before the engine, which may spread the weights over processes: those cannot be copied.
     reference = reference_model(policy, ref_model, lora=settings.lora)
-    # A fingerprint: a resumed run must not take the trained model for its reference.
-    total = sum(p.detach().double().sum().item() for p in reference.parameters())
-    same["reference"] = f"{total:.8g}"
+    same["reference"] = fingerprint(reference)  # the trained model must not be taken for it
     trained = policy
     if value_head is not None:
         trained = torch.nn.ModuleDict({"policy": policy, "value_head": value_head})

@@ -26,8 +26,9 @@ from rlhf_helpers.core.policy_losses import (
 )
 from rlhf_helpers.core.tensors import masked_sum, masked_whiten, require_shapes
 from rlhf_helpers.core.training import History
+from rlhf_helpers.core.training.resume import checksum
 from rlhf_helpers.core.training.settings import require_fields
-from rlhf_helpers.core.training.supervised import EncodedRows, encode_rows, rows_nll
+from rlhf_helpers.core.training.supervised import EncodedRow, encode_rows, rows_nll
 from rlhf_helpers.policy_optimization.on_policy import (
     Batch,
     OnPolicySettings,
@@ -146,7 +147,7 @@ def ppo(
         reward_fn,
         settings,
         value_head=value_head,
-        resume_must_match={"ptx": None if ptx is None else ptx.checksum},
+        resume_must_match={"ptx": checksum(ptx)},
         **options,
     )
     for _ in run.engine.steps():
@@ -185,7 +186,7 @@ def ppo_update(
     value_head: torch.nn.Module,
     *,
     loss_fn: PolicyLoss = clipped_policy_loss,
-    ptx: EncodedRows | None = None,
+    ptx: Sequence[EncodedRow] | None = None,
 ) -> dict[str, float]:
     """Learn from a batch: epochs x minibatches optimizer steps on PPO's loss; return the metrics.
 
@@ -242,15 +243,15 @@ def kl_controller(settings: PPOSettings) -> KLController:
     return AdaptiveKLController(settings.kl_coef, settings.kl_target, settings.kl_horizon)
 
 
-def ptx_loss(run: PolicyRun, ptx: EncodedRows, ptx_rng: np.random.Generator) -> Tensor:
+def ptx_loss(run: PolicyRun, ptx: Sequence[EncodedRow], ptx_rng: np.random.Generator) -> Tensor:
     """Return ptx_coef times the mean -log p per response token of some rows, other rows at each call.
 
     Divided by micro-batches and processes, which add up.
     """
     settings, engine = run.settings, run.engine
     count = min(len(ptx), math.ceil(settings.ptx_batch_size / settings.accumulation_steps))
-    rows = ptx_rng.choice(len(ptx), count, replace=False)
-    nll, _, weights, _ = rows_nll(run.policy, ptx, rows, 0.0, run.tokenizer.pad_token_id)
+    rows = [ptx[index] for index in ptx_rng.choice(len(ptx), count, replace=False)]
+    nll, _, weights = rows_nll(run.policy, rows, 0.0, run.tokenizer.pad_token_id)
     parts = settings.accumulation_steps * engine.accelerator.num_processes
     return settings.ptx_coef * (weights * nll).sum() / weights.sum() / parts
 

@@ -259,7 +259,7 @@ def _line_search(
 
 def _vocabulary_logps(model: torch.nn.Module, rollout: Rollout, temperature: float) -> Tensor:
     """Log-prob of every token of the vocabulary at each of the N places of the responses, (N, V)."""
-    logits, _ = answer_logits(model, rollout.token_pairs)
+    logits, *_ = answer_logits(model, rollout.token_pairs)
     return torch.log_softmax(logits.float() / temperature, dim=-1)
 
 

@@ -27,6 +27,12 @@ class PreferenceGroup:
     `sequences[i]` encode prompt and answer i; `pairs` holds (chosen, rejected) as indices into it, `columns`
     the objective that each pair is about (0 where there is one), `numbers` the pairs' margins or the rating.
     A ranking's sequences stand in its order, the best first.
+
+    K answers to one prompt can be compared in K (K - 1) / 2 pairs. In one group each answer is encoded once
+    and the pairs share a step and one unit of weight, since a group's loss is their mean. Spread over an
+    epoch, every answer would be learned K - 1 times and overfitted (Ouyang et al. 2022, section 3.5). A
+    ranking is a group too, but its Plackett-Luce loss is a sum over the ranks, ln K! where all rewards are
+    equal: a longer ranking weighs more.
     """
 
     sequences: list[list[int]]
@@ -47,10 +53,8 @@ def encode_groups(model: RewardModel, rows: Rows, objective: str = "pairwise") -
     rows = as_rows(rows, objective)
     if hasattr(model, "objectives") and objective != "pairwise":
         raise ValueError(f"a multi-objective model learns from 'pairwise' rows, not from {objective!r}")
-    if objective == "ranking":
-        groups = [_ranking_group(model, index, row) for index, row in enumerate(rows)]
-    elif objective == "rating":
-        groups = [_rating_group(model, index, row) for index, row in enumerate(rows)]
+    if objective in ("ranking", "rating"):
+        groups = [_single_group(model, index, row, objective) for index, row in enumerate(rows)]
     else:
         groups = []
         for _, same_prompt in groupby(enumerate(rows), key=lambda numbered: numbered[1]["prompt"]):
@@ -82,18 +86,15 @@ def _pair_group(
     return group
 
 
-def _ranking_group(model: RewardModel, index: int, row: Mapping[str, Any]) -> PreferenceGroup:
+def _single_group(model: RewardModel, index: int, row: Mapping[str, Any], objective: str) -> PreferenceGroup:
+    """Encode a ranking, or the one answer of a rating."""
+    responses = row["responses"] if objective == "ranking" else [row["response"]]
     with naming(f"row {index}"):
-        group = PreferenceGroup(model.encode_answers(row["prompt"], row["responses"]))
+        group = PreferenceGroup(model.encode_answers(row["prompt"], responses))
         require_distinct(group.sequences, model.max_length)
+    if objective == "rating":
+        group.numbers.append(row["rating"])
     return group
-
-
-def _rating_group(model: RewardModel, index: int, row: Mapping[str, Any]) -> PreferenceGroup:
-    with naming(f"row {index}"):
-        return PreferenceGroup(
-            model.encode_answers(row["prompt"], [row["response"]]), numbers=[row["rating"]]
-        )
 
 
 def _verdicts(row: Mapping[str, Any], index: int, objectives: Sequence[str] | None) -> list[tuple[int, bool]]:
@@ -119,8 +120,6 @@ def as_rows(rows: Rows, objective: str = "pairwise") -> list[Mapping[str, Any]]:
     if objective not in COLUMNS:
         raise ValueError(f"there is no objective {objective!r}; choose from {tuple(COLUMNS)}")
     columns = COLUMNS[objective]
-    if isinstance(rows, Mapping) and (missing := [name for name in columns if name not in rows]):
-        raise ValueError(f"the columns lack {missing}; found {sorted(rows)}")
     checked = rows_of(rows)
     for index, row in enumerate(checked):
         if not isinstance(row, Mapping):

@@ -109,7 +109,6 @@ def pair_metrics(
     Raises:
         ValueError: shapes are not both (B,).
     """
-    chosen_rewards, rejected_rewards = chosen_rewards.detach(), rejected_rewards.detach()
     return {
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
@@ -167,19 +166,17 @@ def accuracy_by_length(
     rows: Sequence[Mapping[str, Any]],
     chosen_rewards: Float[Tensor, "B"],
     rejected_rewards: Float[Tensor, "B"],
-    *,
-    edges: Sequence[float] = (-10, -3, 3, 10),
 ) -> pd.DataFrame:
     """Accuracy where the chosen answer is shorter, of like length, or longer: a row per bucket with pairs.
 
     words: `word_gaps` of the bucket, (low, high]; accuracy, ties one half; low and high: Wilson's 95 %
     interval; n pairs. A reward that likes length is right in the last buckets and wrong in the first. Lesson
-    1. Raises ValueError unless rewards are both (B,) for B rows and edges rise.
+    1. Raises ValueError unless rewards are both (B,) for B rows.
     """
     words = word_gaps(rows)
     require_shapes("B", words=words, chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
     credits = pair_credits(chosen_rewards, rejected_rewards).cpu()
-    buckets: Any = pd.cut(words.numpy(), [-np.inf, *edges, np.inf])
+    buckets: Any = pd.cut(words.numpy(), [-np.inf, -10, -3, 3, 10, np.inf])
     table = []
     for code in np.unique(buckets.codes):
         estimate = accuracy(credits[torch.from_numpy(buckets.codes == code)])

@@ -160,9 +160,11 @@ class RewardModel(nn.Module):
     def rewards_of(self, sequences: Sequence[list[int]]) -> Float[Tensor, "B"]:
         """One forward over token sequences (from `encode`), padded here; keeps the gradient.
 
-        What several of them begin with, their prompt, is read once (`core.shared_prompts`).
+        A sequence that occurs several times is read once, and so is what several of them begin with, their
+        prompt (`core.shared_prompts`).
         """
-        return self(**self._batch(sequences))
+        distinct, rows = distinct_rows(sequences)
+        return self(**self._batch(distinct))[rows]
 
     def _batch(self, sequences: Sequence[list[int]]) -> dict[str, Tensor]:
         """Lay out sequences for `forward`; they share rows only where the head reads the end of each."""
@@ -187,8 +189,6 @@ class RewardModel(nn.Module):
                 f"need as many prompts as responses and batch_size >= 1; got {len(prompts)} prompts, "
                 f"{len(responses)} responses, batch_size {batch_size}"
             )
-        if not len(prompts):
-            return torch.empty(0, device=self.trunk.device)
         # Answers to one prompt are compared, so they share its cut, as in training.
         rows: dict[str, list[int]] = {}
         for row, prompt in enumerate(prompts):
@@ -202,10 +202,11 @@ class RewardModel(nn.Module):
                 sequences[row] = ids
                 longest[row] = max(map(len, answers))
         # By the longest answer to their prompt, so that answers to one prompt stay together.
-        batches = batches_by_length(longest, batch_size)
+        rewards = torch.empty(len(prompts), device=self.trunk.device)
         with eval_mode(self):
-            parts = [self.rewards_of([sequences[row] for row in batch]) for batch in batches]
-        return torch.cat(parts)[torch.tensor([row for batch in batches for row in batch]).argsort()]
+            for batch in batches_by_length(longest, batch_size):
+                rewards[batch] = self.rewards_of([sequences[row] for row in batch])
+        return rewards
 
     def save_pretrained(self, folder: str | Path, *, merge: bool = False) -> None:
         """Write a Hugging Face folder: config.json, safetensors, tokenizer.
@@ -254,24 +255,27 @@ class RewardModel(nn.Module):
         head of this size (a plain language model, another kind).
         """
         trunk, tokenizer = load_encoder(folder, device=device, dtype=dtype)
-        weight, bias = _read_head(Path(folder))
+        head = _read_head(Path(folder))
         config, _ = PretrainedConfig.get_config_dict(folder)
         saved = {name: config.get(f"reward_{name}") for name in ("pooling", "max_length", "options")}
         with torch.random.fork_rng(devices=[]):  # a head is drawn, then overwritten
             model = cls(trunk, tokenizer, **(saved.pop("options") or {}), **saved)
         wanted = model.head.linear.weight.shape
-        if weight is None or weight.shape != wanted:
-            shape = "none" if weight is None else f"shape {tuple(weight.shape)}"
+        if "weight" not in head or head["weight"].shape != wanted:
+            shape = f"shape {tuple(head['weight'].shape)}" if "weight" in head else "none"
             raise ValueError(
                 f"{str(folder)!r} needs a reward head score.weight of shape {tuple(wanted)} for a "
                 f"{cls.__name__}, found {shape}; for a new reward model over this trunk call "
                 "create_reward_model, for a saved one of any kind load_reward_model"
             )
-        with torch.no_grad():
-            model.head.linear.weight.copy_(weight)
-            if bias is not None:
-                model.head.linear.bias.copy_(bias)
+        model.head.linear.load_state_dict(head, strict=False)  # other libraries' heads have no bias
         return model
+
+
+def distinct_rows(sequences: Sequence[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """Return the distinct ones of these sequences, and for each sequence which of them it is."""
+    index_of = {ids: index for index, ids in enumerate(dict.fromkeys(map(tuple, sequences)))}
+    return [list(ids) for ids in index_of], [index_of[tuple(ids)] for ids in sequences]
 
 
 def _is_causal(config: PretrainedConfig) -> bool:
@@ -314,11 +318,11 @@ def _as_classifier(
     return shell
 
 
-def _read_head(folder: Path) -> tuple[Tensor | None, Tensor | None]:
-    """score.weight and score.bias from whichever safetensors file (or shard) of the folder holds them."""
+def _read_head(folder: Path) -> dict[str, Tensor]:
+    """Weight and bias of the head, from whichever safetensors file (or shard) of the folder holds them."""
     head = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            names = {"score.weight", "score.bias"} & set(tensors.keys())
-            head |= {name: tensors.get_tensor(name) for name in names}
-    return head.get("score.weight"), head.get("score.bias")
+            for name in {"score.weight", "score.bias"} & set(tensors.keys()):
+                head[name.removeprefix("score.")] = tensors.get_tensor(name)
+    return head

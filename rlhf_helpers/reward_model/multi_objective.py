@@ -13,7 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from rlhf_helpers.core.models import load_encoder
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.preference_data.collection import collect_comparisons
-from rlhf_helpers.reward_model.model import RewardModel
+from rlhf_helpers.reward_model.model import RewardModel, distinct_rows
 from rlhf_helpers.world.annotators import Annotator
 from rlhf_helpers.world.gold_judge import AXES
 
@@ -100,10 +100,10 @@ class MultiObjectiveRewardModel(RewardModel):
 
     def objective_rewards_of(self, sequences: Sequence[list[int]]) -> Float[Tensor, "B K"]:
         """The reward of each objective for token sequences from `encode`; keeps the gradient."""
-        _, by_objective = self(
-            **self._batch(sequences)
-        )  # through `forward`, where a sharded model is gathered
-        return torch.stack(list(by_objective.values()), 1)
+        distinct, rows = distinct_rows(sequences)
+        # Through `forward`, where the weights of a sharded model are gathered.
+        _, by_objective = self(**self._batch(distinct))
+        return torch.stack(list(by_objective.values()), 1)[rows]
 
 
 def label_objectives(

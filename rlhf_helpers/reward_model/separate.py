@@ -1,6 +1,7 @@
 """The separate encoder: prompt and answer are read apart and meet only in the head."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from rlhf_helpers.core.tensors import pad_right
 from rlhf_helpers.core.text import encode_answers, opening_ids
-from rlhf_helpers.reward_model.model import RewardModel
+from rlhf_helpers.reward_model.model import RewardModel, distinct_rows
 
 
 class SeparateRewardModel(RewardModel):
@@ -32,7 +33,7 @@ class SeparateRewardModel(RewardModel):
         response_ids: Int[Tensor, "B T"],
         prompt_mask: Shaped[Tensor, "B P"] | None = None,
         response_mask: Shaped[Tensor, "B T"] | None = None,
-        prompt_index: Sequence[int] | None = None,
+        prompt_index: list[int] | None = None,
     ) -> Float[Tensor, "B"]:
         """Rewards (B,), float32; padding and masks as in `RewardModel.forward`.
 
@@ -41,7 +42,7 @@ class SeparateRewardModel(RewardModel):
         prompts = self._read(prompt_ids, prompt_mask)
         responses = self._read(response_ids, response_mask)
         if prompt_index is not None:
-            prompts = prompts[list(prompt_index)]
+            prompts = prompts[prompt_index]
         return self._judge(torch.cat([prompts, responses, prompts * responses], 1)).sum(-1)  # of one column
 
     def encode_answers(self, prompt: str, responses: Sequence[str]) -> list[list[int]]:
@@ -50,13 +51,16 @@ class SeparateRewardModel(RewardModel):
         head = [len(prompt_ids), *prompt_ids, *opening_ids(self.tokenizer)]
         return [head + ids for ids in answers]
 
-    def rewards_of(self, sequences: Sequence[Sequence[int]]) -> Float[Tensor, "B"]:
-        """Rewards of sequences from `encode`, each distinct prompt read once; keeps the gradient."""
-        prompts = [tuple(row[1 : 1 + row[0]]) for row in sequences]
-        index_of = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+    def _batch(self, sequences: Sequence[list[int]]) -> dict[str, Any]:
+        """Lay out sequences for `forward`: each distinct prompt once, and the prompt of each response."""
+        prompts, prompt_index = distinct_rows([row[1 : 1 + row[0]] for row in sequences])
         pad, device = self.tokenizer.pad_token_id, self.trunk.device
-        prompt_ids, prompt_mask = pad_right(list(index_of), pad, device=device)
+        prompt_ids, prompt_mask = pad_right(prompts, pad, device=device)
         response_ids, response_mask = pad_right([row[1 + row[0] :] for row in sequences], pad, device=device)
-        # Through `forward`, where the weights of a sharded model are gathered.
-        prompt_index = [index_of[prompt] for prompt in prompts]
-        return self(prompt_ids, response_ids, prompt_mask, response_mask, prompt_index)
+        return {
+            "prompt_ids": prompt_ids,
+            "response_ids": response_ids,
+            "prompt_mask": prompt_mask,
+            "response_mask": response_mask,
+            "prompt_index": prompt_index,
+        }

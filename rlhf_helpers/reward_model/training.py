@@ -11,10 +11,8 @@ pair is -log sigmoid(r_chosen - r_rejected).
 """
 
 import math
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,13 +29,12 @@ from rlhf_helpers.core.training import (
     offline_steps,
 )
 from rlhf_helpers.core.training.distributed import full_weights, load_full_weights
+from rlhf_helpers.core.training.resume import checksum
 from rlhf_helpers.core.training.settings import require_fields
 from rlhf_helpers.preference_data.splits import split_by_prompt
 from rlhf_helpers.reward_model.elements import PreferenceGroup, Rows, as_rows, encode_groups
 from rlhf_helpers.reward_model.model import RewardModel
-from rlhf_helpers.reward_model.objectives import OBJECTIVES, Losses, LossFn
-
-ObjectiveFn = Callable[[RewardModel, Sequence[PreferenceGroup]], Losses]
+from rlhf_helpers.reward_model.objectives import LossFn, ObjectiveFn, objective_fn_of
 
 
 @dataclass(frozen=True)
@@ -67,38 +64,35 @@ def train_reward_model(
     keep_best: bool = False,
     resume: bool = False,
 ) -> History:
-    """Train a reward model on comparisons; pairs without a loss_fn are learned by Bradley-Terry.
+    """Train a reward model on comparisons, by Bradley-Terry unless objective and loss_fn say otherwise.
 
     loss = mean over groups of [mean over the pairs of a group of -logsigmoid(r_chosen - r_rejected)]
 
-    A pair whose prompt differs from its neighbors' is a group of its own, so for such rows this is the mean
-    over pairs. Pairs in succession with the same prompt form one group: each of its K answers is encoded
-    once, and its pairs, up to K (K - 1) / 2, share one step and one unit of weight, since the loss is their
-    mean. Spread over an epoch, every answer would be learned K - 1 times and overfitted (Ouyang et al. 2022,
-    section 3.5).
-    A ranking is a group too, but its Plackett-Luce loss is a sum over the ranks, not a mean: ln K! where all
-    K rewards are equal, so a longer ranking weighs more. Lesson 1.
+    Pairs in succession with the same prompt form a group (`PreferenceGroup` says why); any other pair is a
+    group of its own, so for pairs over distinct prompts this is the mean over pairs. Lesson 1.
 
     Args:
-        rows: see `RewardModelTrainer`, as are objective and loss_fn.
+        rows, objective, loss_fn: see `RewardModelTrainer`.
         val_rows: scored each epoch, or every eval_every steps: eval_loss, eval_rewards/accuracies, ...
         keep_best: end with the weights of the lowest eval_loss.
         resume: continue from the newest checkpoint of settings.run_dir.
 
     Returns:
         One row per step, measured before its update: loss and, except for ratings, rewards/chosen,
-        rewards/rejected, rewards/margins and rewards/accuracies (a tie counts 1/2; in DPO, 0). These four are
-        means over groups of the mean over the pairs of a group.
+        rewards/rejected, rewards/margins and rewards/accuracies (a tie counts 1/2; in DPO, 0), averaged like
+        the loss.
 
     Raises:
         ValueError: as `as_rows`; or keep_best without val_rows or with resume.
+        FloatingPointError: a loss is not finite, in training or, with keep_best, on val_rows.
     """
     if keep_best and (val_rows is None or resume):
         raise ValueError("keep_best needs val_rows, and no resume: checkpoints do not hold the best weights")
     limit_length(model, settings)
     groups = encode_groups(model, rows, objective)
     val_groups = None if val_rows is None else encode_groups(model, val_rows, objective)
-    objective_fn = objective_fn_of(objective, loss_fn)
+    # For pairs: `pairwise_losses`.
+    objective_fn = objective_fn_of(model, objective, loss_fn)
     # A batch is counted in groups, not in pairs: a ranking of nine answers holds 36 pairs and is one group.
     size = settings.batch_size * settings.accumulation_steps  # groups of one optimizer step
     steps_per_epoch = -(-len(groups) // size)
@@ -108,7 +102,7 @@ def train_reward_model(
         settings,
         total_steps=settings.epochs * steps_per_epoch,
         resume_must_match={
-            "data": zlib.crc32(repr(groups).encode()),  # tokens, pairs and margins or ratings
+            "data": checksum(groups),  # tokens, pairs and margins or ratings
             "max_length": model.max_length,
             "objective": objective,
         },
@@ -122,6 +116,11 @@ def train_reward_model(
         if val_groups is not None and engine.is_due(settings.eval_every or steps_per_epoch):
             metrics |= evaluate_reward_model(model, val_groups, objective_fn, settings.batch_size)
             # The training loss keeps falling while the model overfits; unseen prompts show where it was best.
+            if keep_best and not math.isfinite(metrics["eval_loss"]):
+                raise FloatingPointError(
+                    f"eval_loss is {metrics['eval_loss']} after step {engine.step}: it cannot tell keep_best "
+                    "which weights are best; look at val_rows, or lower learning_rate"
+                )
             if keep_best and metrics["eval_loss"] < lowest_loss:
                 lowest_loss = metrics["eval_loss"]
                 best_weights = full_weights(model)  # on the CPU: a second copy on a GPU may not fit
@@ -147,13 +146,13 @@ def reward_update(
     metrics = MeanMetrics()
     for local, row_weight in micro_batches(engine, indices):
         # For pairs `pairwise_losses`: one forward pass, then -logsigmoid(r_chosen - r_rejected).
-        losses, weights, values = objective_fn(engine.model, [groups[index] for index in local])  # pyright: ignore[reportArgumentType]
+        losses, group_metrics = objective_fn(engine.model, [groups[index] for index in local])
         # row_weight is 0 on a process that has no group of its own here and computes only to stay in sync.
-        weights = row_weight * weights
+        weights = torch.full((len(local),), row_weight, device=losses.device)
+        metrics.add(losses, group_metrics, weights)
         # Gradients of micro-batches and processes are summed, so each part is divided by the whole batch.
         loss = (weights * losses).sum() / len(indices)
         engine.backward(loss, rows=indices.tolist())
-        metrics.add({"loss": losses, **values}, weights)
     engine.optimizer_step()
     return metrics.means(engine)
 
@@ -175,14 +174,9 @@ def evaluate_reward_model(
     """Return loss and metrics as in training, on groups that are not trained on; names start with eval_."""
     metrics = MeanMetrics()
     for indices in batches_by_length(group_lengths(groups), batch_size):
-        losses, weights, values = objective_fn(model, [groups[index] for index in indices])
-        metrics.add({"loss": losses, **values}, weights)
+        losses, group_metrics = objective_fn(model, [groups[index] for index in indices])
+        metrics.add(losses, group_metrics, torch.ones(len(indices), device=losses.device))
     return {f"eval_{name}": value for name, value in metrics.means().items()}
-
-
-def objective_fn_of(objective: str, loss_fn: LossFn | None = None) -> ObjectiveFn:
-    """Return the function of `objectives` from groups to losses, with your own loss where given."""
-    return OBJECTIVES[objective] if loss_fn is None else partial(OBJECTIVES[objective], loss_fn=loss_fn)
 
 
 def group_lengths(groups: Sequence[PreferenceGroup]) -> np.ndarray:
@@ -246,13 +240,14 @@ class RewardModelTrainer:
         # Made once: Adam's estimates of the gradient's size grow better from call to call.
         self._engine = self._engine or Engine(self.model, self.settings.for_single_steps())
         groups = encode_groups(self.model, rows, objective)
-        return reward_pass(self._engine, groups, objective_fn_of(objective, loss_fn))
+        return reward_pass(self._engine, groups, objective_fn_of(self.model, objective, loss_fn))
 
     def evaluate(
         self, rows: Rows, *, objective: str = "pairwise", loss_fn: LossFn | None = None
     ) -> dict[str, float]:
         """Return loss and metrics as in `train`, on rows that are not trained on; names start with eval_."""
-        groups, objective_fn = encode_groups(self.model, rows, objective), objective_fn_of(objective, loss_fn)
+        groups = encode_groups(self.model, rows, objective)
+        objective_fn = objective_fn_of(self.model, objective, loss_fn)
         return evaluate_reward_model(self.model, groups, objective_fn, self.settings.batch_size)
 
 
@@ -262,7 +257,6 @@ def stable_reward_training(
     epochs: int = 10,
     *,
     learning_rate: float | None = None,
-    validation_fraction: float = 0.2,
     seed: int = 0,
     progress: bool = True,
 ) -> History:
@@ -275,16 +269,15 @@ def stable_reward_training(
     Args:
         preference_data: pairs, as in `RewardModelTrainer`, over at least two prompts.
         learning_rate: None: by the size of the model.
-        validation_fraction: of the prompts, held out whole: a model that has seen a prompt's answers knows
-            too much.
 
     Raises:
         ValueError: as `as_rows` and `split_by_prompt` do.
     """
     rows = as_rows(preference_data)
     indices = Dataset.from_dict({"prompt": [row["prompt"] for row in rows], "row": range(len(rows))})
-    # By prompt, not by row: answers to one prompt resemble each other.
-    sides = split_by_prompt(indices, test_fraction=validation_fraction, seed=seed)
+    # By prompt, not by row: answers to one prompt resemble each other, and a model that has seen some knows
+    # too much.
+    sides = split_by_prompt(indices, test_fraction=0.2, seed=seed)
     train, held_out = ([rows[index] for index in side["row"]] for side in sides)
     groups = len(encode_groups(model, train))
     batch_size = min(RewardSettings.batch_size, max(1, groups // 8))  # few prompts still give some steps

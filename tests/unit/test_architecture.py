@@ -36,15 +36,15 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 50
 # Code tokens that a part of the package may have. A ceiling is lowered when something goes,
 # and raised only in the commit of a feature that needs it.
 CEILINGS = {
-    "core": 26_480,
+    "core": 26_400,
     "world": 13_450,
     "preference_data": 9_190,
     "sandbox": 6_800,
     "guards": 2_960,
     "alignment_eval": 10_740,
     "reward_model": 11_230,
-    "policy_optimization": 11_150,
-    "dpo": 8_000,
+    "policy_optimization": 11_140,
+    "dpo": 7_780,
     "constitutional_ai": 3_750,
     "red_teaming": 7_390,
     "safety_alignment": 5_000,

@@ -297,7 +297,7 @@ def test_the_learners_own_loss_drives_the_same_training_and_a_flipped_sign_shows
     assert ends[0] == ends[1]
     assert ends[0]["rewards/margins"] > 0.2
     assert ends[2]["rewards/margins"] < -0.2
-    with pytest.raises(ValueError, match="loss must have shape"):
+    with pytest.raises(ValueError, match="loss has shape"):
         DPOTrainer(model, None, tokenizer, settings=SETTINGS, loss_fn=lambda *x, beta: x[0].mean()).train(
             PAIRS
         )

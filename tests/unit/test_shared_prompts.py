@@ -151,8 +151,9 @@ def test_sequences_share_what_they_begin_with(tiny_llama_dir):
 
 def test_states_are_those_that_the_head_reads(tiny_llama_dir):
     model, _ = load_model(tiny_llama_dir, device="cpu")
-    logits, states = answer_logits(model, PAIRS)
-    assert len(states) == sum(len(answer) for _, answer in PAIRS)
+    logits, labels, states = answer_logits(model, PAIRS)
+    assert labels.tolist() == [token for _, answer in PAIRS for token in answer]
+    assert len(states) == len(labels)
     torch.testing.assert_close(model.lm_head(states), logits, atol=1e-6, rtol=0)
 
 

@@ -34,8 +34,7 @@ from rlhf_helpers.core.training import checkpoints as files
 from rlhf_helpers.core.training.batches import epoch_batches
 from rlhf_helpers.core.training.distributed import disable_gradient_checkpointing
 from rlhf_helpers.core.training.supervised import (
-    EncodedRows,
-    collate,
+    EncodedRow,
     encode_rows,
     evaluate_sft,
     token_weights,
@@ -781,13 +780,14 @@ def test_memory_efficient_training_trains_a_real_model(llama):
 
 
 def test_the_weight_of_a_row_counts_its_response_tokens_so_often():
+    assert token_weights(EncodedRow([5], [6, 7, 8], 3.0), 0.5) == [3, 3, 3]
+    assert token_weights(EncodedRow([5, 6], [7], 1.0), 0.5) == [0.5, 1]
+    assert token_weights(EncodedRow([], [5, 6], 2.0), 0.5) == [2], "the first token is never predicted"
     rows = [{"prompt": "a", "completion": "bb", "weight": 3.0}, {"prompt": "a", "completion": "c"}]
-    encoded = EncodedRows(
-        np.arange(7), np.array([0, 4, 7]), np.array([1, 1]), np.array([r.get("weight", 1.0) for r in rows])
-    )
-    assert token_weights(encoded, np.array([0, 1]), 0.0) == (3 * 3 + 2, 5)
-    weights = collate(encoded, np.array([0, 1]), 0.5, pad_id=0)[2]
-    assert weights.tolist() == [[3.0, 3.0, 3.0], [1.0, 1.0, 0.0]]
+    (_, first), (_, second) = (one_step_change([{**row, "weight": 1.0}]) for row in rows)
+    _, both = one_step_change(rows)
+    # three tokens of weight 3 (two letters and EOS), two of weight 1
+    assert both == pytest.approx((9 * first + 2 * second) / 11, abs=1e-6)
 
 
 @pytest.mark.parametrize("text", ["a \ud83d", "System: Be kind.\n\nUser: Hi"])

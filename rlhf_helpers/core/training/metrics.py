@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
+from rlhf_helpers.core.tensors import require_shapes
 from rlhf_helpers.core.training.engine import Engine
 
 
@@ -14,12 +15,24 @@ class MeanMetrics:
         """Start with no metric."""
         self._totals: dict[str, list[float]] = {}
 
-    def add(self, values: Mapping[str, torch.Tensor], weights: torch.Tensor) -> None:
-        """Add one micro-batch: numbers of the same shape as `weights`, per row or per token."""
-        for name, value in values.items():
-            total = self._totals.setdefault(name, [0.0, 0.0])
-            total[0] += (value.detach() * weights).sum().item()
-            total[1] += weights.sum().item()
+    def add(self, losses: torch.Tensor, metrics: Mapping[str, torch.Tensor], weights: torch.Tensor) -> None:
+        """Add one micro-batch: losses, metrics and weights of one shape, per row or per token.
+
+        A row whose entry in a metric is NaN does not count in that metric. A NaN loss counts, and shows.
+
+        Raises:
+            ValueError: the shapes of losses and weights differ.
+        """
+        require_shapes("...", weights=weights, loss=losses)
+        self._add("loss", losses, weights)
+        for name, values in metrics.items():
+            counts = ~values.isnan()
+            self._add(name, values[counts], weights[counts])
+
+    def _add(self, name: str, values: torch.Tensor, weights: torch.Tensor) -> None:
+        total = self._totals.setdefault(name, [0.0, 0.0])
+        total[0] += (values.detach() * weights).sum().item()
+        total[1] += weights.sum().item()
 
     def means(self, engine: Engine | None = None) -> dict[str, float]:
         """Return name -> mean, over all processes where an engine is given; no entry for a weight of 0."""

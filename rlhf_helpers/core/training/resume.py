@@ -2,6 +2,7 @@
 
 import json
 import random
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -126,6 +127,16 @@ def run_config(engine: "Engine") -> dict[str, Any]:
     config["num_processes"] = engine.accelerator.num_processes
     # As it is read back from the manifest: tuples are lists there, and paths texts.
     return json.loads(json.dumps(config | engine.resume_must_match, default=str))
+
+
+def checksum(data: Any) -> int:
+    """Return the CRC-32 of tokens, labels or texts: a run must not be resumed on other data."""
+    return zlib.crc32(repr(data).encode())
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Name a model by its weights: log-probs of one reference must not be taken for another's."""
+    return f"{sum(p.detach().double().abs().sum().item() for p in model.parameters()):.10g}"
 
 
 def get_random_state(device: torch.device) -> dict[str, Any]:

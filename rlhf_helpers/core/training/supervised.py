@@ -1,23 +1,23 @@
 """Supervised fine-tuning, the first of the three stages: imitate given answers, token by token."""
 
 import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_helpers.core.models import usable_positions
-from rlhf_helpers.core.tensors import batches_by_length
+from rlhf_helpers.core.tensors import batches_by_length, pad_right
 from rlhf_helpers.core.text import encode_pair, naming
 from rlhf_helpers.core.training.batches import micro_batches, offline_steps
 from rlhf_helpers.core.training.engine import Engine
 from rlhf_helpers.core.training.history import History
 from rlhf_helpers.core.training.metrics import MeanMetrics
+from rlhf_helpers.core.training.resume import checksum
 from rlhf_helpers.core.training.settings import TrainingSettings
 
 RESPONSE_KEYS = ("completion", "response", "chosen")
@@ -25,28 +25,12 @@ RESPONSE_KEYS = ("completion", "response", "chosen")
 Rows = Sequence[dict[str, Any]] | Callable[[int], Sequence[dict[str, Any]]]
 
 
-@dataclass(frozen=True)
-class EncodedRows:
-    """Tokenized rows end to end in one array: row i is tokens[starts[i]:starts[i + 1]]."""
+class EncodedRow(NamedTuple):
+    """Token ids of a prompt and of the response to it, and what each token of the response weighs."""
 
-    tokens: np.ndarray
-    starts: np.ndarray
-    prompt_lengths: np.ndarray
-    weights: np.ndarray  # of each row's response tokens
-
-    def __len__(self) -> int:
-        """Count the rows."""
-        return len(self.prompt_lengths)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each row, prompt and response together."""
-        return np.diff(self.starts)
-
-    @property
-    def checksum(self) -> int:
-        """CRC-32 of tokens and weights: a run must not be resumed on other data."""
-        return zlib.crc32(self.weights, zlib.crc32(self.tokens))  # pyright: ignore[reportArgumentType]
+    prompt_ids: list[int]
+    response_ids: list[int]
+    weight: float
 
 
 def sft(
@@ -100,13 +84,13 @@ def sft(
             "prompt_weight": prompt_weight,
             "rows": len(first),
             "max_length": limit,
-            "data_checksum": first.checksum,
+            "data_checksum": checksum(first),
         },
     )
     if resume:
         engine.resume()
     # Each epoch has its own seeded order, a function of (seed, epoch) alone.
-    for epoch, indices in offline_steps(engine, lambda epoch: encoded_of(epoch).lengths, size):
+    for epoch, indices in offline_steps(engine, lambda epoch: row_lengths(encoded_of(epoch)), size):
         metrics = sft_update(
             engine, encoded_of(epoch), indices, prompt_weight=prompt_weight, pad_id=tokenizer.pad_token_id
         )
@@ -117,12 +101,14 @@ def sft(
     return engine.history
 
 
-def encoded_by_epoch(tokenizer: Any, rows: Rows, *, max_length: int | None) -> Callable[[int], EncodedRows]:
+def encoded_by_epoch(
+    tokenizer: Any, rows: Rows, *, max_length: int | None
+) -> Callable[[int], list[EncodedRow]]:
     """Return epoch -> its tokenized rows; those that are the same in all epochs are tokenized once."""
     first = encode_rows(tokenizer, rows(0) if callable(rows) else rows, max_length=max_length)
 
     @lru_cache(maxsize=1)  # the loop asks twice, for the lengths and for the rows
-    def encoded_of(epoch: int) -> EncodedRows:
+    def encoded_of(epoch: int) -> list[EncodedRow]:
         if epoch == 0 or not callable(rows):
             return first
         encoded = encode_rows(tokenizer, rows(epoch), max_length=max_length)
@@ -145,73 +131,82 @@ def _check_arguments(tokenizer: Any, epochs: int, batch_size: int, prompt_weight
 
 
 def sft_update(
-    engine: Engine, encoded: EncodedRows, indices: np.ndarray, *, prompt_weight: float, pad_id: int
+    engine: Engine, encoded: Sequence[EncodedRow], indices: np.ndarray, *, prompt_weight: float, pad_id: int
 ) -> dict[str, float]:
     """Make one optimizer step on the rows of a batch; return its loss and token accuracy before the step."""
     # Of the whole batch, before it is cut: every token weighs the same in whichever part it ends up.
-    total_weight, response_tokens = token_weights(encoded, indices, prompt_weight)
-    loss_sum = correct_sum = 0.0
+    total_weight = sum(sum(token_weights(encoded[index], prompt_weight)) for index in indices)
+    metrics = MeanMetrics()
     for local, row_weight in micro_batches(engine, indices):
         # One forward; padding goes through the model but has weight 0.
-        nll, correct, weights, is_response = rows_nll(engine.model, encoded, local, prompt_weight, pad_id)
+        rows = [encoded[index] for index in local]
+        nll, correct, weights = rows_nll(engine.model, rows, prompt_weight, pad_id)
         # row_weight is 0 on a process that has no row of this micro-batch and runs the forward only to stay
         # in sync.
-        loss = row_weight * (weights * nll).sum() / total_weight
+        weights = row_weight * weights
+        metrics.add(nll, {"token_accuracy": correct}, weights)
+        loss = (weights * nll).sum() / total_weight
         engine.backward(loss, rows=indices.tolist())
-        loss_sum += loss.item()
-        correct_sum += row_weight * (correct & is_response).sum().item()
     engine.optimizer_step()
-    return {"loss": engine.sum(loss_sum), "token_accuracy": engine.sum(correct_sum) / response_tokens}
+    return metrics.means(engine)
 
 
 @torch.no_grad()
-def evaluate_sft(engine: Engine, encoded: EncodedRows, *, batch_size: int, pad_id: int) -> dict[str, float]:
+def evaluate_sft(
+    engine: Engine, encoded: Sequence[EncodedRow], *, batch_size: int, pad_id: int
+) -> dict[str, float]:
     """Return eval_loss and eval_token_accuracy: means over the response tokens of rows not trained on."""
     metrics = MeanMetrics()
-    for indices in batches_by_length(encoded.lengths, batch_size):
-        nll, correct, weights, _ = rows_nll(engine.model, encoded, np.array(indices), 0.0, pad_id)
-        metrics.add({"loss": nll, "token_accuracy": correct.float()}, weights)
+    for indices in batches_by_length(row_lengths(encoded), batch_size):
+        nll, correct, weights = rows_nll(engine.model, [encoded[index] for index in indices], 0.0, pad_id)
+        metrics.add(nll, {"token_accuracy": correct}, weights)
     return {f"eval_{name}": value for name, value in metrics.means().items()}
 
 
 def rows_nll(
-    model: torch.nn.Module, encoded: EncodedRows, indices: np.ndarray, prompt_weight: float, pad_id: int
+    model: torch.nn.Module, rows: Sequence[EncodedRow], prompt_weight: float, pad_id: int
 ) -> tuple[torch.Tensor, ...]:
-    """Return -log p of tokens 1 to T - 1 of these rows, which were ranked first, weights and is_response.
+    """Compute -log p of tokens 1 to T - 1 of these rows, padding included.
 
-    Each is (B, T - 1), padding included, whose weight is 0.
+    Returns:
+        Three tensors (B, T - 1): -log p; 1 where the token was ranked first, else 0, and NaN outside the
+        responses; the weights, 0 on padding.
     """
     device = next(model.parameters()).device
-    tensors = collate(encoded, indices, prompt_weight, pad_id)
-    ids, mask, weights, is_response = (tensor.to(device, non_blocking=True) for tensor in tensors)
+    ids, mask = pad_right([row.prompt_ids + row.response_ids for row in rows], pad_id, device=device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
     # In float32 at least: the sum over a vocabulary loses digits in bf16.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    labels = ids[:, 1:]
+    labels = ids[:, 1:]  # the logits at one token predict the next
     nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    prompt_lengths = torch.tensor([[len(row.prompt_ids)] for row in rows], device=device)
+    is_response = mask[:, 1:].bool() & (torch.arange(1, ids.shape[1], device=device) >= prompt_lengths)
     with torch.no_grad():
         correct = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) >= logits.amax(-1)
-    return nll, correct, weights, is_response
+        correct = correct.float().where(is_response, torch.nan)
+    weights = [torch.tensor(token_weights(row, prompt_weight)) for row in rows]
+    return nll, correct, pad_sequence(weights, batch_first=True).to(device)
 
 
 def encode_rows(
     tokenizer: Any, rows: Sequence[Mapping[str, Any]], *, max_length: int | None = None
-) -> EncodedRows:
+) -> list[EncodedRow]:
     """Tokenize every row once; ValueError names the row whose prompt or response is missing or empty."""
     if len(rows) == 0:
         raise ValueError("there are no rows to train on")
-    tokens: list[int] = []
-    starts, prompt_lengths, weights = [0], [], []
+    encoded = []
     for index in range(len(rows)):
         prompt, response, weight = _checked(rows[index], index)
         with naming(f"row {index}"):
-            prompt_ids, response_ids = encode_pair(tokenizer, prompt, response, max_length=max_length)
-        tokens += [*prompt_ids, *response_ids]
-        starts.append(len(tokens))
-        prompt_lengths.append(len(prompt_ids))
-        weights.append(weight)
-    ids, weights = np.array(tokens, np.int64), np.array(weights, np.float32)
-    return EncodedRows(ids, np.array(starts), np.array(prompt_lengths), weights)
+            encoded.append(
+                EncodedRow(*encode_pair(tokenizer, prompt, response, max_length=max_length), weight)
+            )
+    return encoded
+
+
+def row_lengths(encoded: Sequence[EncodedRow]) -> np.ndarray:
+    """Tokens of each row, prompt and response together."""
+    return np.array([len(row.prompt_ids) + len(row.response_ids) for row in encoded])
 
 
 def _checked(row: Mapping[str, Any], index: int) -> tuple[str, str, float]:
@@ -229,28 +224,9 @@ def _checked(row: Mapping[str, Any], index: int) -> tuple[str, str, float]:
     return row["prompt"], row[key], weight
 
 
-def token_weights(encoded: EncodedRows, indices: np.ndarray, prompt_weight: float) -> tuple[float, int]:
-    """Total weight and number of response tokens of these rows; a row's first token is never predicted."""
-    lengths, prompts = encoded.lengths[indices], np.maximum(encoded.prompt_lengths[indices], 1)
-    responses = lengths - prompts
-    # A row's weight counts its response tokens, prompt_weight the tokens of its prompt.
-    weighted = float((responses * encoded.weights[indices]).sum())
-    return weighted + prompt_weight * int((prompts - 1).sum()), int(responses.sum())
-
-
-def collate(
-    encoded: EncodedRows, indices: np.ndarray, prompt_weight: float, pad_id: int
-) -> tuple[torch.Tensor, ...]:
-    """Right-padded input_ids and attention_mask (B, T), weights and is_response (B, T - 1)."""
-    starts, lengths = encoded.starts[indices, None], encoded.lengths[indices, None]
-    # Positions from the start of each row; those behind its end are padding.
-    positions = np.arange(lengths.max())
-    real = positions < lengths
-    ids = np.where(real, encoded.tokens[np.where(real, starts + positions, 0)], pad_id)
-    is_response = (real & (positions >= encoded.prompt_lengths[indices, None]))[:, 1:]
-    weights = np.where(is_response, encoded.weights[indices, None], prompt_weight * real[:, 1:])
-    arrays = ids, real.astype(np.int64), weights.astype(np.float32), is_response
-    return tuple(torch.from_numpy(array) for array in arrays)
+def token_weights(row: EncodedRow, prompt_weight: float) -> list[float]:
+    """Return the weights of tokens 1 to T - 1 of a row; the first token is never predicted."""
+    return ([prompt_weight] * len(row.prompt_ids) + [row.weight] * len(row.response_ids))[1:]
 
 
 def memory_efficient_training(
