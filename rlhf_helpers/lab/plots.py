@@ -334,7 +334,6 @@ def learning_curve(
     history: Any,
     *keys: str,
     ylabel: str,
-    xlabel: str = "step",
     smooth: int = 1,
     names: Mapping[str, str] | None = None,
     **options: Any,
@@ -348,7 +347,7 @@ def learning_curve(
     steps = frame.get("step", np.arange(1, len(frame) + 1))
     smoothed = frame[list(keys)].rolling(smooth, min_periods=1).mean()
     lines = {(names or {}).get(key, key): smoothed[key].to_numpy() for key in keys}
-    return line_plot(np.asarray(steps), lines, xlabel=xlabel, ylabel=ylabel, **options)
+    return line_plot(np.asarray(steps), lines, xlabel="step", ylabel=ylabel, **options)
 
 
 def image_html(figure: Figure, *, alt: str) -> str:

@@ -12,19 +12,3 @@ from rlhf_helpers.lab.labeling.payoff import (
     traits,
 )
 from rlhf_helpers.lab.labeling.store import Item, Label, LabelStore
-
-__all__ = [
-    "MIN_LABELS",
-    "Annotator",
-    "Item",
-    "Label",
-    "LabelStore",
-    "decided",
-    "draw_pairs",
-    "follow_taste",
-    "labels_in_use",
-    "learn_taste",
-    "polite_choices",
-    "rate_pairs",
-    "traits",
-]

@@ -142,18 +142,18 @@ class Annotator(Form):
 
     def report(self) -> dict[str, str]:
         """Say how many items this person has labeled and, for pairs, what the labels follow."""
-        mine = [
-            (n, item, self.given[item.key]) for n, item in enumerate(self.items) if item.key in self.given
-        ]
+        mine = {n: self.given[item.key] for n, item in enumerate(self.items) if item.key in self.given}
         lines = {"labeled": f"{len(mine)} of {len(self.items)}"}
-        decided = [(n, item, value) for n, item, value in mine if item.task == "pair" and value in (0, 1)]
+        decided = [
+            (n, value) for n, value in mine.items() if self.items[n].task == "pair" and value in (0, 1)
+        ]
         for name, gaps in self.references.items():
             # Where the judge sees no difference there is nothing to agree with.
-            agree = [(gaps[n] > 0) == (value == 0) for n, _, value in decided if gaps[n] != 0]
+            agree = [(gaps[n] > 0) == (value == 0) for n, value in decided if gaps[n] != 0]
             lines[f"agreement with {name}"] = _share(agree)
         if decided:
-            lines["chose the left answer"] = _share([self.orders[n][0] == value for n, _, value in decided])
-            lengths = [(len(item.answers[value]), len(item.answers[1 - value])) for _, item, value in decided]
+            lines["chose the left answer"] = _share([self.orders[n][0] == value for n, value in decided])
+            lengths = [[len(self.items[n].answers[i]) for i in (value, 1 - value)] for n, value in decided]
             lines["chose the longer answer"] = _share(
                 [mine > other for mine, other in lengths if mine != other]
             )
