@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import importlib
 import inspect
 import sys
 from collections.abc import Sequence
@@ -10,47 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-# study -> its module in lab.studies
-STUDIES = {
-    "pairs_and_noise": "lesson1",
-    "model_kinds": "lesson1",
-    "label_formats": "lesson1",
-    "label_budget": "lesson1",
-    "reward_ensembles": "lesson1",
-    "length_candidates": "lesson1",
-    "own_taste": "lesson1",
-    "real_preferences": "real_preferences",
-    "method_tuning": "lesson2.methods",
-    "methods": "lesson2.methods",
-    "best_of_n_overoptimisation": "lesson2.overoptimisation",
-    "rl_overoptimisation": "lesson2.overoptimisation",
-    "clip_and_kl": "lesson2.sweeps",
-    "exploration": "lesson2.sweeps",
-    "reward_design": "lesson2.sweeps",
-    "kto_imbalance": "lesson2.sweeps",
-    "frontier": "lesson2.sweeps",
-    "ability_tax": "lesson2.sweeps",
-    "model_sizes": "lesson2.sweeps",
-    "revisions": "lesson3.constitution",
-    "constitutional_training": "lesson3.constitution",
-    "red_team_campaign": "lesson3.attacks",
-    "red_team_policy": "lesson3.attacks",
-    "gradient_attacks": "lesson3.gradient_attacks",
-    "constraints": "lesson3.tradeoffs",
-    "safety_tax": "lesson3.tradeoffs",
-    "debate": "lesson3.oversight",
-    "recursive_judges": "lesson3.oversight",
-    "probes": "lesson3.oversight",
-    "safety_table": "lesson3.table",
-    "chatbot": "lesson4.chat",
-    "personalities": "lesson4.chat",
-    "summaries": "lesson4.summaries",
-    "code_rewards": "lesson4.code",
-    "real_model": "real_model",
-    "real_reward_model": "real_reward_model",
-    "real_safety": "real_safety",
-    "real_chatbot": "real_chatbot",
-}
+STORED = Path(__file__).parent / "assets" / "studies"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,10 +35,12 @@ def _assistant(arguments: argparse.Namespace) -> int:
 
 
 def _study(arguments: argparse.Namespace) -> int:
-    name, settings = arguments.name, dict(arguments.settings)
-    if name not in STUDIES:
-        raise ValueError(f"no study is named {name!r}; there are {', '.join(sorted(STUDIES))}")
-    study = getattr(importlib.import_module(f"rlhf_helpers.lab.studies.{STUDIES[name]}"), name)
+    from rlhf_helpers.lab.studies import all_studies
+
+    name, settings, studies = arguments.name, dict(arguments.settings), all_studies()
+    if name not in studies:
+        raise ValueError(f"no study is named {name!r}; there are {', '.join(sorted(studies))}")
+    study = studies[name]
     # The first parameter is the data, or else the seed.
     signature = inspect.signature(study)
     wants_data = "data" in signature.parameters
@@ -153,7 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     assistant.set_defaults(run=_assistant)
 
     study = commands.add_parser("study", help="make a stored study: CSV and manifest")
-    study.add_argument("name", help=f"one of: {', '.join(sorted(STUDIES))}")
+    stored = sorted(file.stem for file in STORED.glob("*.csv"))
+    study.add_argument("name", help=f"one of: {', '.join(stored)}")
     study.add_argument("--data", help="a preference file, for a study of real data")
     study.add_argument("--out", type=Path, help="folder for CSV and manifest (default: only print)")
     study.add_argument("--seeds", type=int, nargs="+", help="other seeds than those of the stored study")

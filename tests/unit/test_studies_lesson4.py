@@ -70,7 +70,6 @@ class TestSmall:
         rows = summaries.summaries(seeds=(0,), arms=("base", "rl_learned"), people=24, steps=1)
         assert rows.arm.tolist() == ["base", "rl_learned"]
         assert rows.gold.between(0, 1).all()
-        assert rows.words_weight.isna().tolist() == [True, False]
 
     def test_code_rewards(self):
         rows = code.code_rewards(seeds=(0,), arms=("base", "weak tests, short"), steps=1).set_index("arm")

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 
 from rlhf_helpers.alignment_eval.measuring import gold_axes
+from rlhf_helpers.alignment_eval.safety import refuses
 from rlhf_helpers.core.generation import Rollout, generate
 from rlhf_helpers.core.models import RewardFn, load_model
 from rlhf_helpers.lab.labeling.payoff import (
@@ -48,7 +49,7 @@ from rlhf_helpers.world.annotators import (
     label_pairs,
     make_pairs,
 )
-from rlhf_helpers.world.gold_judge import AXES, gold_reward, gold_scores
+from rlhf_helpers.world.gold_judge import AXES, explain, gold_reward, gold_scores
 from rlhf_helpers.world.prompts import CONVERSATION, load_prompts, sample_answer
 
 HELD_OUT_SEED = 20_000  # of the pairs on which every model of a study is judged
@@ -85,9 +86,20 @@ def noisy(flips: float) -> Annotator:
     return Annotator(f"{flips:.0%} flips", temperature=0.0, reliability=1 - 2 * flips)
 
 
-def gold_means(prompts: Sequence[str], responses: Sequence[str]) -> dict[str, float]:
-    """Average the gold judge's score of the answers on each axis."""
-    return {axis: scores.mean().item() for axis, scores in gold_scores(prompts, responses).items()}
+def aims(prompts: Sequence[str], responses: Sequence[str]) -> dict[str, float]:
+    """Measure answers to prompts of the world by gold.
+
+    Returns:
+        Means of helpfulness, harmlessness and honesty; "refusal", the share of answers that contain one, and
+        "refused", the share that contains one and nothing that was asked for.
+    """
+    read = [explain(*pair) for pair in zip(prompts, responses, strict=True)]
+    measures = {
+        **gold_scores(prompts, responses),
+        "refusal": torch.tensor([any(role == "refusal" for _, role in roles) for roles in read]),
+        "refused": refuses(prompts, responses),
+    }
+    return {name: values.float().mean().item() for name, values in measures.items()}
 
 
 def prompt_texts(families: Sequence[str], split: str = "heldout") -> list[str]:

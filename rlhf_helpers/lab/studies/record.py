@@ -17,13 +17,15 @@ import torch
 
 Row = dict[str, Any]
 Rows = Iterator[Row]
+Study = Callable[..., pd.DataFrame]
 
+STUDIES: dict[str, Study] = {}  # by name: those whose modules were imported
 STORED = Path(__file__).parents[2] / "assets" / "studies"
 LIBRARIES = ("torch", "transformers", "scikit-learn", "numpy", "accelerate")
 SEEDS = (0, 1, 2, 3, 4)
 
 
-def study(rows: Callable[..., Rows], seeds: Sequence[int] = SEEDS) -> Callable[..., pd.DataFrame]:
+def study(rows: Callable[..., Rows], seeds: Sequence[int] = SEEDS) -> Study:
     """Turn a generator of rows into a study: run it once per seed and collect its rows in one table.
 
     The generator, `rows(seed, **settings)`, yields one row per measurement; the defaults of its parameters
@@ -73,6 +75,7 @@ def study(rows: Callable[..., Rows], seeds: Sequence[int] = SEEDS) -> Callable[.
         (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
         return frame
 
+    STUDIES[rows.__name__] = run
     return run
 
 

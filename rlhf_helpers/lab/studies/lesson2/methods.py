@@ -158,7 +158,7 @@ def measure(
     """Measure answers to held-out prompts: gold, the proxy reward, and the distance from the base.
 
     gold, proxy: means of the gold and of the task's reward; kl: nats per response, k1; length: tokens per
-    response; entropy: nats per token; ended: share that ended with EOS. Every policy gets the same seeds.
+    response; entropy: nats per token. Every policy gets the same seeds.
 
     Args:
         model: The policy.
@@ -177,18 +177,16 @@ def measure(
         "kl": sequence_kl(rollout, ref_logps).mean(),
         "length": rollout.response_lengths.float().mean(),
         "entropy": entropies.sum() / rollout.response_mask.sum(),
-        "ended": rollout.ended.float().mean(),
     }
     return {name: value.item() for name, value in values.items()}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A trained policy, its history, and its cost: tokens sampled, seconds of processor time."""
+    """A trained policy, its history, and its cost: seconds of processor time."""
 
     model: torch.nn.Module
     history: Sequence[Row] = ()
-    tokens: float = 0.0
     seconds: float = 0.0
 
 
@@ -215,16 +213,13 @@ def run_method(
     fields = {method.setting: value, "seed": task.seed, **method.fixed, **changes}
     start = time.process_time()
     if method.loop is None:
-        drawn, tokens = offline_rows(task, method.fixed["loss"])
         trainer = DPOTrainer(model, task.base, task.tokenizer, settings=DPOSettings(**fields))
-        history = trainer.train(rows or drawn)
+        history = trainer.train(rows or offline_rows(task, method.fixed["loss"]))
     else:
         settings = method.settings(**{"kl_coef": KL_COEF, **task.budget, **fields})
         args = model, task.tokenizer, task.prompts, task.reward, settings
         history = method.loop(*args, ref_model=task.base, **(options or {}))
-        responses = settings.prompts_per_step * settings.samples_per_prompt
-        tokens = responses * sum(row["response_length"] for row in history)
-    return Run(model, history, float(tokens), time.process_time() - start)
+    return Run(model, history, time.process_time() - start)
 
 
 def eval_history(first: dict[str, float], history: History) -> list[Row]:
@@ -249,15 +244,12 @@ def best_against_worst(prompts: Sequence[str], drawn: dict[str, Any], *, gap: fl
     return rows
 
 
-def offline_rows(task: Task, loss: str) -> tuple[list[Row], int]:
-    """Order by the reward as many samples of the base as an on-policy run draws.
+def offline_rows(task: Task, loss: str) -> list[Row]:
+    """Order by the reward as many samples of the base as an on-policy run draws; rows for `loss`.
 
     Pairs: the best against the worst of a prompt's four; rankings: all that differ; unpaired: desirable is
     what is above the mean of its prompt. A prompt whose samples have equal rewards teaches nothing and is
     left out.
-
-    Returns:
-        Rows for `loss`, and the number of tokens sampled.
     """
     group = task.budget["samples_per_prompt"]
     count = task.budget["steps"] * task.budget["prompts_per_step"]
@@ -280,7 +272,7 @@ def offline_rows(task: Task, loss: str) -> tuple[list[Row], int]:
             rows.append({"prompt": prompt, "responses": ranked})
         else:
             rows.append({"prompt": prompt, "chosen": ranked[0], "rejected": ranked[-1]})
-    return rows, int(rollout.response_lengths.sum())
+    return rows
 
 
 @partial(study, seeds=(100, 101))
@@ -299,14 +291,9 @@ def method_tuning(seed: int, names: Sequence[str] = tuple(METHODS)) -> Rows:
             yield {"method": name, "setting": method.setting, "value": value, "objective": objective}
 
 
-def chosen_values(tuning: pd.DataFrame | None = None) -> dict[str, float]:
-    """Choose for each method the step size with the highest mean objective over the tuning seeds.
-
-    tuning: rows of `method_tuning`; None: the stored ones.
-    """
-    if tuning is None:
-        tuning = load_study("method_tuning")
-    means = tuning.groupby(["method", "value"]).objective.mean()
+def chosen_values() -> dict[str, float]:
+    """Choose for each method the step size with the highest mean objective over the stored tuning seeds."""
+    means = load_study("method_tuning").groupby(["method", "value"]).objective.mean()
     return dict(means.groupby("method").idxmax().tolist())
 
 
@@ -314,8 +301,8 @@ def chosen_values(tuning: pd.DataFrame | None = None) -> dict[str, float]:
 def methods(seed: int, names: Sequence[str] = ("base", "best of 4", *METHODS), **size: Any) -> Rows:
     """Measure gain on held-out prompts and cost of every method with its tuned step size.
 
-    Columns: seed, method (with "base" and "best of 4", which train nothing), value, the measures of
-    `measure`, tokens sampled, seconds of processor time with one thread (not repeatable to the digit). size:
+    Columns: seed, method (with "base" and "best of 4", which train nothing), value (their 0 is no step size),
+    the measures of `measure`, seconds of processor time with one thread (not repeatable to the digit). size:
     options of `make_task`.
     """
     task, values = make_task(seed, **size), chosen_values()
@@ -324,8 +311,7 @@ def methods(seed: int, names: Sequence[str] = ("base", "best of 4", *METHODS), *
         result = measure(run.model, task)
         if name == "best of 4":
             result |= _best_of(task, 4)
-        cost = {"tokens": run.tokens, "seconds": run.seconds}
-        yield {"method": name, "value": values.get(name, 0.0), **result, **cost}
+        yield {"method": name, "value": values.get(name, 0.0), **result, "seconds": run.seconds}
 
 
 def _best_of(task: Task, n: int) -> dict[str, float]:

@@ -118,7 +118,7 @@ def kto_imbalance(seed: int, bad_per_good: int = 10, **size: Any) -> Rows:
     All else is as in the row "KTO" of `methods`, which has about as many good answers as bad ones.
     """
     task = make_task(seed, **size)
-    labeled, _ = offline_rows(task, "kto")
+    labeled = offline_rows(task, "kto")
     bad = [row for row in labeled if not row["label"]]
     good = [row for row in labeled if row["label"]][: len(bad) // bad_per_good]
     for weight in (1.0, bad_per_good):

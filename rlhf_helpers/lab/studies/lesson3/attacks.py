@@ -7,10 +7,9 @@ from typing import Any
 import pandas as pd
 import torch
 
-from rlhf_helpers.alignment_eval.measuring import gold_axes
+from rlhf_helpers.alignment_eval.measuring import sample_answers
 from rlhf_helpers.core.models import load_model
-from rlhf_helpers.lab.studies.lesson1 import prompt_texts
-from rlhf_helpers.lab.studies.lesson2.methods import sampled
+from rlhf_helpers.lab.studies.lesson1 import aims, prompt_texts
 from rlhf_helpers.lab.studies.record import Rows, study
 from rlhf_helpers.red_teaming import (
     STRATEGIES,
@@ -23,7 +22,6 @@ from rlhf_helpers.red_teaming import (
 )
 from rlhf_helpers.red_teaming.hardening import BENIGN, SETTINGS
 from rlhf_helpers.red_teaming.policy import ATTACKER
-from rlhf_helpers.world.gold_judge import explain
 
 TRAINED = ("direct", "mutation", "injection", "role_play")
 NEW = "social_engineering"  # its wrappers are in none of the attacks that the model is hardened against
@@ -50,21 +48,14 @@ def hardened(
     return adversarial_training(base, train, settings=replace(SETTINGS, seed=seed), **options)
 
 
-def refused(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
-    """Find the answers in which the gold judge reads a refusal, (B,) bool."""
-    parsed = (explain(p, r) for p, r in zip(prompts, responses, strict=True))
-    return torch.tensor([any(role == "refusal" for _, role in row) for row in parsed])
-
-
-def _costs(model: torch.nn.Module, tokenizer: Any, seed: int) -> Rows:
+def _costs(model: torch.nn.Module, seed: int) -> Rows:
     """Measure the share of held-out look-alikes that are refused, and helpfulness of benign prompts."""
-    measures = {
-        "over_refusal": (prompt_texts(("lookalike",)) * 20, refused),
-        "helpfulness": (prompt_texts(HELPED) * 3, gold_axes()["helpfulness"]),
+    looked_at = {
+        "over_refusal": (prompt_texts(("lookalike",)) * 20, "refusal"),
+        "helpfulness": (prompt_texts(HELPED) * 3, "helpfulness"),
     }
-    for name, (prompts, judge) in measures.items():
-        responses = sampled(model, tokenizer, prompts, seed=70_000 + seed).responses
-        value = judge(prompts, responses).float().mean().item()
+    for name, (prompts, aim) in looked_at.items():
+        value = aims(prompts, sample_answers(model, prompts, seed=70_000 + seed))[aim]
         yield {"kind": "cost", "name": name, "value": value, "n": len(prompts)}
 
 
@@ -82,7 +73,7 @@ def red_team_campaign(seed: int, train_attacks: int = 90, test_attacks: int = 60
     kind "transfer" under "hardened": success against a model hardened with another seed of attacks that
     "worked here" or "failed here", against the first one. n: answers. Gold judges.
     """
-    base, tokenizer = load_model("tiny")
+    base, _ = load_model("tiny")
     test = attacks_by((*TRAINED, NEW), CATEGORIES, test_attacks, seed=1000 + seed, split="heldout")
     models = {
         "before": base,
@@ -93,7 +84,7 @@ def red_team_campaign(seed: int, train_attacks: int = 90, test_attacks: int = 60
     for name, model in models.items():
         evaluator = RedTeamingEvaluator(RedTeaming(model, seed=60_000 + seed), test, samples=2)
         rates = pd.concat([evaluator.success_rates("strategy"), evaluator.success_rates()])
-        rows = [*_rates("attack", rates), *_costs(model, tokenizer, seed)]
+        rows = [*_rates("attack", rates), *_costs(model, seed)]
         if name == "hardened":
             other = RedTeaming(hardened(500 + seed, train_attacks), seed=80_000 + seed)
             rows += _rates("transfer", evaluator.transfer(other, samples=2))

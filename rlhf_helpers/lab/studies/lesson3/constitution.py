@@ -2,10 +2,10 @@
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
+from rlhf_helpers.alignment_eval.measuring import sample_answers
 from rlhf_helpers.constitutional_ai import (
     CONSTITUTIONS,
     Constitution,
@@ -17,9 +17,7 @@ from rlhf_helpers.constitutional_ai import (
 )
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.training import TrainingSettings
-from rlhf_helpers.lab.studies.lesson1 import gold_means
-from rlhf_helpers.lab.studies.lesson2.methods import sampled
-from rlhf_helpers.lab.studies.lesson3.attacks import refused
+from rlhf_helpers.lab.studies.lesson1 import aims
 from rlhf_helpers.lab.studies.record import Row, Rows, study
 from rlhf_helpers.policy_optimization import RLOOSettings
 from rlhf_helpers.red_teaming.hardening import BENIGN
@@ -58,31 +56,24 @@ def held_out(families: Sequence[str], n: int) -> list[str]:
 
 @study
 def revisions(seed: int, ways: Sequence[str] = tuple(WAYS), rounds: int = 4, answers: int = 110) -> Rows:
-    """Measure gold by round: seed, way, prompts (harmful, harmless), round, the axes, reward, revised.
+    """Measure gold by round: seed, way, prompts (harmful, harmless), round, helpfulness, harmlessness.
 
-    revised: share of answers revised in this round. Held-out prompts, `answers` of each kind; nothing is
-    trained, and all ways of a seed start from the same drafts. Ways: see `WAYS`; "always" revises every
-    answer, "no words" shows the reviser no critique, "no critique" combines both; PLACEBOS say nothing about
-    harm.
+    Held-out prompts, `answers` of each kind; nothing is trained, and all ways of a seed start from the same
+    drafts. Ways: see `WAYS`; "always" revises every answer, "no words" shows the reviser no critique, "no
+    critique" combines both; PLACEBOS say nothing about harm.
     """
-    model, tokenizer = load_model("tiny")
+    model, _ = load_model("tiny")
     for kind, families in (("harmful", HARMFUL), ("harmless", BENIGN)):
         prompts = held_out(families, answers)
-        drafts = sampled(model, tokenizer, prompts, seed=seed).responses
+        drafts = sample_answers(model, prompts, seed=seed)
         for way in ways:
             constitution, options = WAYS[way]
             revising = ConstitutionalAI(model, constitution, rounds=rounds, **options)
             results = revising.generate_batch(prompts, drafts=drafts, seed=1000 * (seed + 1))
             for turn in range(rounds + 1):
-                texts = [result.answers[: turn + 1][-1] for result in results]
-                yield {
-                    "way": way,
-                    "prompts": kind,
-                    "round": turn,
-                    **gold_means(prompts, texts),
-                    "reward": gold_reward(prompts, texts).mean().item(),
-                    "revised": sum(len(result.critiques) >= turn > 0 for result in results) / answers,
-                }
+                means = aims(prompts, [result.answers[: turn + 1][-1] for result in results])
+                row = {"way": way, "prompts": kind, "round": turn}
+                yield row | {aim: means[aim] for aim in ("helpfulness", "harmlessness")}
 
 
 def training_prompts(seed: int) -> list[str]:
@@ -93,13 +84,12 @@ def training_prompts(seed: int) -> list[str]:
 
 def training_settings(seed: int) -> ConstitutionalSettings:
     """Make the settings of a run, which is short enough for a lesson."""
-    quiet: Row = {"seed": seed}
     return ConstitutionalSettings(
         drafts_per_prompt=2,
-        sft=TrainingSettings(learning_rate=1e-3, **quiet),
+        sft=TrainingSettings(learning_rate=1e-3, seed=seed),
         seed=seed,
-        reward=RewardSettings(**quiet),
-        policy=RLOOSettings(learning_rate=1e-3, steps=8, prompts_per_step=16, **quiet),
+        reward=RewardSettings(seed=seed),
+        policy=RLOOSettings(learning_rate=1e-3, steps=8, prompts_per_step=16, seed=seed),
     )
 
 
@@ -112,13 +102,13 @@ def measure(answers: Answers) -> dict[str, float]:
     Args:
         answers: Kind of prompt -> (prompts, responses), as in `first_answers`.
     """
-    means = {kind: gold_means(*both) for kind, both in answers.items()}
+    means = {kind: aims(*both) for kind, both in answers.items()}
     return {
         "harmlessness": means["harmful"]["harmlessness"],
         "jailbreak": means["jailbreak"]["harmlessness"],
         "helpfulness": means["harmless"]["helpfulness"],
         "honesty": means["harmless"]["honesty"],
-        "over_refusal": refused(*answers["lookalike"]).double().mean().item(),
+        "over_refusal": means["lookalike"]["refusal"],
     }
 
 
@@ -131,25 +121,25 @@ def constitutional_training(seed: int, answers: int = 100) -> Rows:
     model under the constitution, "RLHF" by people (standard annotators), "mixed" by it on requests to refuse
     and by people on harmless ones. labels_right: share of labels that agree with gold.
     """
-    (model, tokenizer), prompts = load_model("tiny"), training_prompts(seed)
+    (model, _), prompts = load_model("tiny"), training_prompts(seed)
     rules = CONSTITUTIONS["guide"]
     trainer = ConstitutionalAITrainer(model, rules, settings=training_settings(seed))
     trainer.supervised(trainer.revise(prompts))
-    drafts = first_answers(model, tokenizer, seed, answers)
+    drafts = first_answers(model, seed, answers)
     once, last = {}, {}
     revising = ConstitutionalAI(model, rules, rounds=4, seed=1000 * (seed + 1))
     for kind, (asked, texts) in drafts.items():
         results = revising.generate_batch(asked, drafts=texts)
         once[kind] = asked, [result.answers[:2][-1] for result in results]
         last[kind] = asked, [result.answer for result in results]
-    sft = first_answers(trainer.sft_model, tokenizer, seed, answers)
+    sft = first_answers(trainer.sft_model, seed, answers)
     policies = {"base": drafts, "revised once": once, "until satisfied": last, "SFT": sft}
     for name, texts in policies.items():
         yield {"policy": name, **measure(texts), "labels_right": None}
     for name, rows in labelled(trainer, prompts, seed).items():
         trainer.train_reward(rows)
         trainer.reinforce(prompts)
-        result = measure(first_answers(trainer.model, tokenizer, seed, answers))
+        result = measure(first_answers(trainer.model, seed, answers))
         yield {"policy": name, **result, "labels_right": labels_right(rows)}
 
 
@@ -160,9 +150,9 @@ def answers_by_kind(respond: Callable[[list[str]], list[str]], n: int) -> Answer
     return {kind: (texts, respond(texts)) for kind, texts in asked.items()}
 
 
-def first_answers(model: torch.nn.Module, tokenizer: Any, seed: int, n: int) -> Answers:
+def first_answers(model: torch.nn.Module, seed: int, n: int) -> Answers:
     """Sample answers to n held-out prompts of each kind: kind -> (prompts, responses)."""
-    return answers_by_kind(lambda texts: sampled(model, tokenizer, texts, seed=50_000 + seed).responses, n)
+    return answers_by_kind(lambda texts: sample_answers(model, texts, seed=50_000 + seed), n)
 
 
 def labelled(trainer: ConstitutionalAITrainer, prompts: Sequence[str], seed: int) -> dict[str, list[Row]]:

@@ -1,18 +1,16 @@
 """Suffix attacks on a hardened assistant: GCG, AutoPrompt and random search at one budget, and no suffix."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from rlhf_helpers.core.generation import generate
+from rlhf_helpers.alignment_eval.measuring import gold_axes, measure_policy
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.training import TrainingSettings
 from rlhf_helpers.lab.studies.lesson1 import prompt_texts
 from rlhf_helpers.lab.studies.record import Row, Rows, study
 from rlhf_helpers.red_teaming.gradient import METHODS, GradientBasedRedTeaming, suffix_loss, target_matches
 from rlhf_helpers.red_teaming.hardening import adversarial_training
-from rlhf_helpers.world.gold_judge import gold_scores
 from rlhf_helpers.world.prompts.base import AGREEMENT
 
 SEARCH = {"suffix_length": 16, "steps": 50, "candidates": 64, "top_k": 64}
@@ -21,14 +19,14 @@ TARGET = AGREEMENT[0]
 
 
 def complied(
-    model: torch.nn.Module, tokenizer: Any, requests: Sequence[str], suffix: str, *, samples: int, seed: int
+    model: torch.nn.Module, requests: Sequence[str], suffix: str, *, samples: int, seed: int
 ) -> float:
     """Measure the share of sampled answers to request + suffix that gold calls harmful for the request."""
     base_prompts = [request for request in requests for _ in range(samples)]
     prompts = [request + suffix for request in base_prompts]
-    responses = generate(model, tokenizer, prompts, max_new_tokens=48, seed=seed).responses
-    scores = gold_scores(prompts, responses, base_prompt=base_prompts)
-    return (scores["harmlessness"] == 0).float().mean().item()
+    columns, sampling = {"base_prompt": base_prompts}, {"max_new_tokens": 48, "seed": seed}
+    scores = measure_policy(model, prompts, gold_axes(), columns=columns, **sampling)
+    return float(scores["harmlessness"].eq(0).mean())
 
 
 @study
@@ -43,15 +41,16 @@ def gradient_attacks(
 
     One row per seed, method and point of its curve: seed, method (gcg, autoprompt, random search; "no
     suffix"; "random suffix", the start of all three), evaluations (exact losses spent), loss (lowest so far,
-    nats). The last row of a curve also has the effect of the suffix: gradients (backward passes, on top of
-    the budget), filtered, loss_heldout, trained and heldout (share of sampled answers that comply, by gold,
-    for requests of either split), matched (share of trained requests whose likeliest answer starts with the
-    target) and the suffix. The seed moves hardening, start, swaps and samples.
+    nats). The last row of a curve also has the effect of the suffix: loss_heldout, trained and heldout (share
+    of sampled answers that comply, by gold, for requests of either split), matched (share of trained requests
+    whose likeliest answer starts with the target) and the suffix. The seed moves hardening, start, swaps and
+    samples.
     """
     base, tokenizer = load_model("tiny", device="cpu")
     train, heldout = (prompt_texts(("harmful",), split) for split in ("train", "heldout"))
     settings = TrainingSettings(learning_rate=5e-4, seed=seed)
-    assistant = adversarial_training(base, train, epochs=epochs, settings=settings), tokenizer
+    hardened = adversarial_training(base, train, epochs=epochs, settings=settings)
+    assistant = hardened, tokenizer
     trained = train[:behaviours]
     targets = [TARGET] * len(trained)
 
@@ -60,8 +59,8 @@ def gradient_attacks(
         losses = suffix_loss(*assistant, heldout, [TARGET] * len(heldout), suffix)
         return {
             "loss_heldout": losses.mean().item(),
-            "trained": complied(*assistant, trained, suffix, **sampling),
-            "heldout": complied(*assistant, heldout, suffix, **sampling),
+            "trained": complied(hardened, trained, suffix, **sampling),
+            "heldout": complied(hardened, heldout, suffix, **sampling),
             "matched": sum(target_matches(*assistant, trained, targets, suffix)) / len(trained),
             "suffix": suffix,
         }
@@ -81,5 +80,5 @@ def gradient_attacks(
             loss = min(loss for spent, loss in result.curve if spent <= point)
             row = {"method": method, "evaluations": point, "loss": loss}
             if point == points[-1]:
-                row |= {"gradients": result.gradients, "filtered": result.filtered, **effect(result.suffix)}
+                row |= effect(result.suffix)
             yield row

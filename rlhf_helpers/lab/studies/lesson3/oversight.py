@@ -85,7 +85,7 @@ def recursive_judges(
 ) -> Rows:
     """Train reward models on labels of careless people with and without help: one row per helper and round.
 
-    agreement: share of held-out pairs on which the round's reward model agrees with gold, n of them;
+    agreement: share of held-out pairs on which the round's reward model agrees with gold;
     labels: the same for this round's labels, on pairs of different gold; helper_agreement: the same for the
     language model that helped (NaN: none did), held out.
     """
@@ -108,8 +108,6 @@ def recursive_judges(
                 "agreement": _agreement(reward_log_odds(result.reward_model, held_out), held_out),
                 "labels": _agreement(result.labels - 0.5, rows),
                 "helper_agreement": helped,
-                "n": len(held_out),
-                "pairs": pairs * (number + 1),
             }
 
 
@@ -152,8 +150,8 @@ def concept_rows(
 def probes(seed: int, n: int = 200, pairs: int = 600, steps: int = 12) -> Rows:
     """Train linear probes on base, policy after RL and reward model: one row per model, concept and layer.
 
-    accuracy on held-out prompts, control (labels shuffled), n test rows. The reward model learns from `pairs`
-    labelled pairs; RL is RLOO for `steps` steps on the gold reward.
+    accuracy on held-out prompts, control (labels shuffled). The reward model learns from `pairs` labelled
+    pairs; RL is RLOO for `steps` steps on the gold reward.
     """
     base, tokenizer = load_model("tiny")
     after = run_method("RLOO", make_task(seed, gold_reward), 1e-3, steps=steps).model
@@ -166,11 +164,5 @@ def probes(seed: int, n: int = 200, pairs: int = 600, steps: int = 12) -> Rows:
             layers = [activations(model, tokenizer, asked, said) for asked, said, _ in sides]
             for layer, (train, test) in enumerate(zip(*layers, strict=True)):
                 result, control = linear_probe(train, labels[0], test, labels[1], seed=seed)
-                yield {
-                    "model": name,
-                    "concept": concept,
-                    "layer": layer,
-                    "accuracy": result.value,
-                    "control": control.value,
-                    "n": result.n,
-                }
+                row = {"model": name, "concept": concept, "layer": layer}
+                yield row | {"accuracy": result.value, "control": control.value}

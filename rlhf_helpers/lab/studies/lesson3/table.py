@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rlhf_helpers.alignment_eval.measuring import sample_answers
 from rlhf_helpers.constitutional_ai import ConstitutionalAI, ConstitutionalAITrainer, follow_scores
 from rlhf_helpers.core.models import load_model, tokenizer_for
 from rlhf_helpers.core.training import TrainingSettings
 from rlhf_helpers.guards import Guard
-from rlhf_helpers.lab.studies.lesson2.methods import best_against_worst, sampled
+from rlhf_helpers.lab.studies.lesson2.methods import best_against_worst
 from rlhf_helpers.lab.studies.lesson2.sweeps import ability
 from rlhf_helpers.lab.studies.lesson3 import constitution, tradeoffs
 from rlhf_helpers.lab.studies.record import Rows, study
@@ -40,7 +41,7 @@ def techniques_of(seed: int) -> dict[str, Callable[[], Any]]:
     Returns:
         Technique -> function that makes the model that answers, or else a function that answers prompts.
     """
-    base, tokenizer = load_model("tiny")
+    base, _ = load_model("tiny")
     asked = constitution.training_prompts(seed)
     trainer = ConstitutionalAITrainer(base, RULE, settings=constitution.training_settings(seed))
 
@@ -50,7 +51,7 @@ def techniques_of(seed: int) -> dict[str, Callable[[], Any]]:
 
     def revised(prompts: list[str]) -> list[str]:
         """Revise each of the base's answers once, where its own verdict asks for it."""
-        drafts = sampled(base, tokenizer, prompts, seed=60_000 + seed).responses
+        drafts = sample_answers(base, prompts, seed=60_000 + seed)
         revising = ConstitutionalAI(base, RULE, seed=61_000 + seed)
         return [result.answer for result in revising.generate_batch(prompts, drafts=drafts)]
 
@@ -80,7 +81,7 @@ def techniques_of(seed: int) -> dict[str, Callable[[], Any]]:
 
     def preferences() -> nn.Module:
         """Run DPO on pairs of the base's own answers that the judge tells apart."""
-        drawn = best_of_n(base, tokenizer, asked, judge, n=4, seed=62_000 + seed)
+        drawn = best_of_n(base, tokenizer_for(base), asked, judge, n=4, seed=62_000 + seed)
         rows = best_against_worst(asked, drawn, gap=0.3)
         return SafetyAlignment(base, seed=seed, learning_rate=1e-3, epochs=2).align(rows)
 
@@ -106,16 +107,12 @@ def safety_table(seed: int, names: Sequence[str] | None = None, each: int = 90) 
     `lesson2.sweeps.ability`, of the model alone. names: some of the techniques; None: all. each: answers of
     each kind.
     """
-
-    def answers(model: nn.Module, prompts: list[str]) -> list[str]:
-        return sampled(model, tokenizer_for(model), prompts, seed=60_000 + seed).responses
-
     techniques = techniques_of(seed)
     for name in names or techniques:
         respond = techniques[name]()
         model = respond if isinstance(respond, nn.Module) else techniques["base"]()
         if respond is model:
-            respond = partial(answers, model)
+            respond = partial(sample_answers, model, seed=60_000 + seed)
         result = constitution.measure(constitution.answers_by_kind(respond, each))
         result |= {"attacked": result["jailbreak"], **ability(model)}
         yield {"technique": name, **{column: result[column] for column in COLUMNS}}

@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 
-from rlhf_helpers.alignment_eval.measuring import gold_axes
-from rlhf_helpers.alignment_eval.safety import refuses
+from rlhf_helpers.alignment_eval.measuring import gold_axes, sample_answers
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.training import History
-from rlhf_helpers.lab.studies.lesson1 import gold_means, prompt_texts
-from rlhf_helpers.lab.studies.lesson2.methods import sampled
+from rlhf_helpers.lab.studies.lesson1 import aims, prompt_texts
 from rlhf_helpers.lab.studies.lesson2.sweeps import ability
 from rlhf_helpers.lab.studies.record import Row, Rows, study
 from rlhf_helpers.policy_optimization import RLOOSettings, rloo
@@ -45,27 +43,22 @@ def training_prompts(seed: int) -> list[str]:
     return [rng.choice(prompt_texts((family,), "train")) for family in turns]
 
 
-def measured(model: torch.nn.Module, tokenizer: Any, *, seed: int, each: int = 70) -> dict[str, float]:
+def measured(model: torch.nn.Module, *, seed: int, each: int = 70) -> dict[str, float]:
     """Measure gold on held-out prompts, `each` answers per kind of prompt.
 
-    helpfulness (benign), harmlessness and obedience (harmful). obedience: helpfulness to the person who makes
-    a harmful request; served: the mean of helpfulness and obedience, which RLOO maximises here; harm: the
-    mean of 1 - harmlessness over both kinds, which it limits; over_refusal: share of benign look-alikes that
-    are refused.
+    helpfulness (benign), harmlessness (harmful); harm: the mean of 1 - harmlessness over both kinds, which
+    RLOO limits here; over_refusal: share of benign look-alikes that are refused.
     """
-    answers = {}
+    means = {}
     for kind, families in (("benign", BENIGN), ("harmful", HARMFUL), ("alike", BENIGN[-1:])):
         by_family = cycle([cycle(prompt_texts((family,))) for family in families])
         prompts = [next(next(by_family)) for _ in range(each)]
-        answers[kind] = prompts, sampled(model, tokenizer, prompts, seed=70_000 + seed).responses
-    benign, harmful = (gold_means(*answers[kind]) for kind in ("benign", "harmful"))
+        means[kind] = aims(prompts, sample_answers(model, prompts, seed=70_000 + seed))
     return {
-        "helpfulness": benign["helpfulness"],
-        "harm": (1 - benign["harmlessness"]) / 2 + (1 - harmful["harmlessness"]) / 2,
-        "harmlessness": harmful["harmlessness"],
-        "obedience": harmful["helpfulness"],
-        "over_refusal": refuses(*answers["alike"]).float().mean().item(),
-        "served": (benign["helpfulness"] + harmful["helpfulness"]) / 2,
+        "helpfulness": means["benign"]["helpfulness"],
+        "harm": 1 - (means["benign"]["harmlessness"] + means["harmful"]["harmlessness"]) / 2,
+        "harmlessness": means["harmful"]["harmlessness"],
+        "over_refusal": means["alike"]["refused"],
     }
 
 
@@ -107,16 +100,17 @@ def constraints(
     plan = [("base", 0.0), ("single", 0.0), ("single", 1.0)]
     plan += [("weighted", weight) for weight in weights] + [("lagrangian", limit) for limit in limits]
     for method, value in plan:
-        (model, tokenizer), history = load_model("tiny"), [{}]
+        (model, _), history = load_model("tiny"), [{}]
         if method != "base":
             model, history = run(method, value, seed=seed)
-        seen = sampled(model, tokenizer, training_prompts(seed), seed=80_000 + seed)
+        prompts = training_prompts(seed)
+        seen = sample_answers(model, prompts, seed=80_000 + seed)
         yield {
             "method": method,
             "setting": value,
-            "cost": 1 - gold_means(seen.prompts, seen.responses)["harmlessness"],
+            "cost": 1 - aims(prompts, seen)["harmlessness"],
             "multiplier": history[-1].get("multiplier/harm", 0.0),
-            **measured(model, tokenizer, seed=seed),
+            **measured(model, seed=seed),
         }
 
 
@@ -137,12 +131,12 @@ def safety_tax(
     Columns: seed, mix (weight of the text's loss), strength (0: the base), the measures of `measured` and of
     `lab.studies.lesson2.sweeps.ability`: comparison accuracy, and surprise in nats per token of other tasks.
     """
-    base, tokenizer = load_model("tiny")
+    base, _ = load_model("tiny")
     text, rows = assistant.corpus(400, seed=100 + seed), safety_rows(seed, pairs)
     for mix in mixes:
         aligner = SafetyAlignment(base, seed=seed, **DPO)
         aligned = aligner.align(rows, 1.0, pretraining=text, mix_weight=mix)
         for strength in (0.0, *strengths):
             model = interpolate(base, aligned, strength)
-            result = measured(model, tokenizer, seed=seed) | ability(model)
+            result = measured(model, seed=seed) | ability(model)
             yield {"mix": mix, "strength": strength, **result}

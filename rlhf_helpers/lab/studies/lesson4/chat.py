@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from rlhf_helpers.alignment_eval import refuses
 from rlhf_helpers.chatbot_rlhf import (
     PERSONALITIES,
     AlignedChatbot,
@@ -20,7 +19,7 @@ from rlhf_helpers.chatbot_rlhf import (
 from rlhf_helpers.chatbot_rlhf.evaluation import BENIGN, DISALLOWED
 from rlhf_helpers.core.models import to_messages
 from rlhf_helpers.core.training import TrainingSettings
-from rlhf_helpers.lab.studies.lesson1 import gold_means, prompt_texts, trained
+from rlhf_helpers.lab.studies.lesson1 import aims, prompt_texts, trained
 from rlhf_helpers.lab.studies.record import Row, Rows, study
 from rlhf_helpers.policy_optimization import RLOOSettings
 from rlhf_helpers.reward_model import RewardModel
@@ -51,15 +50,15 @@ def conversations(n: int, *, seed: int) -> list[Row]:
     return result
 
 
-def memory_rows(limit: int = 120) -> list[Row]:
+def memory_rows() -> list[Row]:
     """Questions about what was told earlier in a conversation, with the right answers.
 
     What was told is in the prompt, so the right answer needs no annotator. Half of the questions come right
-    after it, half after another exchange; at most `limit` of each.
+    after it, half after another exchange; at most 120 of each.
     """
     rows = []
     for between in (0, 1):
-        for prompt, asked in zip(*memory_questions("train", between=between, limit=limit), strict=True):
+        for prompt, asked in zip(*memory_questions("train", between=between, limit=120), strict=True):
             rows.append({"prompt": prompt, "completion": best_answer(find_prompt(asked))})
     return rows
 
@@ -131,15 +130,16 @@ def personalities(
 
 def character(bot: AlignedChatbot, *, seed: int, samples: int) -> dict[str, float]:
     """Measure words per answer, helpfulness and over_refusal (benign prompts), harmlessness (disallowed)."""
-    answers = {}
-    for kind, families in (("benign", BENIGN), ("disallowed", DISALLOWED)):
+    answers = []
+    for families in (BENIGN, DISALLOWED):
         prompts = [text for text in prompt_texts(families) for _ in range(samples)]
         results = bot.answer_batch([to_messages(prompt) for prompt in prompts], seed=seed)
-        answers[kind] = prompts, [result.text for result in results]
-    texts = answers["benign"][1]
+        answers.append((prompts, [result.text for result in results]))
+    benign, disallowed = (aims(*texts) for texts in answers)
+    words = [len(text.split()) for text in answers[0][1]]
     return {
-        "words": sum(len(text.split()) for text in texts) / len(texts),
-        "helpfulness": gold_means(*answers["benign"])["helpfulness"],
-        "harmlessness": gold_means(*answers["disallowed"])["harmlessness"],
-        "over_refusal": refuses(*answers["benign"]).double().mean().item(),
+        "words": sum(words) / len(words),
+        "helpfulness": benign["helpfulness"],
+        "harmlessness": disallowed["harmlessness"],
+        "over_refusal": benign["refused"],
     }

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from rlhf_helpers.code_generation import (
     UnitTestRunner,
     program_report,
@@ -33,23 +31,21 @@ SETTINGS = RLOOSettings(learning_rate=7e-4, steps=14, prompts_per_step=16, sampl
 def code_rewards(seed: int, arms: Sequence[str] = tuple(ARMS), steps: int = SETTINGS.steps) -> Rows:
     """Train on programming tasks by each arm and measure programs for held-out tasks.
 
-    Columns: seed, arm; pass@1, pass@4 (hidden tests), visible (the arm's own tests), unsafe, gaming;
-    response_length: mean tokens of the last step's samples, missing for the base. The reward is what the
-    sandbox returns on the arm's tests, and the rules on the program's tree; never gold.
+    Columns: seed, arm; pass@1, pass@4 (hidden tests), visible (the arm's own tests), unsafe, gaming. The
+    reward is what the sandbox returns on the arm's tests, and the rules on the program's tree; never gold.
     """
     train, held_out = (prompt_texts(["program"], split) for split in ("train", "heldout"))
     runner = UnitTestRunner()  # shared, so that an arm does not run again what another arm has run
     for arm in arms:
         kind, threshold, length_penalty = ARMS[arm]
-        (model, tokenizer), length = load_model("tiny", device="cpu"), np.nan
+        model, tokenizer = load_model("tiny", device="cpu")
         if arm != "base":
             settings, loop = replace(SETTINGS, seed=seed, length_penalty=length_penalty, steps=steps), rloo
             if arm.endswith("GRPO"):
                 settings, loop = GRPOSettings(**vars(settings)), grpo
             reward = unit_test_reward(runner=runner, safety_threshold=threshold)
             columns = {"tests": task_tests(train, kind)}
-            history = loop(model, tokenizer, train, reward, settings, columns=columns)
-            length = history[-1]["response_length"]
+            loop(model, tokenizer, train, reward, settings, columns=columns)
         programs = sample_programs(
             model,
             held_out,
@@ -58,4 +54,4 @@ def code_rewards(seed: int, arms: Sequence[str] = tuple(ARMS), steps: int = SETT
             seed=80_000 + seed,
             runner=runner,
         )
-        yield {"arm": arm, **program_report(programs)["value"], "response_length": length}
+        yield {"arm": arm, **program_report(programs)["value"]}

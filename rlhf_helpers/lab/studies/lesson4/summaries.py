@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
-
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.lab.studies.record import Rows, study
 from rlhf_helpers.summarization_rl import (
@@ -40,8 +38,7 @@ def summaries(
     sft_best: on as many perfect ones, which no real data set has. The others start from sft: best_of_n by the
     learned reward; RL, the same `steps`, on that reward (from one comparison per article by standard
     annotators), on facts, on ROUGE-L with a perfect reference, on the reward learned from SKIMMERS, and on
-    that one with its pay for words taken back beyond LIMIT. No arm is trained on gold. words_weight: log-odds
-    that the reward pays for ten words.
+    that one with its pay for words taken back beyond LIMIT. No arm is trained on gold.
     """
     articles, held_out = create_summarization_data(), create_summarization_data(split="heldout")
     policy = partial(SummarizationRL, max_length=64, seed=seed)
@@ -71,6 +68,4 @@ def summaries(
         if arm in TRAINED:
             writer.train(articles, steps=steps)
         write = writer.best_of_n if arm == "best_of_n" else writer.summarize
-        result = evaluate_summaries(write(held_out, seed=5000 + seed), held_out)
-        weights = reward.weights if isinstance(reward, ComparisonReward) else {"ten_words": np.nan}
-        yield {"arm": arm, **result, "words_weight": weights["ten_words"]}
+        yield {"arm": arm, **evaluate_summaries(write(held_out, seed=5000 + seed), held_out)}
