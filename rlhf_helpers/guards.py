@@ -61,13 +61,12 @@ class PerplexityFilter:
     """
 
     model: nn.Module
-    tokenizer: Any = None
     threshold: float | None = None
     window: int | None = None
 
     def __post_init__(self) -> None:
         """Find the tokenizer and check the window."""
-        self.tokenizer = self.tokenizer or tokenizer_for(self.model)
+        self.tokenizer = tokenizer_for(self.model)
         require_number("window", 1 if self.window is None else self.window, at_least=1)
 
     def fit(self, benign_prompts: Sequence[str], quantile: float = 0.99) -> "PerplexityFilter":
@@ -112,7 +111,6 @@ class PerplexityFilter:
 def critique_check(
     model: nn.Module,
     *,
-    tokenizer: Any = None,
     template: Callable[[str, str, str], str] = meta.critique_text,
     verdicts: tuple[str, str] = ("Yes.", "No."),
 ) -> RewardFn:
@@ -125,16 +123,15 @@ def critique_check(
     Lesson 4.
 
     Args:
-        model: Judges.
-        tokenizer: None: the model's own.
+        model: Judges; knows its tokenizer.
         template: (question, answer, rule) -> text. The default is the tiny assistant's wording; a model that
             never saw such questions may answer by chance: `measured_check` measures first.
         verdicts: The replies for yes and no.
 
     Raises:
-        ValueError: the model remembers no tokenizer and none is given.
+        ValueError: the model remembers no tokenizer.
     """
-    judge = model_judge(model, text=template, verdicts=verdicts, tokenizer=tokenizer)
+    judge = model_judge(model, text=template, verdicts=verdicts)
 
     def check(prompts: Sequence[str], responses: Sequence[str], **_columns: Any) -> Tensor:
         questions = [to_messages(prompt)[-1]["content"] for prompt in prompts]
@@ -192,9 +189,7 @@ def measure_judge(safety_fn: RewardFn, rows: Sequence[Mapping[str, Any]] | None 
     return _quality(_scored(safety_fn, rows or labeled_answers()))
 
 
-def measured_check(
-    model: nn.Module, *, tokenizer: Any = None, wordings: Sequence[Wording] = WORDINGS
-) -> RewardFn:
+def measured_check(model: nn.Module, *, wordings: Sequence[Wording] = WORDINGS) -> RewardFn:
     """Make a `critique_check` for harm in the wording that suits this model, measured on labeled answers.
 
     A model that was trained on these questions, as the tiny assistant was, keeps its own wording: it needs an
@@ -205,14 +200,13 @@ def measured_check(
     Warns (UserWarning) where even that wording may be guessing. Lesson 4.
 
     Args:
-        model: The critic.
-        tokenizer: None: the model's own.
+        model: The critic, which knows its tokenizer.
         wordings: Ways to ask, the critic's own first.
     """
     rows = labeled_answers()
     measured = []
     for template, verdicts in wordings:
-        check = critique_check(model, tokenizer=tokenizer, template=template, verdicts=verdicts)
+        check = critique_check(model, template=template, verdicts=verdicts)
         frame = _scored(check, rows)
         if not measured and frame["right"][frame["kind"] != "same answer"].mean() >= GOOD_AGREEMENT:
             return check
@@ -315,7 +309,6 @@ class Guard:
     """
 
     model: nn.Module
-    tokenizer: Any = None
     input_checks: Sequence[Callable[[list[str]], Tensor]] = ()
     output_fn: RewardFn | None = None
     reward_fn: RewardFn | nn.Module | None = None
@@ -327,8 +320,7 @@ class Guard:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        """Find the tokenizer and check the numbers."""
-        self.tokenizer = self.tokenizer or tokenizer_for(self.model)
+        """Check the numbers."""
         require_number("threshold", self.threshold, at_least=0)
         require_number("n", self.n, at_least=1)
 
@@ -362,7 +354,7 @@ class Guard:
 
     def _sample(self, asked: list[str]) -> list[str]:
         sampling = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "seed": self.seed}
-        return generate(self.model, self.tokenizer, asked, **sampling).responses
+        return generate(self.model, tokenizer_for(self.model), asked, **sampling).responses
 
     def _choose(self, prompt: str, candidates: list[Candidate]) -> GuardRecord:
         index = pick_answer([c.reward for c in candidates], [c.score for c in candidates], self.threshold)

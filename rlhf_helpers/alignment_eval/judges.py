@@ -30,7 +30,6 @@ def model_judge(
     *,
     text: Callable[..., str] = meta.comparison_text,
     verdicts: tuple[str, str] = ("A", "B"),
-    tokenizer: Any = None,
 ) -> Callable[..., Float[Tensor, "B"]]:
     """Make a judge of a language model: how sure it is of the first verdict, not what it happened to say.
 
@@ -40,12 +39,11 @@ def model_judge(
     model's leaning to a place (`judge_position_bias`); `ai_labels` averages both orders. Lesson 3.
 
     Args:
-        model: Is not trained; the judge follows it where it is.
+        model: Knows its tokenizer. It is not trained; the judge follows it where it is.
         text: (prompt, first, second), or whatever columns the judge is called with -> question.
         verdicts: The two replies.
-        tokenizer: None: the model's own.
     """
-    tokenizer = tokenizer or tokenizer_for(model)
+    tokenizer = tokenizer_for(model)
 
     def judge(*columns: Sequence[str]) -> Float[Tensor, "B"]:
         questions = [text(*row) for row in zip(*columns, strict=True)]

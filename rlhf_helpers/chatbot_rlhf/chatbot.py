@@ -14,7 +14,6 @@ from rlhf_helpers.core.models import (
     as_reward_fn,
     encode_prompt,
     load_model,
-    remember_tokenizer,
     to_messages,
     to_text,
     tokenizer_for,
@@ -108,7 +107,6 @@ class AlignedChatbot:
         reward_model: nn.Module | RewardFn | None = None,
         safety_threshold: float = 0.5,
         *,
-        tokenizer: Any = None,
         safety_fn: RewardFn | None = None,
         n: int = 4,
         personality: str | Personality | None = None,
@@ -119,14 +117,13 @@ class AlignedChatbot:
     ) -> None:
         """Load or copy the model."""
         self.base = base_model if isinstance(base_model, nn.Module) else load_model(base_model)[0]
-        self.tokenizer = tokenizer or tokenizer_for(self.base)
+        self.tokenizer = tokenizer_for(self.base)
         self.model = copy.deepcopy(self.base, {id(self.tokenizer): self.tokenizer})
-        remember_tokenizer(self.model, self.tokenizer)
         if isinstance(personality, str) and personality not in PERSONALITIES:
             raise ValueError(f"personality must be one of {list(PERSONALITIES)}, got {personality!r}")
         self.personality = PERSONALITIES.get(personality, personality) or Personality()
         self.reward = None if reward_model is None else as_reward_fn(reward_model)
-        self.safety_fn = safety_fn or measured_check(self.base, tokenizer=self.tokenizer)
+        self.safety_fn = safety_fn or measured_check(self.base)
         require_number("safety_threshold", safety_threshold, at_least=0, at_most=1)
         require_number("n", n, at_least=1)
         if not fallback.strip():
@@ -160,7 +157,6 @@ class AlignedChatbot:
                 prompts.append(self.prompt_of(conversation, max_new_tokens=sampling["max_new_tokens"]))
         guard = _OneTurn(
             model=self.model,
-            tokenizer=self.tokenizer,
             output_fn=self._p_safe,
             reward_fn=None if self.reward is None else self.personality.rank(self.reward),
             threshold=self.safety_threshold,

@@ -3,7 +3,6 @@
 from rlhf_helpers.safety_alignment.align import (
     SafetyAlignment,
     SafetyMetrics,
-    counterfactual_rows,
     evaluate_safety_alignment,
     interpolate,
 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_helpers.alignment_eval.safety import SafetyMetrics, swap_words
+from rlhf_helpers.alignment_eval.safety import SafetyMetrics
 from rlhf_helpers.core.generation import sequence_logps
 from rlhf_helpers.core.models import tokenizer_for
 from rlhf_helpers.core.preference_losses import dpo_loss
@@ -16,10 +16,8 @@ from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.core.text import rows_of
 from rlhf_helpers.core.training import History, sft
 from rlhf_helpers.dpo import DPOSettings, DPOTrainer
-from rlhf_helpers.world.prompts.social import GROUPS
 
 Rows = Sequence[Mapping[str, Any]]
-TEXTS = ("prompt", "completion", "chosen", "rejected")
 
 
 class SafetyAlignment:
@@ -127,23 +125,6 @@ def evaluate_safety_alignment(
     second = SafetyMetrics.evaluate(after, prompts, metrics, **options)
     gains = SafetyMetrics.improvement(first, second)
     return {k: {"before": first[k], "after": second[k], "improvement": gains[k]} for k in first}
-
-
-def counterfactual_rows(rows: Rows, groups: Sequence[str] = GROUPS) -> list[dict[str, Any]]:
-    """Return the rows, and each row that names groups again with the groups rotated, in all of its texts.
-
-    Two groups stay two, and in the copies of such a row every group stands in every role once, so nothing can
-    be learned of who does what. Zhao et al. 2018. Lesson 3.
-    """
-    copies = []
-    for row in rows:
-        copies.append(row)
-        for shift in range(1, len(groups)):
-            rotated = dict(zip(groups, (*groups[shift:], *groups[:shift]), strict=True))
-            twin = {k: swap_words(text, rotated) if k in TEXTS else text for k, text in row.items()}
-            if twin != row:
-                copies.append(twin)
-    return copies
 
 
 def _with_text(model: nn.Module, tokenizer: Any, rows: Rows, weight: float, settings: DPOSettings) -> Any:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf_helpers import guards
-from rlhf_helpers.core.models import load_model
+from rlhf_helpers.core.models import load_model, remember_tokenizer
 from rlhf_helpers.guards import Guard, PerplexityFilter, labeled_answers, measure_judge, measured_check
 
 PROMPTS = ["Hello", "What is the capital of France?", "I feel sad today.", "How are you?", "Goodbye then"]
@@ -40,13 +40,15 @@ class Uniform(torch.nn.Module):
 def uniform(tiny):
     _, tokenizer = tiny
     favourite = tokenizer("e", add_special_tokens=False)["input_ids"][0]
-    return Uniform(len(tokenizer), favourite), tokenizer
+    model = Uniform(len(tokenizer), favourite)
+    remember_tokenizer(model, tokenizer)
+    return model, tokenizer
 
 
 def test_scores_by_hand(uniform):
     model, tokenizer = uniform
     rest = -math.log((1 - math.exp(-1)) / (len(tokenizer) - 1))
-    scores = PerplexityFilter(model, tokenizer).scores(["eee", "zzz", "ez", "e"])
+    scores = PerplexityFilter(model).scores(["eee", "zzz", "ez", "e"])
     assert scores.tolist() == pytest.approx([1, rest, (1 + rest) / 2, 1], rel=1e-5)
 
 
@@ -55,11 +57,9 @@ def test_a_window_finds_what_a_mean_hides(uniform):
     rest = -math.log((1 - math.exp(-1)) / (len(tokenizer) - 1))
     text = "eezzee"  # six letters, six tokens
     assert len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 6
-    assert PerplexityFilter(model, tokenizer).scores([text]).item() == pytest.approx((4 + 2 * rest) / 6)
-    assert PerplexityFilter(model, tokenizer, window=2).scores([text]).item() == pytest.approx(rest)
-    assert PerplexityFilter(model, tokenizer, window=50).scores(["ez"]).item() == pytest.approx(
-        (1 + rest) / 2
-    )
+    assert PerplexityFilter(model).scores([text]).item() == pytest.approx((4 + 2 * rest) / 6)
+    assert PerplexityFilter(model, window=2).scores([text]).item() == pytest.approx(rest)
+    assert PerplexityFilter(model, window=50).scores(["ez"]).item() == pytest.approx((1 + rest) / 2)
 
 
 @pytest.mark.parametrize("folder", ["tiny_llama_dir", "tiny_gpt2_dir", "tiny_qwen_dir"])
@@ -67,7 +67,7 @@ def test_only_the_text_of_the_user_counts(folder, request):
     model, tokenizer = load_model(request.getfixturevalue(folder), device="cpu")
     scores = PerplexityFilter(model).scores(PROMPTS)
     assert scores.shape == (5,)
-    one = PerplexityFilter(model, tokenizer).scores([PROMPTS[1]])
+    one = PerplexityFilter(model).scores([PROMPTS[1]])
     torch.testing.assert_close(one, scores[1:2], rtol=1e-4, atol=1e-4)  # padding changes nothing
     ids, (first, end) = PerplexityFilter(model)._encode(PROMPTS[1])
     assert tokenizer.decode(ids[first:end]).strip() == PROMPTS[1]
@@ -268,7 +268,7 @@ def test_the_wording_that_ranks_best_is_chosen_and_calibrated(tiny, monkeypatch)
     """A judge that says No to everything, but less surely where an answer is safe, learns its threshold."""
     asked = []
 
-    def check(model, *, tokenizer, template=guards.WORDINGS[0][0], verdicts=guards.WORDINGS[0][1]):
+    def check(model, *, template=guards.WORDINGS[0][0], verdicts=guards.WORDINGS[0][1]):
         name = guards.WORDINGS.index((template, verdicts))
 
         def p_safe(prompts, responses, **columns):

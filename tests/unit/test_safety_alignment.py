@@ -12,7 +12,6 @@ from rlhf_helpers.core.models import tokenizer_for
 from rlhf_helpers.safety_alignment import (
     SafetyAlignment,
     SafetyMetrics,
-    counterfactual_rows,
     evaluate_safety_alignment,
     interpolate,
 )
@@ -139,20 +138,6 @@ def test_other_refusals(tiny, tiny_gpt2_dir):
 def test_swapped_words_change_places_and_parts_of_words_stay():
     words = {"cat": "dog", "dog": "cat"}
     assert swap_words("A cat and a dog in a category.", words) == "A dog and a cat in a category."
-
-
-def test_counterfactual_rows_put_every_group_into_every_place():
-    row = {"prompt": "A Red and a Blue met.", "chosen": "No.", "rejected": "The Red did it.", "weight": 2.0}
-    rows = counterfactual_rows([row, {"prompt": "Hi", "completion": "Hello."}], ("Red", "Blue", "Green"))
-    assert rows[0] == row
-    assert [r["prompt"] for r in rows] == [
-        "A Red and a Blue met.",
-        "A Blue and a Green met.",
-        "A Green and a Red met.",
-        "Hi",
-    ]
-    assert [r.get("rejected") for r in rows[:3]] == [f"The {g} did it." for g in ("Red", "Blue", "Green")]
-    assert rows[2]["weight"] == 2.0
 
 
 def test_improvement_is_signed(monkeypatch):

@@ -141,10 +141,10 @@ def test_one_failure_leaves_its_batch_unharmed(word, status, caplog):
 
 
 def test_the_real_chatbot_answers_through_it_as_it_does_directly(tiny):
-    model, tokenizer = tiny
+    model, _ = tiny
     texts = ["Hello", "What is the capital of France?", "I feel sad today."]
     judge = lambda prompts, responses, **_: torch.tensor([float("sad" not in p) for p in prompts])  # noqa: E731
-    bots = [AlignedChatbot(model, tokenizer=tokenizer, safety_fn=judge, n=2, max_new_tokens=8)
+    bots = [AlignedChatbot(model, safety_fn=judge, n=2, max_new_tokens=8)
             for _ in range(2)]  # fmt: skip
     with ChatServer(bots[0]) as server:
         served = [ask_all(server, [text])[0] for text in texts]
