@@ -22,7 +22,6 @@ from collections import Counter
 from datasets import Dataset
 
 from rlhf_helpers.core.stats import cohen_kappa, fleiss_kappa, krippendorff_alpha
-from rlhf_helpers.preference_data.augmentation import augment
 from rlhf_helpers.preference_data.collection import (
     collect_comparisons,
     collect_rankings,

@@ -3,7 +3,6 @@
 from rlhf_helpers.red_teaming.campaign import (
     RedTeaming,
     RedTeamingEvaluator,
-    extract_canaries,
     review_sample,
 )
 from rlhf_helpers.red_teaming.gradient import GradientBasedRedTeaming

@@ -14,7 +14,6 @@ from rlhf_helpers.preference_data import (
     PreferenceDataset,
     ai_labels,
     annotator_reliability,
-    augment,
     cohen_kappa,
     collect_comparisons,
     collect_rankings,
@@ -37,7 +36,7 @@ from rlhf_helpers.world.annotators import (
     make_pairs,
 )
 from rlhf_helpers.world.gold_judge import gold_reward
-from rlhf_helpers.world.prompts import best_answer, find_prompt, load_prompts
+from rlhf_helpers.world.prompts import best_answer, load_prompts
 
 EXACT = Annotator(temperature=0)
 # Near the gold reward's own weights: a compromise between the value groups.
@@ -322,47 +321,6 @@ class TestBiases:
             flattery_bias(rows, labels)
         with pytest.raises(ValueError, match="differ"):
             length_bias(rows[1:], labels)
-
-
-class TestAugmentation:
-    def test_gold_keeps_its_order(self):
-        rows = make_pairs(300)
-        made = augment(rows, copies=4)
-        assert len(made) == 1500
-        prompts, base = [row["prompt"] for row in made], [row["base_prompt"] for row in made]
-        gold = [
-            gold_reward(prompts, [row[side] for row in made], base_prompt=base)
-            for side in ("chosen", "rejected")
-        ]
-        order = torch.sign(gold[0] - gold[1])
-        assert_close(order, order[:300].repeat(5))
-        assert (order[:300] < 0).any()  # noisy labels stay as noisy as they were
-        assert [row["chosen_gold"] for row in made[300:600]] == [row["chosen_gold"] for row in rows]
-
-    def test_what_is_changed(self):
-        rows = make_pairs(300)
-        made = augment(rows)
-        assert [{k: r[k] for k in rows[0]} for r in made[:300]] == rows
-        changed = 0
-        for old, new in zip(rows, made[300:], strict=True):
-            assert new["prompt"] != old["prompt"] == new["base_prompt"]
-            tails = {new[side].removeprefix(old[side]) for side in ("chosen", "rejected")}
-            assert len(tails) == 1  # the same courtesy on both sides, or none
-            changed += tails != {""}
-            if find_prompt(old["prompt"]).family == "facts":
-                assert find_prompt(new["prompt"]).text == old["prompt"]
-        assert 50 < changed < 150
-        assert augment(rows, seed=1) != made == augment(rows)
-
-    def test_programs_and_strangers(self):
-        code = load_prompts(["program"])[0].text
-        rows = [{"prompt": code, "chosen": "return 1", "rejected": "return 2"}] * 20
-        assert {row["chosen"] for row in augment(rows)} == {"return 1"}
-        haiku = augment([{"prompt": HAIKU, "chosen": "Rain.", "rejected": "No."}] * 40)
-        assert {row["base_prompt"] for row in haiku} == {HAIKU}
-        assert len({row["chosen"] for row in haiku}) > 2
-        with pytest.raises(ValueError, match="copies=0"):
-            augment(rows, copies=0)
 
 
 class TestSelection:

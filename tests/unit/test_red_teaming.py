@@ -20,7 +20,6 @@ from rlhf_helpers.red_teaming import (
     adversarial_training,
     campaign,
     create_adversarial_prompts,
-    extract_canaries,
     measure_attacker,
     review_sample,
     similarity,
@@ -258,14 +257,6 @@ def test_the_order_does_not_tell_the_verdict_and_an_answer_is_asked_about_once()
 
 
 # ---- canaries, harms, learned attackers
-
-
-@pytest.mark.slow
-def test_canaries(assistant):
-    table = extract_canaries(*assistant, samples=10, controls=20)
-    assert len(table) == 10
-    assert table["exposure"].min() > 4  # of log2(30) = 4.9: known by heart
-    assert 0.4 < table["rate"].mean() < 0.95
 
 
 def test_similarity_by_hand():
