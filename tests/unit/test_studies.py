@@ -107,7 +107,7 @@ class TestStored:
         assert table.attrs["command"] == f"python -m rlhf_helpers study {name}"
         if "seeds" in table.attrs:
             few = {"clip_and_kl": [0, 1, 2], "ability_tax": [0, 1, 2], "method_tuning": [100, 101]}
-            few |= {"real_model": [0], "real_reward_model": [0], "real_safety": [0], "real_chatbot": [0]}
+            few |= {"real_model": [0, 1], "real_reward_model": [0], "real_safety": [0], "real_chatbot": [0]}
             few |= {"length_candidates": [0, 1], "real_preferences": [0]}
             few |= {"own_taste": [100, 101, 102, 103, 104]}
             seeds = few.get(name, [0, 1, 2, 3, 4])

@@ -49,7 +49,7 @@ def short_and_on_topic(prompts: list[str], responses: list[str], **columns: Any)
     return torch.tensor(rewards)
 
 
-@partial(study, seeds=(0,))
+@partial(study, seeds=(0, 1))
 def real_model(
     seed: int,
     model_name: str = "smollm2",
