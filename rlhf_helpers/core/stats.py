@@ -14,8 +14,6 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import stats
 
-LEVELS = ("nominal", "ordinal", "interval", "ratio")
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -108,17 +106,16 @@ def score_interval(values: ArrayLike) -> Estimate:
 
 
 def bootstrap_interval(
-    *columns: ArrayLike, statistic: Callable[..., float] = np.mean, resamples: int = 1000, seed: int = 0
+    *columns: ArrayLike, statistic: Callable[..., float] = np.mean, seed: int = 0
 ) -> Estimate:
     """Estimate statistic(*columns) with its percentile bootstrap interval (Efron 1979) over rows. Lesson 3.
 
-    A resample on which the statistic is undefined (NaN) is left out. Rows that are all alike give an interval
-    of no width, which is too good to be true: see `win_rate`.
+    Rows are drawn anew a thousand times. A resample on which the statistic is undefined (NaN) is left out.
+    Rows that are all alike give an interval of no width, which is too good to be true: see `win_rate`.
 
     Args:
         *columns: (N,) each, N >= 2: what belongs to one row (a prompt) stays together.
         statistic: Function of the columns.
-        resamples: Number of draws.
         seed: Seed of the draws.
 
     Raises:
@@ -129,7 +126,7 @@ def bootstrap_interval(
         raise ValueError(f"columns must be alike, a value a row; got lengths {[len(a) for a in arrays]}")
     options = {"vectorized": False, "paired": True, "method": "percentile", "rng": seed}
     with warnings.catch_warnings(action="ignore", category=stats.DegenerateDataWarning):  # of the NaN
-        drawn = stats.bootstrap(arrays, statistic, n_resamples=resamples, **options).bootstrap_distribution
+        drawn = stats.bootstrap(arrays, statistic, n_resamples=1000, **options).bootstrap_distribution
     low, high = np.nanquantile(drawn, [0.025, 0.975])
     return Estimate(float(statistic(*arrays)), float(low), float(high), len(arrays[0]))
 
@@ -162,7 +159,7 @@ class WinRate:
         return Estimate(self.rate, self.low, self.high, self.n)
 
 
-def win_rate(first_scores: ArrayLike, second_scores: ArrayLike, *, seed: int = 0) -> WinRate:
+def win_rate(first_scores: ArrayLike, second_scores: ArrayLike) -> WinRate:
     """Compare two policies prompt by prompt: first_scores and second_scores (N,) on the same N prompts.
 
     rate = (wins + ties / 2) / N;  p_value = two-sided binomial test of wins among wins + losses against 1/2
@@ -179,7 +176,7 @@ def win_rate(first_scores: ArrayLike, second_scores: ArrayLike, *, seed: int = 0
     if first.shape != second.shape:
         raise ValueError(f"win_rate pairs scores by prompt: got {len(first)} first and {len(second)} second")
     won = (np.sign(first - second) + 1) / 2
-    result = bootstrap_interval(won, seed=seed) if np.ptp(won) else proportion(won)
+    result = bootstrap_interval(won) if np.ptp(won) else proportion(won)
     wins = int((won == 1).sum())
     decided = int((won != 0.5).sum())
     p_value = stats.binomtest(wins, decided).pvalue if decided else 1.0
@@ -239,24 +236,22 @@ def fleiss_kappa(labels: ArrayLike) -> float:
     return float(inter_rater.fleiss_kappa(inter_rater.aggregate_raters(panel(labels))[0]))
 
 
-def krippendorff_alpha(labels: ArrayLike, *, level: str = "nominal") -> float:
-    """Measure agreement with gaps and on any scale: alpha = 1 - D_o / D_e, observed over chance disagreement.
+def krippendorff_alpha(labels: ArrayLike) -> float:
+    """Measure agreement where labels may be missing: alpha = 1 - D_o / D_e, nominal scale.
+
+    D_o is the observed disagreement, D_e the one expected by chance.
 
     1 is full agreement, 0 chance (Krippendorff 2011). Lesson 1.
 
     Args:
         labels: (N, R); NaN: not labelled.
-        level: How far apart two labels are: "nominal" for comparisons, "ordinal" for marks, or "interval" or
-            "ratio".
 
     Raises:
-        ValueError: labels are all alike, or the level is unknown.
+        ValueError: labels are all alike.
     """
     import krippendorff
 
-    if level not in LEVELS:
-        raise ValueError(f"level={level!r} is unknown; choose from {LEVELS}")
-    return float(krippendorff.alpha(panel(labels, gaps=True).T, level_of_measurement=level))
+    return float(krippendorff.alpha(panel(labels, gaps=True).T, level_of_measurement="nominal"))
 
 
 def panel(labels: ArrayLike, *, gaps: bool = False) -> np.ndarray:
