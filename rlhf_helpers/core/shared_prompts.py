@@ -137,7 +137,7 @@ def _common(first: list[int], second: list[int]) -> int:
 
 
 def answer_logits(
-    model: nn.Module, pairs: Sequence[Pair]
+    model: nn.Module, sequences: Sequence[Pair]
 ) -> tuple[Float[Tensor, "N V"], Int[Tensor, "N"], Float[Tensor, "N d"]]:
     """Compute the logits that predict each token of the answers, in one forward pass; keeps gradients.
 
@@ -146,15 +146,14 @@ def answer_logits(
         label i), labels (the tokens themselves), and the hidden states that the logits are read from.
     """
     require_cache(model)
-    inputs, paths = pack(model, [prompt + answer for prompt, answer in pairs])
+    # The sequences side by side in a few rows, and where each token of each sequence stands.
+    inputs, paths = pack(model, [prompt + answer for prompt, answer in sequences])
     # The shift by one: the logits at a token predict the next token. So the first token of an answer is
     # predicted at the last token of its prompt, and its own last token predicts nothing.
-    before = [path[len(prompt) - 1 : -1] for (prompt, _), path in zip(pairs, paths, strict=True)]
-    device = inputs["input_ids"].device
-    positions = torch.tensor([*chain(*before)], device=device)
-    labels = torch.tensor([token for _, answer in pairs for token in answer], device=device)
-    # Through the model's own forward: with sharded weights only that gathers those of the head.
-    with logits_only_at(model, positions) as states:
+    before = [path[len(prompt) - 1 : -1] for (prompt, _), path in zip(sequences, paths, strict=True)]
+    positions = torch.tensor([*chain(*before)], device=inputs["input_ids"].device)
+    labels = torch.tensor([*chain(*(answer for _, answer in sequences))], device=positions.device)
+    with logits_only_at(model, positions) as states:  # all the others would be most of the memory
         logits = model(**inputs, use_cache=False).logits[0]
     return logits, labels, states[0]
 
@@ -162,6 +161,8 @@ def answer_logits(
 @contextmanager
 def logits_only_at(model: nn.Module, positions: Int[Tensor, "N"]) -> Iterator[list[Tensor]]:
     """Compute the logits of these positions alone within the block: those of all would be most of the memory.
+
+    The model itself is called within: with sharded weights only its own forward gathers those of the head.
 
     Args:
         positions: counted over all rows (row * L + column); the model then returns logits (1, N, V).

@@ -107,15 +107,13 @@ def masked_sum(x: Float[Tensor, "*shape"], mask: Shaped[Tensor, "*shape"]) -> Fl
     return torch.where(as_bool_mask(mask), x, 0.0).sum()  # not x * mask: NaN * 0 is NaN
 
 
-def masked_whiten(
-    x: Float[Tensor, "*shape"], mask: Shaped[Tensor, "*shape"], *, shift_mean: bool = True
-) -> Float[Tensor, "*shape"]:
-    """Scale `x` to unit variance over the masked positions, and to mean 0 if `shift_mean`.
+def masked_whiten(x: Float[Tensor, "*shape"], mask: Shaped[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Scale `x` to mean 0 and unit variance over the masked positions.
 
-    y = (x - mean) / sqrt(var + 1e-8), plus the mean again without `shift_mean`; var with n - 1. Padding gives
-    0. Advantages are whitened with the shift, rewards without (Huang et al. 2024, "The N+ implementation
-    details of RLHF with PPO"). Raises ValueError where shapes differ, the mask is not 0/1 or selects fewer
-    than two positions.
+    y = (x - mean) / sqrt(var + 1e-8), var with n - 1. Padding gives 0.
+
+    For advantages (Huang et al. 2024, "The N+ implementation details of RLHF with PPO"). Raises ValueError
+    where shapes differ, the mask is not 0/1 or selects fewer than two positions.
     """
     require_shapes("...", x=x, mask=mask)
     valid = as_bool_mask(mask)
@@ -125,8 +123,7 @@ def masked_whiten(
     mean = masked_mean(x, valid)
     centred = torch.where(valid, x - mean, 0.0)
     variance = centred.square().sum() / (count - 1)
-    whitened = centred * torch.rsqrt(variance + 1e-8)
-    return whitened if shift_mean else torch.where(valid, whitened + mean, 0.0)
+    return centred * torch.rsqrt(variance + 1e-8)
 
 
 def token_logps(
@@ -142,7 +139,7 @@ def token_logps(
     Half precision is summed in float32. A padded position needs some valid id as its label; mask the result.
     Raises ValueError where shapes do not fit, a label lies outside [0, V) (-100 too), or temperature <= 0.
     """
-    logps = _vocabulary_logps(logits, temperature, labels=labels)
+    logps = _log_softmax(logits, temperature, labels=labels)
     outside = (labels < 0) | (labels >= logits.shape[-1])
     if outside.any():
         raise ValueError(
@@ -163,13 +160,13 @@ def token_entropies(
     Raises:
         ValueError: shapes do not fit, the mask is not 0/1, or temperature <= 0.
     """
-    logps = _vocabulary_logps(logits, temperature, mask=mask)
+    logps = _log_softmax(logits, temperature, mask=mask)
     probs = logps.exp()
     entropy = -(probs * logps.masked_fill(probs == 0, 0.0)).sum(-1)  # 0 log 0 = 0, where autograd says NaN
     return torch.where(as_bool_mask(mask), entropy, 0.0)
 
 
-def _vocabulary_logps(
+def _log_softmax(
     logits: Float[Tensor, "*T V"], temperature: float, **rows: Shaped[Tensor, "*T"]
 ) -> Float[Tensor, "*T V"]:
     """Check shapes and temperature; log softmax(logits / temperature), in at least float32."""

@@ -1,6 +1,6 @@
 """The data of every preference loss: answers tokenized once, with the reference's log-probs beside them."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any, Union
 
@@ -114,10 +114,6 @@ class DPODataset(Dataset):
             return row | {"ref_chosen_logps": known[0], "ref_rejected_logps": known[1]}
         return row | {"ref_logps": known[0] if self.kind == "unpaired" else known} if known else row
 
-    def answers(self, indices: Collection[int]) -> Iterator[tuple[Pair, ...]]:
-        """Return token ids of prompt and answer, one tuple per answer of a row: all chosen, all rejected."""
-        return zip(*(self.sequences[index] for index in indices), strict=True)
-
     def ref_logps_of(self, indices: Collection[int]) -> Float[Tensor, "B K"]:
         """Return the log-probs under the reference, in nats, of the K sequences of each of these rows."""
         return torch.stack([self.ref_logps[index] for index in indices])  # pyright: ignore[reportOptionalSubscript]
@@ -158,9 +154,10 @@ def sum_logps(model: nn.Module, sequences: Sequence[Pair]) -> Float[Tensor, "B"]
 
     log p(y | x) = sum_t log softmax(logits_{t-1})[y_t]
     """
-    # N tokens of all answers; the shift by one is made, so row i of the logits predicts label i.
+    # Of the N tokens of all answers; the shift by one is made, so row i of the logits predicts label i.
     logits, labels, _ = answer_logits(model, sequences)  # (N, V), (N,)
-    per_token_logps = in_chunks(token_logps, logits, labels)  # (N,): log_softmax, then each label's entry
+    # log_softmax, then the entry of each label; a few rows at a time, since float32 needs much memory.
+    per_token_logps = in_chunks(token_logps, logits, labels)  # (N,)
     lengths = [len(answer) for _, answer in sequences]
     return torch.stack([logps.sum() for logps in per_token_logps.split(lengths)])
 

@@ -40,8 +40,9 @@ def pair_losses(
 
         -logsigmoid(beta [(log pi - log ref)(chosen) - (log pi - log ref)(rejected)])
     """
-    # Both answers of every pair in one forward pass. Sums over an answer's tokens, in nats, each (B,).
-    chosen, rejected = data.answers(indices)
+    # Of each pair, the token ids of (prompt, chosen answer) and of (prompt, rejected answer).
+    chosen, rejected = zip(*(data.sequences[index] for index in indices), strict=True)
+    # Both in one forward pass. Sums over an answer's tokens, in nats, each (B,).
     policy_chosen_logps, policy_rejected_logps = sum_logps(model, chosen + rejected).chunk(2)
     # Those of the reference never change: they were computed once, before the first step.
     ref_logps = data.ref_logps_of(indices).to(policy_chosen_logps.device)  # (B, 2)
@@ -79,7 +80,7 @@ def mean_logp_losses(
     model: nn.Module, data: DPODataset, indices: Sequence[int], loss_fn: LossFn, beta: float
 ) -> Losses:
     """ORPO and SimPO: the mean log-prob per token of each answer, without a reference."""
-    chosen, rejected = data.answers(indices)
+    chosen, rejected = zip(*(data.sequences[index] for index in indices), strict=True)
     policy_logps = sum_logps(model, chosen + rejected)
     lengths = policy_logps.new_tensor([len(answer) for _, answer in chosen + rejected])
     chosen_mean_logps, rejected_mean_logps = (policy_logps / lengths).chunk(2)
@@ -94,7 +95,7 @@ def slic_losses(
     model: nn.Module, data: DPODataset, indices: Sequence[int], loss_fn: LossFn, beta: float
 ) -> Losses:
     """SLiC on sums of log-probs, without a reference; it has no beta."""
-    chosen, rejected = data.answers(indices)
+    chosen, rejected = zip(*(data.sequences[index] for index in indices), strict=True)
     policy_chosen_logps, policy_rejected_logps = sum_logps(model, chosen + rejected).chunk(2)
 
     # It keeps up the likelihood of a target: here the chosen answer.
@@ -107,8 +108,7 @@ def slic_losses(
 @torch.no_grad()
 def mismatched_log_ratios(model: nn.Module, data: DPODataset, indices: Sequence[int]) -> Float[Tensor, "B"]:
     """Return log(pi / ref) of another prompt's answer to the prompt of each row, what KTO measures KL on."""
-    _, mismatched = data.answers(indices)
-    logps = sum_logps(model, mismatched)
+    logps = sum_logps(model, [data.sequences[index][1] for index in indices])
     return logps - data.ref_logps_of(indices)[:, 1].to(logps.device)
 
 
@@ -136,8 +136,7 @@ def kto_losses(
 
     reference_point: z0 from `kto_reference_point`, one number for the whole batch; logged as `kl`.
     """
-    answers, _ = data.answers(indices)
-    policy_logps = sum_logps(model, answers)
+    policy_logps = sum_logps(model, [data.sequences[index][0] for index in indices])
     device = policy_logps.device
     ref_logps = data.ref_logps_of(indices)[:, 0].to(device)
     desirable = torch.tensor([bool(data.rows[index]["label"]) for index in indices], device=device)

@@ -28,7 +28,10 @@ ObjectiveFn = Callable[..., Losses]
 def pairwise_losses(
     model: RewardModel, groups: Sequence[PreferenceGroup], loss_fn: LossFn = bradley_terry_loss
 ) -> Losses:
-    """Bradley-Terry: -logsigmoid(r_chosen - r_rejected), the mean over the pairs of each group."""
+    """Bradley-Terry: -logsigmoid(r_chosen - r_rejected), the mean over the pairs of each group.
+
+    groups: of pairs about one prompt; most hold one pair.
+    """
     chosen, rejected = paired_answers(groups)
     # One forward pass, which reads an answer of several pairs once.
     chosen_rewards, rejected_rewards = model.rewards_of(chosen + rejected).chunk(2)
@@ -93,6 +96,7 @@ def ranking_losses(
 
     losses = loss_fn(ranked, mask=mask)
 
+    require_shapes("B", rewards=ranked[:, 0], loss=losses)
     metrics = []
     for ranking in rankings:
         better, worse = torch.triu_indices(len(ranking), len(ranking), 1)
@@ -107,7 +111,10 @@ def rating_losses(
     rewards = model.rewards_of([group.sequences[0] for group in groups])
     ratings = rewards.new_tensor([group.numbers[0] for group in groups])
 
-    return loss_fn(rewards, ratings), {}
+    losses = loss_fn(rewards, ratings)
+
+    require_shapes("B", rewards=rewards, loss=losses)
+    return losses, {}
 
 
 OBJECTIVES: dict[str, ObjectiveFn] = {

@@ -11,6 +11,7 @@ pair is -log sigmoid(r_chosen - r_rejected).
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -74,7 +75,7 @@ def train_reward_model(
     Args:
         rows, objective, loss_fn: see `RewardModelTrainer`.
         val_rows: scored each epoch, or every eval_every steps: eval_loss, eval_rewards/accuracies, ...
-        keep_best: end with the weights of the lowest eval_loss.
+        keep_best: end with the weights of the lowest eval_loss; warns and keeps the last ones if all are NaN.
         resume: continue from the newest checkpoint of settings.run_dir.
 
     Returns:
@@ -84,7 +85,7 @@ def train_reward_model(
 
     Raises:
         ValueError: as `as_rows`; or keep_best without val_rows or with resume.
-        FloatingPointError: a loss is not finite, in training or, with keep_best, on val_rows.
+        FloatingPointError: a loss or gradient is not finite; the weights are those before that step.
     """
     if keep_best and (val_rows is None or resume):
         raise ValueError("keep_best needs val_rows, and no resume: checkpoints do not hold the best weights")
@@ -116,17 +117,14 @@ def train_reward_model(
         if val_groups is not None and engine.is_due(settings.eval_every or steps_per_epoch):
             metrics |= evaluate_reward_model(model, val_groups, objective_fn, settings.batch_size)
             # The training loss keeps falling while the model overfits; unseen prompts show where it was best.
-            if keep_best and not math.isfinite(metrics["eval_loss"]):
-                raise FloatingPointError(
-                    f"eval_loss is {metrics['eval_loss']} after step {engine.step}: it cannot tell keep_best "
-                    "which weights are best; look at val_rows, or lower learning_rate"
-                )
             if keep_best and metrics["eval_loss"] < lowest_loss:
                 lowest_loss = metrics["eval_loss"]
                 best_weights = full_weights(model)  # on the CPU: a second copy on a GPU may not fit
         engine.log(metrics)
-    if keep_best:
+    if best_weights:
         load_full_weights(model, best_weights)
+    elif keep_best:
+        warnings.warn("no eval_loss is a number: the last weights are kept; look at val_rows", stacklevel=2)
     return engine.history
 
 
@@ -148,10 +146,9 @@ def reward_update(
         # For pairs `pairwise_losses`: one forward pass, then -logsigmoid(r_chosen - r_rejected).
         losses, group_metrics = objective_fn(engine.model, [groups[index] for index in local])
         # row_weight is 0 on a process that has no group of its own here and computes only to stay in sync.
-        weights = torch.full((len(local),), row_weight, device=losses.device)
-        metrics.add(losses, group_metrics, weights)
+        metrics.add(losses, group_metrics, row_weight)
         # Gradients of micro-batches and processes are summed, so each part is divided by the whole batch.
-        loss = (weights * losses).sum() / len(indices)
+        loss = row_weight * losses.sum() / len(indices)
         engine.backward(loss, rows=indices.tolist())
     engine.optimizer_step()
     return metrics.means(engine)
@@ -175,7 +172,7 @@ def evaluate_reward_model(
     metrics = MeanMetrics()
     for indices in batches_by_length(group_lengths(groups), batch_size):
         losses, group_metrics = objective_fn(model, [groups[index] for index in indices])
-        metrics.add(losses, group_metrics, torch.ones(len(indices), device=losses.device))
+        metrics.add(losses, group_metrics)
     return {f"eval_{name}": value for name, value in metrics.means().items()}
 
 

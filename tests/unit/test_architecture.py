@@ -42,7 +42,7 @@ CEILINGS = {
     "sandbox": 6_800,
     "guards": 2_920,
     "alignment_eval": 10_730,
-    "reward_model": 11_230,
+    "reward_model": 11_220,
     "policy_optimization": 11_140,
     "dpo": 7_780,
     "constitutional_ai": 3_750,

@@ -15,14 +15,20 @@ class MeanMetrics:
         """Start with no metric."""
         self._totals: dict[str, list[float]] = {}
 
-    def add(self, losses: torch.Tensor, metrics: Mapping[str, torch.Tensor], weights: torch.Tensor) -> None:
-        """Add one micro-batch: losses, metrics and weights of one shape, per row or per token.
+    def add(
+        self,
+        losses: torch.Tensor,
+        metrics: Mapping[str, torch.Tensor],
+        weights: torch.Tensor | float = 1.0,
+    ) -> None:
+        """Add one micro-batch: losses and metrics of one shape, per row or per token, and their weights.
 
         A row whose entry in a metric is NaN does not count in that metric. A NaN loss counts, and shows.
 
         Raises:
             ValueError: the shapes of losses and weights differ.
         """
+        weights = weights * torch.ones_like(losses)
         require_shapes("...", weights=weights, loss=losses)
         self._add("loss", losses, weights)
         for name, values in metrics.items():
