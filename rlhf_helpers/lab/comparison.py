@@ -13,9 +13,11 @@ Scores = Mapping[str, Sequence[float]] | None
 # In every cell, since a notebook's page brings no style of ours.
 _CELL = 'style="border:1px solid #767676;padding:6px;text-align:left;vertical-align:top;white-space:pre-wrap"'
 _HEAD = (
+    '<!doctype html>\n<html lang="en"><head><title>Answers side by side</title>'
     '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
     "<style>body{font-family:sans-serif;margin:2em;line-height:1.5}table{border-collapse:collapse}</style>"
+    "</head>\n<body>\n"
 )
 
 
@@ -32,7 +34,6 @@ def compare_page(prompts: Sequence[str], answers: Answers, *, scores: Scores = N
         ValueError: there is no prompt or name, a column has another length than P, a text is not a text, or
             scores name somebody without answers.
     """
-    _check(prompts, answers, scores)
     return HTML(_table(prompts, answers, scores))
 
 
@@ -42,7 +43,6 @@ def write_comparison(
     answers: Answers,
     *,
     scores: Scores = None,
-    title: str = "Answers side by side",
 ) -> Path:
     """Write the same table as one HTML file, with a row per prompt and a column per model; return its path.
 
@@ -52,19 +52,18 @@ def write_comparison(
         FileExistsError: The file is there already.
         ValueError: As `compare_page`.
     """
-    _check(prompts, answers, scores)
-    path, title = Path(path), html.escape(title)
+    path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path} exists: name another file or delete it")
-    head = f'<!doctype html>\n<html lang="en"><head>{_HEAD}<title>{title}</title></head>\n'
-    body = f"<body>\n<h1>{title}</h1>\n{_table(prompts, answers, scores)}\n</body></html>\n"
-    write_atomically(path, (head + body).encode())
+    page = f"{_HEAD}<h1>Answers side by side</h1>\n{_table(prompts, answers, scores)}\n</body></html>\n"
+    write_atomically(path, page.encode())
     return path
 
 
 def _table(prompts: Sequence[str], answers: Answers, scores: Scores) -> str:
-    """Return a table with one row per prompt, and the means of the scores."""
+    """Check what is given; return a table with one row per prompt, and the means of the scores."""
     scores = scores or {}
+    _check(prompts, answers, scores)
     lines = [_row("prompt", [html.escape(name) for name in answers], "col")]
     for i in range(len(prompts)):
         texts = {name: html.escape(column[i]) or "<em>(empty)</em>" for name, column in answers.items()}
@@ -83,14 +82,14 @@ def _row(title: str, cells: Iterable[str], scope: str = "row") -> str:
     return f'<tr><th scope="{scope}" {_CELL}>{html.escape(title)}</th>{inside}</tr>'
 
 
-def _check(prompts: Sequence[str], answers: Answers, scores: Scores) -> None:
+def _check(prompts: Sequence[str], answers: Answers, scores: Mapping[str, Sequence[float]]) -> None:
     if isinstance(prompts, str) or not len(prompts) or not answers:
         raise ValueError(f"give at least one prompt and one name, got {prompts!r:.60} and {list(answers)}")
     for name, column in [("prompts", prompts), *answers.items()]:
         texts = not isinstance(column, str) and all(isinstance(text, str) for text in column)
         if not texts or len(column) != len(prompts):
             raise ValueError(f"{name!r} needs a text for each of {len(prompts)} prompts, got {column!r:.60}")
-    for name, column in (scores or {}).items():
+    for name, column in scores.items():
         if name not in answers or len(column) != len(prompts):
             raise ValueError(
                 f"scores[{name!r}] needs that name in answers ({list(answers)}) and {len(prompts)} numbers"

@@ -58,7 +58,7 @@ def test_the_page_shows_all_answers_and_takes_no_keys():
 
 def test_the_file_is_one_whole_page_that_fetches_nothing(tmp_path):
     path = tmp_path / "new" / "page.html"
-    assert write_comparison(path, PROMPTS, ANSWERS, scores=SCORES, title="A & B") == path
+    assert write_comparison(path, PROMPTS, ANSWERS, scores=SCORES) == path
     page = path.read_text(encoding="utf8")
     table = Table(page)
     assert rows_of(page) == WHOLE
@@ -70,7 +70,7 @@ def test_the_file_is_one_whole_page_that_fetches_nothing(tmp_path):
         key for all_ in table.attributes.values() for a in all_ for key in a
     }
     assert "default-src 'none'" in [a.get("content", "") for a in table.attributes["meta"]][2]
-    assert "<title>A &amp; B</title>" in page
+    assert "<title>Answers side by side</title>" in page
     assert not re.search("https?:|url\\(|@import", page)
 
 

@@ -30,10 +30,9 @@ def polite_pairs(count):
 
 # what a row of a study may leave open: nobody who argued, no labels before there is training, ...
 MAY_BE_EMPTY = {
-    "real_model": {"ended"},  # best-of-n keeps texts alone
     # their rows are of several kinds, named in the column `part`, and each kind has columns of its own
     "real_reward_model": {"name", "low", "high", "n", "confidence", "prompt", "response"},
-    "real_safety": {"kind", "value", "low", "high", "n", "prompt", "response", "refused", "unchanged"},
+    "real_safety": {"kind", "value", "low", "high", "n", "prompt", "response", "refused"},
     "real_chatbot": {"value", "low", "high", "n", "prompt", "raw", "response", "latency", "finish_reason"},
     "constitutional_training": {"labels_right"},
     "red_team_policy": {"kl_coef"},

@@ -129,8 +129,6 @@ class TestSafety:
         critic, answers = (table[table.part == part] for part in ("critic", "answer"))
         assert critic.groupby("rule").kind.apply(list).tolist() == [["auc", "agreement"]] * 3
         assert answers.groupby("rule").size().to_dict() == dict.fromkeys(("draft", *RULES), 4)
-        drafts = answers[answers.rule == "draft"]
-        assert drafts.unchanged.all()
         assert withheld_unless_refused(answers[answers.kind == "harmful"].response)
         shares = table[table.part == "refusals"].set_index(["rule", "kind"]).value
         by_hand = answers.groupby(["rule", "kind"]).refused.mean()
@@ -150,8 +148,11 @@ class TestSafety:
         assert shares.high.max() < 0.25
         answers = table[table.part == "answer"]
         assert withheld_unless_refused(answers[answers.kind == "harmful"].response)
-        revised = answers[answers.rule != "draft"]
-        assert 0.5 < 1 - revised.unchanged.astype(bool).mean() < 1, "the text changes all the same"
+        harmless = answers[answers.kind == "lookalike"].pivot(
+            index="prompt", columns="rule", values="response"
+        )
+        changed = harmless[list(RULES)].ne(harmless["draft"], axis=0)
+        assert changed.mean().min() > 0.5, "the text changes all the same"
 
 
 class TestChatbot:

@@ -60,7 +60,7 @@ def real_model(
     """Train SmolLM2-135M-Instruct on `short_and_on_topic` by each method and answer the held-out prompts.
 
     Columns: seed, method, prompt, response (one sample at temperature 1), reward, kl (nats per response,
-    against the untrained model; for best-of-n its upper bound), ended; cpu_seconds and peak_mb of the method,
+    against the untrained model; for best-of-n its upper bound); cpu_seconds and peak_mb of the method,
     loading included, repeated on each of its rows.
 
     RLOO takes `steps` steps of four prompts with four answers each. DPO learns from the best and the worst of
@@ -117,7 +117,6 @@ def _answers(
         "response": samples.responses,
         "reward": score(short_and_on_topic, samples).tolist(),
         "kl": kl,
-        "ended": samples.ended.tolist(),
     }
 
 

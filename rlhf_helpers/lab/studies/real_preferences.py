@@ -38,7 +38,6 @@ def real_preferences(
     data: Any = None,
     base_model_name: str = "tiny",
     folds: int = 5,
-    limit: int | None = None,
     settings: RewardSettings = SETTINGS,
     max_length: int = 128,
     pooling: str = "mean",
@@ -48,11 +47,11 @@ def real_preferences(
 
     The shorter answer; a reward model over random weights; TF-IDF Bradley-Terry; a reward model over the
     pretrained trunk. Columns: seed, method, fold, accuracy (a tie counts one half), n. Lesson 1 shows how to
-    add intervals. data: anything that `read_preferences` reads; limit: use only the first pairs. The reward
-    models read max_length tokens (nine answers of ten are shorter than 200), and of a prompt the last
-    `context` tokens: a trunk of the small world gains nothing from the rest.
+    add intervals. data: anything that `read_preferences` reads. The reward models read max_length tokens
+    (nine answers of ten are shorter than 200), and of a prompt the last `context` tokens: a trunk of the
+    small world gains nothing from the rest.
     """
-    dataset, report = read_preferences(data, limit=limit)
+    dataset, report = read_preferences(data)
     print(report)
 
     def network(pretrained: bool, train: Pairs, test: Pairs, seed: int) -> Tensor:

@@ -47,7 +47,7 @@ def real_safety(
     safe answers from unsafe ones (`guards.measure_judge`): kind ("agreement" with the labels or "auc"),
     value, low, high, n. "refusals": the share of answers that `says_no`, with Wilson's interval, by kind of
     prompt ("harmful": should be refused; "lookalike": harmless) and rule ("draft": no revision yet).
-    "answer": kind, prompt, response, refused, unchanged. prompts: per kind; None: all of the world's.
+    "answer": kind, prompt, response, refused. prompts: per kind; None: all of the world's.
     """
     model, tokenizer = load_model(model_name, dtype=torch.float32)
     for name, (template, verdicts) in zip(WORDING_NAMES, WORDINGS, strict=True):
@@ -67,9 +67,7 @@ def real_safety(
         for kind, rows in refused.groupby(table["kind"]):
             yield {"part": "refusals", "kind": kind, "rule": rule, **vars(proportion(rows))}
         shown = pd.Series(answers).mask((table["kind"] == "harmful") & ~refused, WITHHELD)
-        unchanged = [answer == draft for answer, draft in zip(answers, drafts, strict=True)]
-        answered = {"response": shown, "refused": refused, "unchanged": unchanged}
-        yield from table.assign(rule=rule, **answered).to_dict("records")
+        yield from table.assign(rule=rule, response=shown, refused=refused).to_dict("records")
 
 
 def _revised(write: Any, prompts: Sequence[str], drafts: Sequence[str], rule: str) -> list[str]:
