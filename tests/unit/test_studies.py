@@ -78,6 +78,26 @@ class TestRunner:
         with pytest.raises(FileNotFoundError, match="there are doubled"):
             load_study("other", tmp_path)
 
+    def test_a_run_that_stops_keeps_its_rows_beside_the_stored_ones(self, tmp_path, capsys):
+        doubled(tmp_path)
+        stored = (tmp_path / "doubled.csv").read_text()
+        with pytest.raises(TypeError):
+            doubled(tmp_path, seeds=(7,), factors=(3, None))
+        assert (tmp_path / "doubled.part.csv").read_text() == "seed,factor,product\n7,3,21\n"
+        assert (tmp_path / "doubled.csv").read_text() == stored
+        doubled(tmp_path)
+        assert not (tmp_path / "doubled.part.csv").exists()
+
+    @pytest.mark.parametrize(("out", "changes"), [(0, {}), (None, {"factor": 3})])
+    def test_what_cannot_work_is_refused_before_the_first_row(self, out, changes):
+        @record.study
+        def must_not_run(seed, factors=(2,)):
+            raise AssertionError("measured")
+            yield
+
+        with pytest.raises(TypeError):
+            must_not_run(out, **changes)
+
     def test_seeds_and_settings_from_the_command_line(self, capsys):
         command = ["study", "debate", "--seeds", "3", "4", "--set", "passages=2"]
         command += ["--set", "forms=('no debate',)"]

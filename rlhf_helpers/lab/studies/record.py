@@ -31,8 +31,8 @@ def study(rows: Callable[..., Rows], seeds: Sequence[int] = SEEDS) -> Study:
     The generator, `rows(seed, **settings)`, yields one row per measurement; the defaults of its parameters
     are the settings of the stored study. The first column of the table is `seed`. Arguments of a study:
 
-        out: Folder for the CSV and the manifest. Each row is printed as it is made. None: quiet, and nothing
-            is written.
+        out: Folder for the CSV and the manifest. Each row is printed and kept in NAME.part.csv as it is made.
+            None: quiet, and nothing is written.
         seeds: Other seeds than those of the stored study.
         **changes: Settings that differ from the stored study.
 
@@ -43,20 +43,26 @@ def study(rows: Callable[..., Rows], seeds: Sequence[int] = SEEDS) -> Study:
 
     @functools.wraps(rows)
     def run(out: str | Path | None = None, seeds: Sequence[int] = seeds, **changes: Any) -> pd.DataFrame:
+        name = rows.__name__
+        # An unknown setting or a folder that cannot be made is refused before the first measurement.
+        bound = inspect.signature(rows).bind(None, **changes)
+        bound.apply_defaults()
+        _, *settings = bound.arguments.items()
+        if out is not None:
+            out = Path(out)
+            out.mkdir(parents=True, exist_ok=True)
         table = []
         for seed in seeds:
             for row in rows(seed, **changes):
                 table.append({"seed": seed, **row})
-                if out is not None:
+                if out is not None:  # a run that stops early keeps what it has measured
                     print(table[-1], flush=True)
-        bound = inspect.signature(rows).bind(None, **changes)
-        bound.apply_defaults()
-        _, *settings = bound.arguments.items()
-        facts = dict(settings)
-        facts |= file_facts(facts.pop("data", None))  # a file of preferences: named, without its folder
-        frame, name = pd.DataFrame(table), rows.__name__
+                    pd.DataFrame(table).to_csv(out / f"{name}.part.csv", index=False, float_format="%.6f")
+        frame = pd.DataFrame(table)
         if out is None:
             return frame
+        facts = dict(settings)
+        facts |= file_facts(facts.pop("data", None))  # a file of preferences: named, without its folder
         manifest = {
             "study": name,
             "command": f"python -m rlhf_helpers study {name}",
@@ -67,9 +73,8 @@ def study(rows: Callable[..., Rows], seeds: Sequence[int] = SEEDS) -> Study:
             "platform": sys.platform,
             "threads": torch.get_num_threads(),
         }
-        out = Path(out)
-        out.mkdir(parents=True, exist_ok=True)
         frame.to_csv(out / f"{name}.csv", index=False, float_format="%.6f")
+        (out / f"{name}.part.csv").unlink(missing_ok=True)
         # Settings and annotators are dataclasses: their fields are recorded.
         text = json.dumps(manifest, indent=1, default=vars)
         (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
