@@ -36,7 +36,7 @@ COLUMNS = {
 class DPODataset(Dataset):
     """Preferences as a map-style data set, tokenized once.
 
-    `len(data)` counts the rows; `data[i]` returns one, with its reference log-probs once computed. Lesson 2.
+    `len(data)` counts the rows; `data[i]` returns one. Lesson 2.
 
     rows: dicts, a `datasets.Dataset` or a dict of columns, of one kind:
         "pairs"     prompt, chosen, rejected
@@ -108,11 +108,8 @@ class DPODataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return a row, with ref_chosen_logps and ref_rejected_logps (or ref_logps) if they are known."""
-        row, known = dict(self.rows[index]), self.ref_logps and self.ref_logps[index].tolist()
-        if known and self.kind == "pairs":
-            return row | {"ref_chosen_logps": known[0], "ref_rejected_logps": known[1]}
-        return row | {"ref_logps": known[0] if self.kind == "unpaired" else known} if known else row
+        """Return a row; its token ids and reference log-probs are sequences[index] and ref_logps[index]."""
+        return self.rows[index]
 
     def ref_logps_of(self, indices: Collection[int]) -> Float[Tensor, "B K"]:
         """Return the log-probs under the reference, in nats, of the K sequences of each of these rows."""

@@ -44,7 +44,7 @@ CEILINGS = {
     "alignment_eval": 10_730,
     "reward_model": 11_220,
     "policy_optimization": 11_140,
-    "dpo": 7_780,
+    "dpo": 7_710,
     "constitutional_ai": 3_750,
     "red_teaming": 7_110,
     "safety_alignment": 4_850,

@@ -239,8 +239,7 @@ def test_reference_log_probs_stay_with_the_data(tiny_llama_dir):
     trainer = trainer_of(tiny_llama_dir)
     data = trainer.dataset(PAIRS)
     known = trainer.get_ref_log_probs([row["prompt"] for row in PAIRS], [row["chosen"] for row in PAIRS])
-    assert [row["ref_chosen_logps"] for row in data] == pytest.approx(known.tolist(), abs=1e-4)
-    assert data[0]["ref_rejected_logps"] < 0
+    assert [chosen.item() for chosen, _ in data.ref_logps] == pytest.approx(known.tolist(), abs=1e-4)
     kept = data.ref_logps
     trainer.train(data)
     assert data.ref_logps is kept
@@ -547,7 +546,7 @@ def test_pairs_are_the_best_and_the_worst_sample_with_their_sampled_ids(tiny):
         ("Hello", rollout.responses[1], rollout.responses[0]),
         ("Why?", rollout.responses[3], rollout.responses[4]),
     ]
-    assert data[1]["ref_chosen_logps"] == pytest.approx(logps[3].item())
+    assert data.ref_logps[1][0].item() == pytest.approx(logps[3].item())
     flat = [sequence for row in data.sequences for sequence in row]
     found = data_module.sum_logps(model, flat)
     torch.testing.assert_close(found.detach(), logps[[1, 0, 3, 4]], atol=1e-4, rtol=0)
