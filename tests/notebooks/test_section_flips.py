@@ -130,7 +130,7 @@ FLIPS = {
         "real": "rlhf_helpers.core.stats:proportion",
         "constitutions": f"here {INTERVAL}",
         "soft-labels": "rlhf_helpers.constitutional_ai:soft_preference_loss",
-        "red-team-more": "rlhf_helpers.red_teaming:extract_canaries",
+        "red-team-more": "rlhf_helpers.core.choices:choice_logps",
         "attacker": "rlhf_helpers.red_teaming:similarity",
         "gradient-attacks": "rlhf_helpers.red_teaming.gradient:suffix_loss",
         "metrics": "rlhf_helpers.alignment_eval:bbq_bias_score",
