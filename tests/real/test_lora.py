@@ -41,7 +41,7 @@ def test_policy_learns_and_comes_back_from_its_adapter_and_merged(smollm2, tmp_p
 
 def test_policy_loop_compares_with_the_adapter_switched_off(smollm2):
     model, tokenizer = smollm2
-    settings = RLOOSettings(**{**SIZES, "learning_rate": None}, lora=8)
+    settings = RLOOSettings(**SIZES, lora=8)
     frozen = {name: weight.clone() for name, weight in model.named_parameters() if "q_proj" in name}
     history = rloo(model, tokenizer, PROMPTS, short_and_on_topic, settings).to_frame()
     assert abs(history["objective/kl"][0]) < 1e-3
