@@ -141,6 +141,14 @@ def answer_logits(
 ) -> tuple[Float[Tensor, "N V"], Int[Tensor, "N"], Float[Tensor, "N d"]]:
     """Compute the logits that predict each token of the answers, in one forward pass; keeps gradients.
 
+    For example, with the prompt [5, 6] and its answers [7, 8] and [9]:
+
+        sequences                     [5, 6, 7, 8], [5, 6, 9]
+        row (the prompt once)         5  6  7  8  9
+        paths, the places in the row  [0, 1, 2, 3], [0, 1, 4]
+        positions that predict        [1, 2],       [1]
+        labels                        [7, 8],       [9]
+
     Returns:
         For the N tokens of all answers, one answer after the other: logits, already aligned (row i predicts
         label i), labels (the tokens themselves), and the hidden states that the logits are read from.

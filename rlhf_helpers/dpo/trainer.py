@@ -73,8 +73,8 @@ class DPOTrainer:
         """Minimize the mean loss over the rows, from settings.beta on (`train_dpo`).
 
         Args:
-            options: val_rows, evaluated every eval_every steps, or at the end of each epoch; epochs; resume,
-                which continues from the newest checkpoint of settings.run_dir: give model and ref_model as
+            options: val_rows, evaluated after the update of every eval_every-th step, or at the end of each
+                epoch; epochs; resume, which continues from the newest checkpoint of settings.run_dir: give model and ref_model as
                 at the start.
 
         Returns:

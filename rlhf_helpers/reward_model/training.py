@@ -81,7 +81,7 @@ def train_reward_model(
     Returns:
         One row per step, measured before its update: loss and, except for ratings, rewards/chosen,
         rewards/rejected, rewards/margins and rewards/accuracies (a tie counts 1/2; in DPO, 0), averaged like
-        the loss.
+        the loss. The columns eval_... are measured after the update.
 
     Raises:
         ValueError: as `as_rows`; or keep_best without val_rows or with resume.

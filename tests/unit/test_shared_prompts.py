@@ -149,6 +149,17 @@ def test_sequences_share_what_they_begin_with(tiny_llama_dir):
     assert inputs["input_ids"].numel() <= 18, "15 without padding: 5 + 1 for three of them, 5 and 4"
 
 
+def test_the_example_of_answer_logits(tiny_llama_dir):
+    model, _ = load_model(tiny_llama_dir, device="cpu")
+    inputs, paths = pack(model, [[5, 6, 7, 8], [5, 6, 9]])
+    assert inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert paths == [[0, 1, 2, 3], [0, 1, 4]]
+    logits, labels, _ = answer_logits(model, [([5, 6], [7, 8]), ([5, 6], [9])])
+    assert labels.tolist() == [7, 8, 9]
+    plain = model(torch.tensor([[5, 6, 7, 8]])).logits[0]
+    torch.testing.assert_close(logits, plain[[1, 2, 1]], atol=1e-5, rtol=0)
+
+
 def test_states_are_those_that_the_head_reads(tiny_llama_dir):
     model, _ = load_model(tiny_llama_dir, device="cpu")
     logits, labels, states = answer_logits(model, PAIRS)
