@@ -74,8 +74,8 @@ class DPOTrainer:
 
         Args:
             options: val_rows, evaluated after the update of every eval_every-th step, or at the end of each
-                epoch; epochs; resume, which continues from the newest checkpoint of settings.run_dir: give model and ref_model as
-                at the start.
+                epoch; epochs; resume, which continues from the newest checkpoint of settings.run_dir: give
+                model and ref_model as at the start.
 
         Returns:
             One row per step, measured before its update, by TRL's names: loss, rewards/chosen,
