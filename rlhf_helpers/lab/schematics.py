@@ -157,7 +157,7 @@ def token_timeline(
         axis.set_ylabel(name, size=FONT_SIZE)
         axis.set_xticks(range(len(tokens)), tokens, size=FONT_SIZE - 1)
     listed = "; ".join(f"{name} {np.round(numbers, 2).tolist()}" for name, (numbers, _) in measures.items())
-    return figure, f"Bars over the tokens {list(tokens)} of one answer. From first to last token: {listed}."
+    return figure, f"Bars over an answer's tokens: {', '.join(tokens)}. From first to last token: {listed}."
 
 
 def ppo_against_dpo() -> Schematic:
