@@ -4,6 +4,7 @@ import ast
 import builtins
 import dis
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,6 +125,9 @@ def read_part(source: str, statements: Sequence[ast.stmt], section: str) -> Part
     """Read what the statements of a source need, bind and change together."""
     needs, binds, deletes = _read_names(_compiled(statements))
     _, sure, _ = _read_names(_compiled([one for one in statements if not isinstance(one, ast.If)]))
+    gone = deletes - _stored_at_last(statements)
+    binds -= gone
+    sure -= gone
     changes = set().union(*map(_changed, statements)) - binds
     needs -= {*dir(builtins), "__annotations__"}
     return Part(source, section, needs, binds, changes, sure, deletes)
@@ -131,7 +135,19 @@ def read_part(source: str, statements: Sequence[ast.stmt], section: str) -> Part
 
 def _compiled(statements: Sequence[ast.stmt]) -> CodeType:
     module = ast.Module(list(statements), type_ignores=[])
-    return compile(module, "cell", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    with warnings.catch_warnings(action="ignore"):  # `x is 1`: Python says so when the cell itself runs
+        return compile(module, "cell", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+def _stored_at_last(statements: Sequence[ast.stmt]) -> set[str]:
+    """Return the names that are assigned where they stand last, so that a `del` further up does not count.
+
+    The name of `except ... as name` is not among them: it is gone behind its handler.
+    """
+    names = [node for one in statements for node in ast.walk(one) if isinstance(node, ast.Name)]
+    names.sort(key=lambda name: (name.lineno, name.col_offset))
+    last = {name.id: name.ctx for name in names if not isinstance(name.ctx, ast.Load)}
+    return {name for name, context in last.items() if isinstance(context, ast.Store)}
 
 
 def missing_parts(parts: Sequence[Part], section: str, namespace: Mapping[str, Any]) -> list[Part]:
@@ -177,24 +193,29 @@ def _read_names(code: CodeType) -> tuple[set[str], set[str], set[str]]:
     later: set[str] = set()
     binds: set[str] = set()
     deletes: set[str] = set()
+    # The methods and comprehensions of a class do not see what its body binds.
+    seen = binds if code.co_name == "<module>" else set()
     for step in dis.get_instructions(code):
-        if step.opname in ("LOAD_NAME", "LOAD_GLOBAL", "LOAD_FROM_DICT_OR_GLOBALS"):
+        if step.opname in ("LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
             needs |= {step.argval} - binds
-        elif step.opname == "STORE_NAME":
+        elif step.opname == "LOAD_GLOBAL":
+            needs |= {step.argval} - seen
+        elif step.opname in ("STORE_NAME", "STORE_GLOBAL"):
             binds.add(step.argval)
         elif step.opname == "DELETE_NAME":
             deletes.add(step.argval)
         elif isinstance(step.argval, CodeType):
-            inner, _, _ = _read_names(step.argval)
+            inner, bound, _ = _read_names(step.argval)
             if step.argval.co_name in ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"):
-                needs |= inner - binds
+                needs |= inner - seen
+                binds |= bound  # by :=
             else:
                 later |= inner
-    return needs | (later - binds), binds - deletes, deletes
+    return needs | (later - seen), binds, deletes
 
 
 def _changed(node: ast.AST) -> set[str]:
-    """Names of what a statement changes in place: rows.append(row), frame["a"] = 1."""
+    """Return the names of what a statement changes in place: rows.append(row), frame["a"] = 1."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return set()
     found = set().union(*map(_changed, ast.iter_child_nodes(node)))

@@ -53,7 +53,7 @@ CEILINGS = {
     "chatbot_rlhf": 5_530,
     "summarization_rl": 4_040,
     "code_generation": 3_370,
-    "lab": 13_530,
+    "lab": 13_700,
     "lab/explorers": 2_460,
     "lab/classroom": 3_330,
     "lab/labeling": 4_130,

@@ -67,6 +67,13 @@ def shell(tmp_path, monkeypatch):
         ("def f():\n    return g()\ndef g():\n    return f()", set(), {"f", "g"}),
         ("f = lambda x: x + shift", {"shift"}, {"f"}),
         ("class A(Base):\n    size = n\n    def f(self):\n        return m", {"Base", "n", "m"}, {"A"}),
+        ("class A:\n    def step(self, x):\n        return step(x)", {"step"}, {"A"}),
+        ("class A:\n    loss = 1\n    def f(self):\n        return loss", {"loss"}, {"A"}),
+        ("class A:\n    n = 1\n    m = n\n    size = [n for _ in m]", {"n"}, {"A"}),
+        ("del rows\nrows = 1", set(), {"rows"}),
+        ("rows = 1\ndel rows", set(), set()),
+        ("try:\n    x = 1\nexcept KeyError as e:\n    print(e)\ne = None", set(), {"x", "e"}),
+        ("any((hit := x) > k for x in rows)\nprint(hit)", {"k", "rows"}, {"hit"}),
         ("try:\n    x = 1\nexcept KeyError as error:\n    print(error)", set(), {"x"}),
         ("if (n := len(rows)) > 3:\n    print(n)", {"rows"}, {"n"}),
         ("print(f'{value:.{digits}f}')", {"value", "digits"}, set()),
@@ -94,6 +101,11 @@ def test_a_cell_is_read_in_the_order_in_which_it_runs(source, needs, binds):
 )
 def test_changes_in_place_are_seen(source, changes):
     assert split_cell(source)[-1].changes == changes
+
+
+def test_a_cell_is_read_without_warnings(recwarn):
+    split_cell("same = x is 1")
+    assert not recwarn.list
 
 
 def test_sections_have_anchors_and_cells(tmp_path):
