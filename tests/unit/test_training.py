@@ -790,6 +790,15 @@ def test_the_weight_of_a_row_counts_its_response_tokens_so_often():
     assert both == pytest.approx((9 * first + 2 * second) / 11, abs=1e-6)
 
 
+def test_whole_number_weights_do_not_truncate_the_others():
+    def losses(whole):
+        rows = [{"prompt": "a", "completion": "bb"}, {"prompt": "cd", "completion": "efg", "weight": 0.25}]
+        rows[0]["weight"] = whole
+        return [one_step_change(rows, prompt_weight=prompt_weight)[1] for prompt_weight in (0, whole)]
+
+    assert losses(1) == losses(1.0)
+
+
 @pytest.mark.parametrize("text", ["a \ud83d", "System: Be kind.\n\nUser: Hi"])
 def test_rows_that_cannot_be_encoded_are_named(tiny, text):
     tokenizer = tiny[1]

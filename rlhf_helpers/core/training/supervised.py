@@ -60,7 +60,8 @@ def sft(
         resume: continue from the newest checkpoint of settings.run_dir, if there is one.
 
     Returns:
-        One row per step: loss, token_accuracy (response tokens), learning_rate, grad_norm.
+        One row per step: loss, token_accuracy (the share of response tokens that the model ranked first,
+        weighted as in the loss), learning_rate, grad_norm.
 
     Raises:
         ValueError: a missing or empty field; names the row.
@@ -155,7 +156,7 @@ def sft_update(
 def evaluate_sft(
     engine: Engine, encoded: Sequence[EncodedRow], *, batch_size: int, pad_id: int
 ) -> dict[str, float]:
-    """Return eval_loss and eval_token_accuracy: means over the response tokens of rows not trained on."""
+    """Return eval_loss and eval_token_accuracy, weighted means over response tokens of held-out rows."""
     metrics = MeanMetrics()
     for indices in batches_by_length(row_lengths(encoded), batch_size):
         nll, correct, weights = rows_nll(engine.model, [encoded[index] for index in indices], 0.0, pad_id)
@@ -184,7 +185,7 @@ def rows_nll(
     with torch.no_grad():
         correct = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) >= logits.amax(-1)
         correct = correct.float().where(is_response, torch.nan)
-    weights = [torch.tensor(token_weights(row, prompt_weight)) for row in rows]
+    weights = [torch.tensor(token_weights(row, prompt_weight), dtype=torch.float32) for row in rows]
     return nll, correct, pad_sequence(weights, batch_first=True).to(device)
 
 
