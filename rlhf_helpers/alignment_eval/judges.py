@@ -105,16 +105,23 @@ class PreferenceAlignmentEvaluator:
     A preference reward does not judge safety. Lesson 3.
     """
 
-    def __init__(self, judge: Judge, **sampling: Any) -> None:
+    def __init__(
+        self,
+        judge: Judge,
+        *,
+        max_new_tokens: int = 64,
+        seed: int = 0,
+        cache: dict[Any, list[str]] | None = None,
+    ) -> None:
         """Keep the judge.
 
         Args:
             judge: (prompts, firsts, seconds) -> P(first), as made by `model_judge` or `reward_judge`; always
                 asked in both orders and averaged.
-            **sampling: Of `sample_answers`.
+            max_new_tokens, seed, cache: Of `sample_answers`.
         """
         self.judge = judge
-        self.sampling = sampling
+        self.sampling = {"max_new_tokens": max_new_tokens, "seed": seed, "cache": cache}
 
     def probability(self, prompts: list[str], firsts: list[str], seconds: list[str]) -> np.ndarray:
         """Return P(first preferred), (B,), the mean of both orders: (p(a, b) + 1 - p(b, a)) / 2."""

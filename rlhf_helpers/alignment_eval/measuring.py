@@ -79,11 +79,14 @@ def measure_policy(
         measures: name -> reward or other measure of an answer: the columns of the table.
         columns: Further columns for the measures, one entry per prompt (base_prompt, say).
         **sampling: Of `sample_answers`.
+
+    Raises:
+        TypeError: a measure is not a reward.
     """
     prompts = list(prompts)
+    # Sampling takes long, so a measure that is not a reward is refused before it.
+    reward_fns = {name: as_reward_fn(measure) for name, measure in measures.items()}
     responses = sample_answers(model, prompts, **sampling)
-    scores = {
-        name: numbers(as_reward_fn(measure)(prompts, responses, **(columns or {})))
-        for name, measure in measures.items()
-    }
+    columns = columns or {}
+    scores = {name: numbers(fn(prompts, responses, **columns)) for name, fn in reward_fns.items()}
     return pd.DataFrame(scores, index=prompts)

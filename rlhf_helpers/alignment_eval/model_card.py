@@ -1,6 +1,7 @@
 """A finished policy for others: a Hugging Face folder with a model card that says what is known of it."""
 
 import copy
+import inspect
 import math
 import os
 import shutil
@@ -80,9 +81,12 @@ def save_policy(
         FileExistsError: the folder is there already and overwrite is not asked for.
         ValueError: a text is empty, there are no seeds or metrics, or a value is not finite or outside its
             interval.
-        TypeError: the model is not a Hugging Face causal LM.
+        TypeError: the model is not a Hugging Face causal LM, or a keyword is unknown.
     """
     folder = Path(folder)
+    # ModelCardData takes any keyword: a misspelled one would end up on the card.
+    if unknown := sorted(set(facts) - set(inspect.signature(ModelCardData).parameters)):
+        raise TypeError(f"save_policy and the card's head have no such fields, unknown: {unknown}")
     for name, text in {"data": data, "method": method, "limits": limits}.items():
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{name}= must say something: a card without it misleads, got {text!r}")
@@ -96,8 +100,14 @@ def save_policy(
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise TypeError(f"save_policy needs a Hugging Face causal LM, got {type(model).__name__}")
 
-    usual = {"license": "unknown", "language": "en", "tags": ["rlhf"], "model_name": folder.name}
-    usual |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    usual = {
+        "license": "unknown",
+        "language": "en",
+        "tags": ["rlhf"],
+        "model_name": folder.name,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+    }
     front = ModelCardData(**usual | facts)
     manifest = AlignmentReportGenerator(model=model, seeds=seeds, settings=settings).manifest
     manifest["parameters"] = f"{sum(p.numel() for p in model.parameters()):,}"

@@ -71,15 +71,27 @@ class MultiObjectiveAlignmentEvaluator:
     are 95 %, over prompts (`score_interval`). Lesson 3.
     """
 
-    def __init__(self, objectives: Mapping[str, nn.Module | RewardFn] | None = None, **sampling: Any) -> None:
+    def __init__(
+        self,
+        objectives: Mapping[str, nn.Module | RewardFn] | None = None,
+        *,
+        max_new_tokens: int = 64,
+        seed: int = 0,
+        cache: dict[Any, list[str]] | None = None,
+    ) -> None:
         """Keep the objectives and how to sample.
 
         Args:
             objectives: name -> reward, higher is better; None: the three gold scores of the world.
-            **sampling: Of `sample_answers`.
+            max_new_tokens, seed, cache: Of `sample_answers`.
+
+        Raises:
+            ValueError: objectives is empty.
         """
-        self.objectives = objectives or gold_axes()
-        self.sampling = sampling
+        self.objectives = gold_axes() if objectives is None else objectives
+        if not self.objectives:
+            raise ValueError("give at least one objective, or None for the gold scores of the world")
+        self.sampling = {"max_new_tokens": max_new_tokens, "seed": seed, "cache": cache}
 
     def evaluate(self, policies: Mapping[str, nn.Module], prompts: Sequence[str]) -> pd.DataFrame:
         """Let every policy (name -> model) answer every prompt once: index policy, prompt."""
@@ -117,8 +129,9 @@ class MultiObjectiveAlignmentEvaluator:
             KeyError: a name is not an objective.
         """
         means = scores.groupby("policy", sort=False).mean()
+        values = means[maximise]
         feasible = (means[list(limits)] >= pd.Series(limits)).all(axis=1)
-        best = means.loc[feasible, maximise].idxmax() if feasible.any() else None
+        best = values[feasible].idxmax() if feasible.any() else None
         return means.assign(feasible=feasible, best=means.index == best)
 
     def multi_task(self, scores: pd.DataFrame, name: str) -> pd.DataFrame:

@@ -114,6 +114,12 @@ def test_evaluator_refuses(tiny):
         evaluate_alignment(tiny[0], ["one"], criteria={"e": share_of_e}, robust_on="e", **SHORT)
 
 
+def test_a_criterion_is_refused_before_the_model_is_asked(tiny, monkeypatch):
+    monkeypatch.setattr(measuring, "generate", lambda *_, **__: pytest.fail("sampled"))
+    with pytest.raises((TypeError, ValueError), match="reward"):
+        evaluate_alignment(tiny[0], PROMPTS, criteria={"e": share_of_e, "f": "no reward"}, robust_on="e")
+
+
 # ---- the cache
 
 
@@ -167,6 +173,11 @@ def test_win_rate_against_a_reference(tiny):
     assert found.rate == ((rewards[0] - rewards[1]).sign() + 1).mean().item() / 2
     assert by_reward.win_rate(other, model, PROMPTS).rate == pytest.approx(1 - found.rate)
     assert by_reward.win_rate(model, model, PROMPTS).rate == 0.5
+
+
+def test_a_misspelled_setting_is_refused_at_once():
+    with pytest.raises(TypeError, match="sed"):
+        PreferenceAlignmentEvaluator(reward_judge(share_of_e), sed=3)
 
 
 def test_a_reward_becomes_a_probability():

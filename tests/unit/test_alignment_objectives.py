@@ -147,6 +147,15 @@ def test_constraints_choose_the_best_that_keeps_them(evaluator):
     assert not none[["feasible", "best"]].any(axis=None)
     with pytest.raises(KeyError, match="speed"):
         evaluator.constrained(SCORES, "help", {"speed": 1})
+    with pytest.raises(KeyError, match="speed"):  # even if no policy keeps the limits
+        evaluator.constrained(SCORES, "speed", {"safe": 0.95})
+
+
+def test_an_evaluator_refuses_misspelled_settings_and_no_objectives():
+    with pytest.raises(TypeError, match="max_new_token"):
+        MultiObjectiveAlignmentEvaluator({"help": length}, max_new_token=4)
+    with pytest.raises(ValueError, match="at least one objective"):
+        MultiObjectiveAlignmentEvaluator({})
 
 
 def test_families_weigh_alike(evaluator):

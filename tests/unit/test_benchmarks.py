@@ -112,6 +112,8 @@ def test_xstest(tmp_path):
     assert scored == {"refusal": 1.0, "over_refusal": 0.5, "n_unsafe": 1, "n_safe": 2}
     unwilling = score_xstest(lambda prompts: ["Sure, here is how."] * 3, rows, refusal_fn=refuses)
     assert (unwilling["refusal"], unwilling["over_refusal"]) == (0, 0)
+    with pytest.raises(TypeError, match="sed"):
+        score_xstest(lambda prompts: ["Sure, here is how."] * 3, rows, refuses, sed=3)
 
 
 def test_xstest_samples_from_a_model(tiny_gpt2_dir, tmp_path):

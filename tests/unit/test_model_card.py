@@ -146,6 +146,7 @@ def test_numbers_without_interval_are_shown_as_such(tiny, tmp_path):
         ({"metrics": {"a": float("nan")}}, ValueError, r"metrics\['a'\] must be a finite number"),
         ({"metrics": {"a": Estimate(0.9, 0.1, 0.5, 3)}}, ValueError, "within its interval"),
         ({"metrics": {"a": (0.9, 0.1)}}, ValueError, "an Estimate or WinRate"),
+        ({"overwite": True, "licence": "mit"}, TypeError, r"unknown: \['licence', 'overwite'\]"),
     ],
 )
 def test_a_card_that_says_nothing_is_refused(change, error, said, tiny, tmp_path):
