@@ -1,4 +1,4 @@
-"""A chatbot from data to thumbs: answering with memory and a guard, training in rounds, honest evaluation."""
+"""A chatbot from data to server: answering with memory and a guard, training, honest evaluation."""
 
 from rlhf_helpers.chatbot_rlhf.chatbot import (
     FALLBACK,

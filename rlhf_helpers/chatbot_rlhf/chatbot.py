@@ -190,13 +190,18 @@ class AlignedChatbot:
         if context is None:
             return to_text(messages)
         room = context - (max_new_tokens or self.sampling["max_new_tokens"])
-        # Whole exchanges are dropped, the oldest first, until the rest fits, whatever the chat template adds.
-        for first in range(0, len(turns), 2):
+        # From the last message back, one exchange more each time, until no more fits, whatever the chat
+        # template adds. So a long conversation costs no more than what fits of it.
+        fitting = None
+        for first in range(len(turns) - 1, -1, -2):
             text = to_text([*system, *turns[first:]])
             length = len(encode_prompt(self.tokenizer, text))
-            if length <= room:
-                return text
-        raise ValueError(f"the last message has {length} tokens and {room} fit: shorten it")
+            if length > room:
+                break
+            fitting = text
+        if fitting is None:
+            raise ValueError(f"the last message has {length} tokens and {room} fit: shorten it")
+        return fitting
 
     def _p_safe(self, prompts: list[str], responses: list[str], **columns: Any) -> Tensor:
         """P(safe) by safety_fn; 0 for an empty answer, which is none."""

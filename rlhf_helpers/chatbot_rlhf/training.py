@@ -158,6 +158,8 @@ def _parts(given: Conversation) -> dict[str, Any]:
     if isinstance(given, Mapping) and "label" in given:
         if not isinstance(given["label"], bool):
             raise ValueError(f"label must be True (a thumb up) or False, got {given['label']!r}")
+        if "completion" not in row or "rejected" in row:
+            raise ValueError("a row with label needs prompt and completion, and no rejected answer")
         row["label"] = given["label"]
     return row
 

@@ -102,6 +102,31 @@ def test_a_system_message_stays(tiny, scripted):
     assert 1 < len(asked) < 22
 
 
+def test_a_long_conversation_costs_no_more_than_what_fits(tiny, monkeypatch):
+    chatbot, encoded = bot(tiny), []
+
+    def counting(tokenizer, text):
+        encoded.append(text)
+        return encode_prompt(tokenizer, text)
+
+    monkeypatch.setattr("rlhf_helpers.chatbot_rlhf.chatbot.encode_prompt", counting)
+    turns = [{"role": ("user", "assistant")[i % 2], "content": f"word {i} " * 9} for i in range(401)]
+    kept = to_messages(chatbot.prompt_of(turns))
+    # Each exchange that fits is encoded once, and the first that does not.
+    assert len(encoded) == len(kept) // 2 + 2
+    assert to_messages(encoded[-2]) == kept
+    assert len(to_messages(encoded[-1])) == len(kept) + 2
+
+
+@pytest.mark.parametrize("spare, exchanges", [(0, 2), (-1, 1)])
+def test_the_context_is_filled_to_the_last_token(tiny, monkeypatch, spare, exchanges):
+    chatbot = bot(tiny)
+    turns = [{"role": ("user", "assistant")[i % 2], "content": f"word {i}"} for i in range(5)]
+    room = len(encode_prompt(chatbot.tokenizer, to_text(turns))) + spare
+    monkeypatch.setattr("rlhf_helpers.chatbot_rlhf.chatbot.usable_positions", lambda model: room + 10)
+    assert chatbot.prompt_of(turns, max_new_tokens=10) == to_text(turns[-2 * exchanges - 1 :])
+
+
 @pytest.mark.parametrize(
     "messages, told",
     [([], "roles|go user"), ([{"role": "assistant", "content": "a"}], "got ..assistant"),

@@ -73,6 +73,8 @@ def test_the_last_message_of_an_assistant_is_the_answer(tiny, monkeypatch):
     [([PAIR, {"prompt": " ", "response": "b"}], r"conversation_data\[1\].*prompt"),
      ([PAIR, {"prompt": "a", "response": ""}], r"\[1\].*completion must be"), ([PAIR, 7], r"\[1\].*got 7"),
      ([{**PAIR, "label": "up"}], r"\[0\].*label must be"),
+     ([PAIR, {"prompt": "a", "label": True}], r"\[1\].*needs prompt and completion"),
+     ([{"prompt": "a", "chosen": "b", "rejected": "c", "label": True}], r"\[0\].*no rejected"),
      (["word " * 300], r"\[0\].*shorten"), ("Hello", "list of conversations"), ([], "nothing to learn")],
 )  # fmt: skip
 def test_faulty_data_are_named(tiny, data, told):
