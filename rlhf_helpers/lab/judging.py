@@ -219,7 +219,7 @@ def _show(value: Any) -> str:
         return f"an error ({value.kind})"
     if not isinstance(value, Tensor):
         text = " ".join(repr(value).split())[:200]  # one line, whatever it is
-        return f"{value!r} ({type(value).__name__})" if isinstance(value, str | bytes) else text
+        return f"{text} ({type(value).__name__})" if isinstance(value, str | bytes) else text
     if value.numel() > 24 or value.layout != torch.strided or value.device.type == "meta":
         return f"a tensor of shape {tuple(value.shape)}"
     rounded = value.detach().double().mul(1e4).round().div(1e4) if value.is_floating_point() else value

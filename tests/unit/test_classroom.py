@@ -16,13 +16,14 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from rlhf_helpers.__main__ import main
 from rlhf_helpers.lab.classroom import grading
 from rlhf_helpers.lab.classroom.edition import points, student_edition, write_student_edition
-from rlhf_helpers.lab.classroom.grading import SELF_REPORTED, grade, program_of
+from rlhf_helpers.lab.classroom.grading import SELF_REPORTED, grade, judge_result, program_of
 from rlhf_helpers.lab.classroom.report import class_report
 from rlhf_helpers.lab.classroom.worker import describe, restore
-from rlhf_helpers.lab.exercises import NAMES
+from rlhf_helpers.lab.exercises import EXERCISES, NAMES
 from rlhf_helpers.lab.isolation import Raised
 from rlhf_helpers.lab.judging import same
 from rlhf_helpers.lab.quizzes import questions
+from rlhf_helpers.sandbox import SandboxResult
 
 ROOT = Path(__file__).parents[2]
 LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -122,7 +123,10 @@ def test_points_are_one_for_a_right_function_only():
         torch.tensor([[1.0, float("nan")], [float("inf"), -2.0]]),
         torch.zeros(0, 3),
         torch.tensor([True, False]),
+        torch.tensor([1.5], dtype=torch.bfloat16),
         np.array([1.5, 2.0]),
+        np.zeros(0),
+        [float("inf"), 10**30, torch.Size([2, 3])],
         [1, (2.5, "three"), {"four": None}],
         Raised("ValueError", "no"),
         True,
@@ -135,6 +139,41 @@ def test_what_leaves_the_sandbox_comes_back_the_same(value):
 
 def test_an_object_of_another_kind_cannot_leave():
     assert restore(describe(object())) == Raised("TypeError", "a result of type object cannot be graded")
+
+
+def test_a_complex_tensor_cannot_leave():
+    outcome = restore(describe({"outcomes": [torch.zeros(2, dtype=torch.complex64)]}))["outcomes"][0]
+    assert outcome == Raised("TypeError", "a result of type Tensor cannot be graded")
+
+
+FORGED = {
+    "huge number": '{"given": {"tensor": [1%s], "dtype": "float32", "shape": [1]}}' % ("0" * 400),
+    "other shape": '{"given": {"tensor": [1], "dtype": "float32", "shape": [2]}}',
+    "no dtype": '{"given": {"tensor": [1], "dtype": "none", "shape": [1]}}',
+    "nested": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("values", FORGED.values(), ids=FORGED)
+def test_a_forged_outcome_is_wrong_and_stops_nobody(values):
+    found = judge_result("bradley_terry", SandboxResult("ok", values=(values,)))
+    assert found.state == "wrong"
+    assert found.message.startswith("stopped (forged)")
+
+
+def test_a_message_can_be_written_and_is_short(tmp_path, monkeypatch):
+    (tmp_path / "ada").mkdir()
+    cell = new_code_cell("def my_fn(*args):\n    return 1\n\ncheck('bradley_terry', my_fn)")
+    nbformat.write(new_notebook(cells=[cell]), tmp_path / "ada" / LESSONS[0].name)
+    each = len(EXERCISES["bradley_terry"].probes)
+    for text in ("half \ud800", "a" * 100_000):
+        outcomes = {"outcomes": [Raised("ValueError", text)] * each, "faults": [], "gradients": [None] * each}
+        for tried in (outcomes, {"given": text}):
+            result = SandboxResult("ok", values=(describe(tried),))
+            monkeypatch.setattr(grading, "run_programs", lambda *args, one=result, **kwargs: [one])
+            row = grade(tmp_path).set_index("exercise").loc["bradley_terry"]
+            assert row.state == "wrong"
+            assert len(row.message.encode("utf8")) <= grading.MAX_MESSAGE
 
 
 def test_a_program_holds_what_the_exercise_needs_and_nothing_else():

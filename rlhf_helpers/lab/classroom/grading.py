@@ -28,6 +28,7 @@ from rlhf_helpers.lab.stages import ALONE, Part, missing_parts, read_part, split
 from rlhf_helpers.sandbox import SandboxResult, run_programs
 
 SECONDS, MEMORY_MB, MAX_BYTES = 20.0, 3072, 20_000_000
+MAX_MESSAGE = 2_000  # characters
 # Optimizers import torch._dynamo when they are made, which a program of the sandbox may not.
 PRELOAD = ("torch._dynamo", "rlhf_helpers.lab.classroom.worker")
 SELF_REPORTED = "self-reported"
@@ -82,13 +83,15 @@ def grade(folder: Path, *, due: datetime | None = None, workers: int | None = No
         memory_mb=MEMORY_MB,
         preload=PRELOAD,
     )
-    remaining, rows = iter(results), []
+    remaining = iter(results)
+    rows = []
     for item in handed:
         found = item.attempt
         if isinstance(found, str):
             found = judge_result(item.name, next(remaining))
         points = None if found.state == SELF_REPORTED else int(found.state == "solved")
-        rows.append((item.learner, item.lesson, item.name, found.state, points, found.message, item.late))
+        learner, message = _writable(item.learner), _writable(found.message)
+        rows.append((learner, item.lesson, item.name, found.state, points, message, item.late))
     columns = ["learner", "lesson", "exercise", "state", "points", "message", "late"]
     return pd.DataFrame(rows, columns=columns).astype({"points": "Int64"})
 
@@ -108,8 +111,13 @@ def judge_result(exercise: str, result: SandboxResult) -> Verdict:
             raise ValueError("other than one outcome per input")
         with standard_settings():
             return verdict(EXERCISES[exercise], outcomes, faults, slopes.__getitem__)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
+    except Exception as error:  # whatever a forged outcome makes torch, numpy or the comparison raise
         return Verdict("wrong", f"stopped (forged): the sandbox returned no outcome ({error})")
+
+
+def _writable(text: str) -> str:
+    """Cut a text of a learner, and replace what UTF-8 cannot hold, such as half of a surrogate pair."""
+    return text[:MAX_MESSAGE].encode("utf8", "replace").decode()
 
 
 def _collect(folder: Path, due: datetime | None) -> Iterator[Handed]:
@@ -153,11 +161,11 @@ def _program_or_verdict(sources: Sequence[str], name: str) -> str | Verdict:
         return program_of(sources, name)
     except LookupError:
         return Verdict("missing", "the notebook does not call check for this exercise.")
-    except BROKEN as error:
+    except Exception as error:  # as for a notebook
         return _unreadable("the code", error)
 
 
-def _unreadable(what: str, error: BaseException, state: str = "wrong") -> Verdict:
+def _unreadable(what: str, error: Exception, state: str = "wrong") -> Verdict:
     return Verdict(state, f"{what} cannot be read ({type(error).__name__}: {error})"[:300])
 
 

@@ -40,13 +40,16 @@ def try_out(name: str) -> str:
 
 
 def describe(value: Any) -> str:
-    """Encode a value as JSON; inside it, what JSON has no word for is a dict of parts, or Raised."""
+    """Encode a value as JSON; what JSON cannot hold becomes a dict of its parts, or Raised.
+
+    Keys of dicts must be text.
+    """
     return json.dumps(value, default=_parts)
 
 
 def _parts(value: Any) -> Any:
-    """Take apart what JSON has no word for."""
-    if isinstance(value, Tensor) and value.layout == torch.strided:
+    """Take apart what JSON cannot hold."""
+    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex():
         dtype = str(value.dtype).removeprefix("torch.")
         return {"tensor": value.tolist(), "dtype": dtype, "shape": list(value.shape)}
     if isinstance(value, np.ndarray):
@@ -64,7 +67,8 @@ def restore(described: str) -> Any:
     """Decode what `describe` encoded; a tuple comes back as a list, which is judged alike.
 
     Raises:
-        ValueError: This is no such description.
+        ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError: `describe` did not
+            make it.
     """
     return json.loads(described, object_hook=_whole)
 
