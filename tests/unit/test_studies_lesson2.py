@@ -1,6 +1,7 @@
 """Studies of lesson 2: what is stored holds what the lesson says, and each runs end to end in small."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -71,6 +72,27 @@ class TestMethods:
         assert all(torch.equal(before[key], value) for key, value in small.base.state_dict().items())
         assert any(not torch.equal(before[key], value) for key, value in run.model.state_dict().items())
         assert len(run.history)
+
+    def test_every_method_draws_as_many_answers_of_the_same_length(self, monkeypatch):
+        drawn, task = {}, methods.make_task(0, gold_reward)
+
+        class Drawn(Exception):
+            """Ends a run once it is known how much it samples."""
+
+        def loop(model, tokenizer, prompts, reward, settings, **options):
+            count = settings.steps * settings.prompts_per_step * settings.samples_per_prompt
+            raise Drawn(count, settings.max_new_tokens)
+
+        def collect(model, tokenizer, prompts, *, samples_per_prompt, max_new_tokens, **options):
+            raise Drawn(len(prompts) * samples_per_prompt, max_new_tokens)
+
+        monkeypatch.setattr(methods, "collect", collect)  # of the offline losses
+        for name, method in methods.METHODS.items():
+            monkeypatch.setitem(methods.METHODS, name, replace(method, loop=method.loop and loop))
+            with pytest.raises(Drawn) as stopped:
+                methods.run_method(name, task, method.values[0])
+            drawn[name] = stopped.value.args
+        assert drawn == dict.fromkeys(methods.METHODS, (512, 64))
 
     def test_offline_rows_follow_the_reward(self, small):
         def longer(prompts, responses):
