@@ -140,7 +140,7 @@ class MultiObjectiveAlignmentEvaluator:
         Every family counts alike, however few its prompts; the family of a prompt that the world does not
         know is "".
         """
-        families = scores.index.get_level_values("prompt").map(_family)
+        families = scores.index.get_level_values("prompt").map(_family).rename("family")
         table = scores[name].groupby(["policy", families], sort=False).mean().unstack()
         return table.assign(mean=table.mean(axis=1))
 

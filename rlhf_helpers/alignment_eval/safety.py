@@ -139,8 +139,8 @@ class SafetyMetrics:
         """Return one row per metric: value, low, high, prompts (count), measured_on, higher_is_better.
 
         low, high: `bootstrap_interval` over prompts, as answers to one prompt hang together; too narrow for a
-        handful, NaN for one. A model whose tokenizer is not the world's does not write answers
-        that the world's judge can read: of it the reference answer of the highest log-prob per token counts.
+        handful, NaN for one. A model whose tokenizer is not the world's does not write answers that the
+        world's judge can read: of it the reference answer of the highest log-prob per token counts.
 
         Args:
             model: Knows its tokenizer.

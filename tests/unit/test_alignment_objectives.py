@@ -165,6 +165,7 @@ def test_families_weigh_alike(evaluator):
     scores = pd.concat({"one": table}, names=["policy", "prompt"])
     found = evaluator.multi_task(scores, "help")
     assert found.loc["one"].to_dict() == pytest.approx({"": 0.6, "facts": 0.2, "mean": 0.4})
+    assert found.columns.name == "family"
 
 
 # ---- on models

@@ -41,7 +41,7 @@ CEILINGS = {
     "preference_data": 8_890,
     "sandbox": 6_800,
     "guards": 2_920,
-    "alignment_eval": 10_870,
+    "alignment_eval": 10_875,
     "reward_model": 11_220,
     "policy_optimization": 11_140,
     "dpo": 7_710,
