@@ -41,6 +41,7 @@ from rlhf_helpers.policy_optimization import (
     rloo,
 )
 from rlhf_helpers.preference_data import leaked_prompts, read_preferences, split_by_prompt
+from rlhf_helpers.preference_data.report import PreferenceDataError
 from rlhf_helpers.preference_data.tidying import COLUMNS
 from rlhf_helpers.reward_model import (
     RewardModel,
@@ -213,6 +214,9 @@ def main(argv: Sequence[str]) -> int:
         return INTERRUPTED
     except (ValueError, OSError, FloatingPointError) as error:
         say(f"train {arguments.task}: {error}", file=sys.stderr)
+        if isinstance(error, PreferenceDataError) and error.fits_unit:
+            tasks = [name for name, other in TASKS.items() if other.data == error.fits_unit]
+            say(f"tasks that read {error.fits_unit}: {', '.join(tasks)}", file=sys.stderr)
         return 1
     return 0
 

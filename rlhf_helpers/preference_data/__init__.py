@@ -98,12 +98,13 @@ def read_preferences(
     if unit not in COLUMNS:
         raise ValueError(f"unit={unit!r} is unknown; choose from {list(COLUMNS)}")
     name, records, faults = read_records(source, split=split, limit=limit)
-    form = _choose_format(name, records, unit, faults)
+    usable = (unit, *CONVERSIONS.get(unit, {}))
+    form = _choose_format(name, records, usable, faults)
     # Examples by the parser of the format: of HH transcripts, `formats.parse_transcripts`.
     examples, unshared, noted = _parse(form, records, faults)
     # Every fault of every record is listed: a person repairs a file once.
     if faults:
-        raise PreferenceDataError(name, faults)
+        raise PreferenceDataError(name, faults, form.unit if form and form.unit not in usable else None)
     if form.unit != unit:
         noted[form.unit] = len(examples) + unshared
         examples = CONVERSIONS[unit][form.unit](examples, noted)
@@ -115,18 +116,23 @@ def read_preferences(
     return to_dataset(report, rows), report
 
 
-def _choose_format(name: str, records: list[Record], unit: str, faults: list[str]) -> Format | None:
-    """Return one format for all records, that of most of them; a fault is added if `unit` cannot use it."""
+def _choose_format(
+    name: str, records: list[Record], usable: tuple[str, ...], faults: list[str]
+) -> Format | None:
+    """Return one format for all records, that of most of them; a fault is added if it is of no usable unit.
+
+    usable: the unit that is read, then those that can be converted to it.
+    """
+    unit = usable[0]
     formats = Counter(form for form in (detect_format(value, unit) for _, value in records) if form)
     form = formats.most_common(1)[0][0] if formats else None
-    usable = (unit, *CONVERSIONS.get(unit, {}))
     if form is None and records:
         place, value = records[0]
         columns = sorted(value) if isinstance(value, dict) else type(value).__name__
         fix = f"give {', '.join(COLUMNS[unit])}, or another format that read_preferences names"
         faults.append(f"{place}: unknown format, the record has {columns}; {fix}")
     elif form and form.unit not in usable:
-        fix = f"read it with unit={form.unit!r}"
+        fix = f"it fits unit={form.unit!r} of read_preferences"
         faults.append(f"{name}: holds {form.unit} ('{form.name}'), not {' or '.join(usable)}; {fix}")
     return form
 

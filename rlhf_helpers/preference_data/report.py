@@ -7,11 +7,15 @@ SHOWN_FAULTS = 20
 
 
 class PreferenceDataError(ValueError):
-    """Raised once for a source that cannot be read; `.faults` holds every fault, the message the first 20."""
+    """Raised once for a source that cannot be read; `.faults` holds every fault, the message the first 20.
 
-    def __init__(self, source: str, faults: Iterable[str]) -> None:
+    fits_unit: the unit of `read_preferences` that the source fits, where it does not fit the one asked for.
+    """
+
+    def __init__(self, source: str, faults: Iterable[str], fits_unit: str | None = None) -> None:
         """Name the source and keep all its faults, each a text "place: problem; fix"."""
         self.faults = list(faults)
+        self.fits_unit = fits_unit
         count = len(self.faults)
         lines = [
             f"{source}: {count} fault{'s' * (count != 1)}, so nothing was loaded",

@@ -38,7 +38,7 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 50
 CEILINGS = {
     "core": 26_350,
     "world": 13_450,
-    "preference_data": 8_890,
+    "preference_data": 8_925,
     "sandbox": 6_800,
     "guards": 2_920,
     "alignment_eval": 10_875,
@@ -60,7 +60,7 @@ CEILINGS = {
     "lab/chat.py": 1_320,
     "lab/exercises": 13_880,
     "lab/studies": 19_740,
-    "train": 2_200,
+    "train": 2_245,
     "__main__": 1_100,
     FACADE: 250,
 }

@@ -311,7 +311,7 @@ def test_a_policy_task_needs_a_reward(folder, tiny_llama_dir, capsys):
     "task, flags, message",
     [
         ("sft", ["--data", "no.jsonl"], "no.jsonl: no such file or folder; check the path"),
-        ("sft", ["--data", "labels.jsonl"], "not demonstrations or pairs; read it with unit='labels'"),
+        ("sft", ["--data", "labels.jsonl"], "tasks that read labels: kto\n"),
         ("dpo", ["--data", "demonstrations.jsonl"], "holds demonstrations ('prompts and completions')"),
         ("sft", ["--model", "no/such"], "cannot load a model from 'no/such'"),
         ("reward", ["--eval-share", "1.5"], "test_fraction must be a finite number > 0 and < 1, got 1.5"),

@@ -383,8 +383,8 @@ def test_unpaired_labels_and_pairs_turned_into_them(tmp_path):
         {"prompt": PAIR["prompt"], "completion": "Rome.", "label": False, "margin": 1.0},
     ]
     assert (
-        "holds labels ('unpaired labels'), not pairs or rankings or ratings; read it with unit='labels'"
-        in (faults_of(path)[1])
+        "holds labels ('unpaired labels'), not pairs or rankings or ratings; it fits unit='labels' of "
+        "read_preferences" in (faults_of(path)[1])
     )
 
 
