@@ -109,7 +109,7 @@ class DPODataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return a row; its token ids and reference log-probs are sequences[index] and ref_logps[index]."""
-        return self.rows[index]
+        return dict(self.rows[index])  # a copy: changing it does not change the data
 
     def ref_logps_of(self, indices: Collection[int]) -> Float[Tensor, "B K"]:
         """Return the log-probs under the reference, in nats, of the K sequences of each of these rows."""

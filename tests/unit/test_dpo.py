@@ -235,6 +235,12 @@ def test_one_forward_a_step_and_one_reference_pass_in_all(tiny_llama_dir, monkey
     assert not any(p.requires_grad for p in trainer.run.ref_model.parameters())
 
 
+def test_a_row_that_is_changed_leaves_the_data_as_they_are():
+    data = DPODataset(PAIRS, Letters())
+    data[0]["chosen"] = "Other"
+    assert data[0]["chosen"] == PAIRS[0]["chosen"] == data.rows[0]["chosen"]
+
+
 def test_reference_log_probs_stay_with_the_data(tiny_llama_dir):
     trainer = trainer_of(tiny_llama_dir)
     data = trainer.dataset(PAIRS)
