@@ -127,5 +127,5 @@ OBJECTIVES: dict[str, ObjectiveFn] = {
 
 def objective_fn_of(model: RewardModel, objective: str, loss_fn: LossFn | None = None) -> ObjectiveFn:
     """Return the function from (model, groups) to losses, with your own loss bound where it is given."""
-    function = objective_losses if isinstance(model, MultiObjectiveRewardModel) else OBJECTIVES[objective]
+    function = objective_losses if hasattr(model, "objectives") else OBJECTIVES[objective]
     return function if loss_fn is None else partial(function, loss_fn=loss_fn)

@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from rlhf_helpers.reward_model import (
     stable_reward_training,
 )
 from rlhf_helpers.reward_model.elements import as_rows, encode_groups
-from rlhf_helpers.reward_model.objectives import OBJECTIVES
+from rlhf_helpers.reward_model.objectives import OBJECTIVES, objective_fn_of, objective_losses
 from rlhf_helpers.world.annotators import VALUE_GROUPS, Annotator, make_pairs
 
 KINDS = {
@@ -549,3 +550,7 @@ class TestNormalised:
     def test_a_constant_reward_has_no_scale(self, answers):
         with pytest.raises(ValueError, match=r"constant \(0.1\)"):
             normalise_reward(Fixed({"a": 0.1}), ["?"] * len(answers), answers)
+
+
+def test_a_model_of_another_class_with_objectives_is_trained_as_it_is_encoded():
+    assert objective_fn_of(SimpleNamespace(objectives=("help", "safe")), "pairwise") is objective_losses
