@@ -145,7 +145,7 @@ def answer_logits(
 
         sequences                     [5, 6, 7, 8], [5, 6, 9]
         row (the prompt once)         5  6  7  8  9
-        paths, the places in the row  [0, 1, 2, 3], [0, 1, 4]
+        paths, positions in the row   [0, 1, 2, 3], [0, 1, 4]
         positions that predict        [1, 2],       [1]
         labels                        [7, 8],       [9]
 

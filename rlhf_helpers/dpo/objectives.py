@@ -145,7 +145,7 @@ def kto_losses(
     losses = loss_fn(policy_logps, ref_logps, desirable, reference_point, beta=beta)
 
     rewards = beta * (policy_logps - ref_logps)
-    # A row has one answer: in the means of the other side it does not count, which NaN says.
+    # Each row has one answer. NaN: it does not count in the means of the other side.
     return losses, {
         "kl": reference_point.expand_as(losses),
         "rewards/chosen": rewards.where(desirable, torch.nan),
@@ -185,6 +185,7 @@ class Objective:
     loss: what it calls, from `core.preference_losses`.
     settings: names of the settings that the loss is called with besides beta.
     kind: of the rows that it learns from.
+    has_reference: whether the loss compares the policy with a reference model.
     """
 
     batch_losses: BatchLosses
@@ -212,6 +213,8 @@ OBJECTIVES = {
 
 def batch_losses_of(settings: Any, loss_fn: LossFn | None = None) -> BatchLosses:
     """Return (model, data, indices, beta=) -> (losses, metrics), with the loss and its settings bound.
+
+    KTO's takes one more keyword: reference_point, from `kto_reference_point`.
 
     Args:
         settings: a `DPOSettings`, which names the loss.

@@ -87,7 +87,8 @@ def online_dpo(
     Raises:
         ValueError: prompts, columns or rewards of the wrong shape.
     """
-    group, batch_losses = settings.samples_per_prompt, batch_losses_of(settings, loss_fn)
+    group = settings.samples_per_prompt
+    batch_losses = batch_losses_of(settings, loss_fn)
     columns = dict(columns or {})
     require_columns(prompts, columns)
     # A prompt that is too long is refused now, not at the step that draws it.

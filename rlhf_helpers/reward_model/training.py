@@ -75,7 +75,7 @@ def train_reward_model(
     Args:
         rows, objective, loss_fn: see `RewardModelTrainer`.
         val_rows: scored each epoch, or every eval_every steps: eval_loss, eval_rewards/accuracies, ...
-        keep_best: end with the weights of the lowest eval_loss; warns and keeps the last ones if all are NaN.
+        keep_best: end with the weights of the lowest eval_loss; with none finite, warns and keeps the last.
         resume: continue from the newest checkpoint of settings.run_dir.
 
     Returns:

@@ -33,6 +33,7 @@ from rlhf_helpers.core.training import (
 from rlhf_helpers.core.training import checkpoints as files
 from rlhf_helpers.core.training.batches import epoch_batches
 from rlhf_helpers.core.training.distributed import disable_gradient_checkpointing
+from rlhf_helpers.core.training.metrics import MeanMetrics
 from rlhf_helpers.core.training.supervised import (
     EncodedRow,
     encode_rows,
@@ -632,6 +633,17 @@ def test_the_bar_leaves_nothing_behind(capfd):
         assert out == ""
         assert bool(err) == progress
         assert err.rpartition("\r")[2].strip() == ""
+
+
+def test_a_mean_leaves_out_marked_rows_and_a_metric_that_no_row_has():
+    metrics = MeanMetrics()
+    nan = math.nan
+    metrics.add(
+        torch.tensor([1.0, 3.0]), {"some": torch.tensor([nan, 2.0]), "none": torch.tensor([nan, nan])}
+    )
+    assert metrics.means() == {"loss": 2, "some": 2}
+    metrics.add(torch.tensor([nan]), {})
+    assert math.isnan(metrics.means()["loss"])
 
 
 # supervised fine-tuning

@@ -23,7 +23,8 @@ class MeanMetrics:
     ) -> None:
         """Add one micro-batch: losses and metrics of one shape, per row or per token, and their weights.
 
-        A row whose entry in a metric is NaN does not count in that metric. A NaN loss counts, and shows.
+        A row whose entry in a metric is NaN does not count in that metric: mark only rows that cannot have
+        it, since a diverged value is left out as well. A NaN loss counts, and shows.
 
         Raises:
             ValueError: the shapes of losses and weights differ.

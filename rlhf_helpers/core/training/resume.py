@@ -92,7 +92,7 @@ def resume_run(engine: "Engine") -> Path | None:
         return None
     manifest = checkpoints.read_manifest(path)
     saved, config = manifest["run_config"], run_config(engine)
-    # A setting that only one of the two versions has differs as well, even if its value is None.
+    # A setting that only one version has differs too, even if its value is None.
     differences = [
         f"{name} was {saved.get(name, ABSENT)}, now {config.get(name, ABSENT)}"
         for name in {**saved, **config}
