@@ -49,6 +49,9 @@ def doubled(seed, factors=(2,), offset=0, **unused):
         yield {"factor": factor, "product": seed * factor + offset}
 
 
+record.STUDIES.pop("doubled")
+
+
 class TestRunner:
     def test_a_row_per_seed_and_measurement(self):
         assert doubled(factors=(2, 3)).to_dict("list") == {
@@ -83,13 +86,16 @@ class TestRunner:
         stored = (tmp_path / "doubled.csv").read_text()
         with pytest.raises(TypeError):
             doubled(tmp_path, seeds=(7,), factors=(3, None))
-        assert (tmp_path / "doubled.part.csv").read_text() == "seed,factor,product\n7,3,21\n"
+        assert (tmp_path / "doubled.csv.part").read_text() == "seed,factor,product\n7,3,21\n"
         assert (tmp_path / "doubled.csv").read_text() == stored
+        assert [file.name for file in tmp_path.glob("*.csv")] == ["doubled.csv"]  # what counts as stored
         doubled(tmp_path)
-        assert not (tmp_path / "doubled.part.csv").exists()
+        assert not (tmp_path / "doubled.csv.part").exists()
 
     @pytest.mark.parametrize(("out", "changes"), [(0, {}), (None, {"factor": 3})])
-    def test_what_cannot_work_is_refused_before_the_first_row(self, out, changes):
+    def test_what_cannot_work_is_refused_before_the_first_row(self, out, changes, monkeypatch):
+        monkeypatch.setattr(record, "STUDIES", {})
+
         @record.study
         def must_not_run(seed, factors=(2,)):
             raise AssertionError("measured")

@@ -15,6 +15,8 @@ from typing import Any
 import pandas as pd
 import torch
 
+from rlhf_helpers.core.files import write_atomically
+
 Row = dict[str, Any]
 Rows = Iterator[Row]
 Study = Callable[..., pd.DataFrame]
@@ -31,7 +33,7 @@ def study(rows: Callable[..., Rows], seeds: Sequence[int] = SEEDS) -> Study:
     The generator, `rows(seed, **settings)`, yields one row per measurement; the defaults of its parameters
     are the settings of the stored study. The first column of the table is `seed`. Arguments of a study:
 
-        out: Folder for the CSV and the manifest. Each row is printed and kept in NAME.part.csv as it is made.
+        out: Folder for the CSV and the manifest. Each row is printed and kept in NAME.csv.part as it is made.
             None: quiet, and nothing is written.
         seeds: Other seeds than those of the stored study.
         **changes: Settings that differ from the stored study.
@@ -57,7 +59,7 @@ def study(rows: Callable[..., Rows], seeds: Sequence[int] = SEEDS) -> Study:
                 table.append({"seed": seed, **row})
                 if out is not None:  # a run that stops early keeps what it has measured
                     print(table[-1], flush=True)
-                    pd.DataFrame(table).to_csv(out / f"{name}.part.csv", index=False, float_format="%.6f")
+                    write_atomically(out / f"{name}.csv.part", _csv(table))
         frame = pd.DataFrame(table)
         if out is None:
             return frame
@@ -73,8 +75,8 @@ def study(rows: Callable[..., Rows], seeds: Sequence[int] = SEEDS) -> Study:
             "platform": sys.platform,
             "threads": torch.get_num_threads(),
         }
-        frame.to_csv(out / f"{name}.csv", index=False, float_format="%.6f")
-        (out / f"{name}.part.csv").unlink(missing_ok=True)
+        write_atomically(out / f"{name}.csv", _csv(table))
+        (out / f"{name}.csv.part").unlink(missing_ok=True)
         # Settings and annotators are dataclasses: their fields are recorded.
         text = json.dumps(manifest, indent=1, default=vars)
         (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
@@ -82,6 +84,10 @@ def study(rows: Callable[..., Rows], seeds: Sequence[int] = SEEDS) -> Study:
 
     STUDIES[rows.__name__] = run
     return run
+
+
+def _csv(table: list[Row]) -> bytes:
+    return pd.DataFrame(table).to_csv(index=False, float_format="%.6f", lineterminator="\n").encode()
 
 
 def file_facts(data: Any) -> dict[str, Any]:
