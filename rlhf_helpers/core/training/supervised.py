@@ -26,7 +26,10 @@ Rows = Sequence[dict[str, Any]] | Callable[[int], Sequence[dict[str, Any]]]
 
 
 class EncodedRow(NamedTuple):
-    """Token ids of a prompt and of the response to it, and what each token of the response weighs."""
+    """Token ids of a prompt and of the response to it, and what each token of the response weighs.
+
+    Lists of Python numbers are easy to read and take about 36 bytes per token: 2 GB for 50 million tokens.
+    """
 
     prompt_ids: list[int]
     response_ids: list[int]
