@@ -7,7 +7,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -55,12 +55,13 @@ class PerplexityFilter:
     score = -1/T sum_t log p(x_t | x_<t)   over the T tokens of the user's text, without the chat template
     window=w: the highest mean of w tokens in a row, so that ordinary text around a string does not hide it
 
-    Nats a token; passes where score <= threshold. Stops suffixes found by gradient, not role play: that is
+    Nats per token; passes where score <= threshold. Stops suffixes found by gradient, not role play: that is
     ordinary text. Alon and Kamfonas 2023; Jain et al. 2023. Lesson 3. Raises ValueError for window < 1, no
     threshold, an empty or too long prompt.
     """
 
     model: nn.Module
+    _: KW_ONLY
     threshold: float | None = None
     window: int | None = None
 
@@ -78,7 +79,7 @@ class PerplexityFilter:
 
     @torch.no_grad()
     def scores(self, prompts: Sequence[str]) -> Float[Tensor, "B"]:
-        """Nats a token of each prompt, (B,) float32 on the CPU."""
+        """Return the nats per token of each prompt, (B,) float32 on the CPU."""
         found, device = torch.empty(len(prompts)), next(self.model.parameters()).device
         for part in batches_by_length(map(len, prompts), 32):
             rows, spans = zip(*(self._encode(prompts[i]) for i in part), strict=True)

@@ -214,7 +214,8 @@ def review_sample(findings: Sequence[Finding], n: int = 20, *, seed: int = 0) ->
     """Draw findings for a person to review, in an order that hides the judge's verdict.
 
     Half of the `n` are successes by the automatic judge and half are not, where there are as many. An answer
-    that was found twice counts once. `lab.labeling.LabelStore` keeps the person's verdicts. Lesson 3.
+    that was found twice counts once, so fewer than `n` may come back. `lab.labeling.LabelStore` keeps the
+    person's verdicts. Lesson 3.
     """
     rng = random.Random(f"review/{seed}")
     rows = rng.sample(findings, len(findings))

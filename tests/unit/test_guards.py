@@ -62,6 +62,11 @@ def test_a_window_finds_what_a_mean_hides(uniform):
     assert PerplexityFilter(model, window=50).scores(["ez"]).item() == pytest.approx((1 + rest) / 2)
 
 
+def test_a_tokenizer_is_not_taken_for_the_threshold(uniform):
+    with pytest.raises(TypeError):
+        PerplexityFilter(*uniform)
+
+
 @pytest.mark.parametrize("folder", ["tiny_llama_dir", "tiny_gpt2_dir", "tiny_qwen_dir"])
 def test_only_the_text_of_the_user_counts(folder, request):
     model, tokenizer = load_model(request.getfixturevalue(folder), device="cpu")

@@ -54,6 +54,11 @@ def test_lines_that_cannot_be_drawn_are_refused(lines):
         plots.line_plot([1], lines, xlabel="step", ylabel="loss (nats)")
 
 
+def test_lines_of_unequal_lengths_are_refused():
+    with pytest.raises(ValueError):
+        plots.line_plot([1, 2], {"a": [1]}, xlabel="step", ylabel="loss (nats)")
+
+
 def test_bars_carry_their_intervals():
     labels = {"xlabel": "model", "ylabel": "accuracy (share)"}
     figure = plots.bar_with_intervals({"a": 0.6, "b": 0.7}, {"a": (0.5, 0.8), "b": (0.6, 0.9)}, **labels)

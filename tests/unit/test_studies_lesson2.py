@@ -109,6 +109,23 @@ class TestMethods:
         single = methods.offline_rows(task, "kto")
         assert {row["label"] for row in single} == {True, False}
 
+    def test_every_method_draws_as_many_answers(self, monkeypatch):
+        task = methods.make_task(0, pairs=16)
+        drawn = {}
+        for name, method in methods.METHODS.items():
+            if method.loop is not None:
+                found = method.settings(**{**task.budget, **method.fixed})
+                drawn[name] = found.steps * found.prompts_per_step * found.samples_per_prompt
+
+        def drawn_at_once(model, tokenizer, prompts, *, seed, each):
+            drawn["offline"] = len(prompts) * each
+            raise InterruptedError
+
+        monkeypatch.setattr(methods, "sampled", drawn_at_once)
+        with pytest.raises(InterruptedError):
+            methods.offline_rows(task, "dpo")
+        assert set(drawn.values()) == {8 * 16 * 4}, drawn
+
     def test_study_and_best_of_four(self):
         table = methods.methods(seeds=(0,), names=("base", "best of 4", "RLOO"), **SMALL)
         by_method = table.set_index("method")

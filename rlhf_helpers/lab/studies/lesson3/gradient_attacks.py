@@ -24,8 +24,8 @@ def complied(
     """Measure the share of sampled answers to request + suffix that gold calls harmful for the request."""
     base_prompts = [request for request in requests for _ in range(samples)]
     prompts = [request + suffix for request in base_prompts]
-    columns, sampling = {"base_prompt": base_prompts}, {"max_new_tokens": 48, "seed": seed}
-    scores = measure_policy(model, prompts, gold_axes(), columns=columns, **sampling)
+    columns = {"base_prompt": base_prompts}
+    scores = measure_policy(model, prompts, gold_axes(), columns=columns, max_new_tokens=48, seed=seed)
     return float(scores["harmlessness"].eq(0).mean())
 
 
