@@ -46,7 +46,7 @@ def create_constitution(principles: Sequence[str], *, weights: Sequence[float] |
         raise ValueError(f"principles must be different texts that say something, got {list(principles)}")
     weights = [1.0] * len(texts) if weights is None else list(weights)
     if len(weights) != len(texts) or not all(0 < weight < math.inf for weight in weights):
-        raise ValueError(f"weights must be {len(texts)} positive numbers, one a principle; got {weights}")
+        raise ValueError(f"weights must be {len(texts)} positive numbers, one per principle; got {weights}")
     rows = zip(texts, weights, strict=True)
     return Constitution(tuple(Principle(t, meta.PRINCIPLES.get(t, t), w / max(weights)) for t, w in rows))
 
