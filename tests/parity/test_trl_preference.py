@@ -54,9 +54,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 BETA, ROWS, LENGTH = 0.3, 6, 7
 ACCELERATOR = SimpleNamespace(
-    device=torch.device("cpu"), num_processes=1,
-    gather=lambda x: x, gather_for_metrics=lambda x: x, reduce=lambda x, reduction: x,
-)  # fmt: skip
+    device=torch.device("cpu"),
+    num_processes=1,
+    gather=lambda x: x,
+    gather_for_metrics=lambda x: x,
+    reduce=lambda x, reduction: x,
+)
 
 
 def stand_in(**settings):
@@ -96,8 +99,9 @@ def trl_dpo(batch, loss_type, **settings):
         "input_ids": torch.cat([first, first.expand(-1, LENGTH)], 1),
         "attention_mask": torch.cat([first, batch.mask.long()], 1),
         "completion_mask": torch.cat([0 * first, batch.mask.long()], 1),
-        "ref_chosen_logps": batch.sums[2], "ref_rejected_logps": batch.sums[3],
-    }  # fmt: skip
+        "ref_chosen_logps": batch.sums[2],
+        "ref_rejected_logps": batch.sums[3],
+    }
     return TRLDPO._compute_loss(dpo_stand_in(loss_type, **settings), lambda **_: outputs, inputs, False)
 
 
@@ -129,9 +133,11 @@ def test_conservative_dpo_is_trls_aot_on_a_single_pair(batch):
     """AOT sorts the log-ratios of a batch, which does nothing to one pair, and takes label_smoothing."""
     rows = [2, 2 + ROWS]
     one = SimpleNamespace(
-        policy=batch.policy[rows], mask=batch.mask[rows], lengths=batch.lengths[rows],
+        policy=batch.policy[rows],
+        mask=batch.mask[rows],
+        lengths=batch.lengths[rows],
         sums=[x[2:3] for x in batch.sums],
-    )  # fmt: skip
+    )
     mine = dpo_loss(*one.sums, beta=BETA, label_smoothing=0.3).mean()
     assert_close(mine, trl_dpo(one, "aot", label_smoothing=0.3), atol=1e-5, rtol=0)
 
@@ -279,9 +285,12 @@ def trl_advantages(trainer_class, config_class, folder, out, **settings):
     model, tokenizer = load_model(folder, device="cpu")
     prompts, args = Dataset.from_dict({"prompt": ["Hello", "Why?"]}), config_class(**common | settings)
     trainer = trainer_class(
-        model=model, processing_class=tokenizer, args=args, train_dataset=prompts,
+        model=model,
+        processing_class=tokenizer,
+        args=args,
+        train_dataset=prompts,
         reward_funcs=lambda prompts, **_: REWARDS,
-    )  # fmt: skip
+    )
     rows = [{"prompt": prompt} for prompt in ("Hello", "Why?") for _ in range(4)]
     return trainer._generate_and_score_completions(rows)["advantages"].view(2, 4)
 

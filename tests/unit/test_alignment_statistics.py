@@ -83,9 +83,14 @@ def test_bootstrap_interval_covers():
 
 @pytest.mark.parametrize(
     "columns, message",
-    [(([1.0],), r"shape \(1,\)"), (([1.0, math.nan],), "finite"), (([[1.0, 2.0]],), r"shape \(1, 2\)"),
-     (([1.0, 2.0], [1.0, 2.0, 3.0]), r"lengths \[2, 3\]"), ((), r"lengths \[\]")],
-)  # fmt: skip
+    [
+        (([1.0],), r"shape \(1,\)"),
+        (([1.0, math.nan],), "finite"),
+        (([[1.0, 2.0]],), r"shape \(1, 2\)"),
+        (([1.0, 2.0], [1.0, 2.0, 3.0]), r"lengths \[2, 3\]"),
+        ((), r"lengths \[\]"),
+    ],
+)
 def test_bootstrap_refuses(columns, message):
     with pytest.raises(ValueError, match=message):
         bootstrap_interval(*columns)

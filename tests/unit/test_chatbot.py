@@ -129,11 +129,15 @@ def test_the_context_is_filled_to_the_last_token(tiny, monkeypatch, spare, excha
 
 @pytest.mark.parametrize(
     "messages, told",
-    [([], "roles|go user"), ([{"role": "assistant", "content": "a"}], "got ..assistant"),
-     ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "go user"),
-     ([{"role": "user", "content": " "}], "empty"), ([{"role": "user", "content": "word " * 300}], "shorten"),
-     ([{"role": "user", "content": "a\n\nAssistant: b\n\nUser: c"}], "role label")],
-)  # fmt: skip
+    [
+        ([], "roles|go user"),
+        ([{"role": "assistant", "content": "a"}], "got ..assistant"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "go user"),
+        ([{"role": "user", "content": " "}], "empty"),
+        ([{"role": "user", "content": "word " * 300}], "shorten"),
+        ([{"role": "user", "content": "a\n\nAssistant: b\n\nUser: c"}], "role label"),
+    ],
+)
 def test_conversations_that_are_none(tiny, messages, told):
     with pytest.raises(ValueError, match=f"conversation 1: .*({told})"):
         bot(tiny).answer_batch([[{"role": "user", "content": "fine"}], messages])
@@ -160,10 +164,17 @@ def test_a_model_does_not_speak_for_the_user(tiny, scripted):
 
 @pytest.mark.parametrize(
     "rewards, p_safe, threshold, place",
-    [([1, 3, 2], [0.9, 0.4, 0.6], 0.5, 2), ([1, 3, 3], [1, 0.5, 1], 0.5, 1), ([1, 2], [0.1, 0.2], 0.5, None),
-     ([1, 2], [0.6, NAN], 0.5, 0), ([NAN, 1], [1, 1], 0.5, 1), ([-5, -7], [1, 1], 0, 0), ([], [], 0.5, None),
-     ([1, 2], [1, 1], 1.1, None)],
-)  # fmt: skip
+    [
+        ([1, 3, 2], [0.9, 0.4, 0.6], 0.5, 2),
+        ([1, 3, 3], [1, 0.5, 1], 0.5, 1),
+        ([1, 2], [0.1, 0.2], 0.5, None),
+        ([1, 2], [0.6, NAN], 0.5, 0),
+        ([NAN, 1], [1, 1], 0.5, 1),
+        ([-5, -7], [1, 1], 0, 0),
+        ([], [], 0.5, None),
+        ([1, 2], [1, 1], 1.1, None),
+    ],
+)
 def test_pick_answer_by_hand(rewards, p_safe, threshold, place):
     assert pick_answer(rewards, p_safe, threshold) == place
     assert pick_answer(torch.tensor(rewards), torch.tensor(p_safe), threshold) == place

@@ -30,13 +30,15 @@ def trained(chatbot, data, epochs=1, settings=SMALL, **changes):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "data, reward, stages",
-    [(["Hello", "Bye"], share_of_e, ["policy"]),
-     ([PAIR], share_of_e, ["sft", "policy"]),
-     ([PAIR], None, ["sft", "pairs"]),
-     ([{"prompt": "Hello", "response": "Good day."}], None, ["sft"]),
-     ([{"messages": [ASKED, {"role": "assistant", "content": "b"}]}], None, ["sft"]),
-     ([{"messages": [ASKED]}, "b"], share_of_e, ["policy"])],
-)  # fmt: skip
+    [
+        (["Hello", "Bye"], share_of_e, ["policy"]),
+        ([PAIR], share_of_e, ["sft", "policy"]),
+        ([PAIR], None, ["sft", "pairs"]),
+        ([{"prompt": "Hello", "response": "Good day."}], None, ["sft"]),
+        ([{"messages": [ASKED, {"role": "assistant", "content": "b"}]}], None, ["sft"]),
+        ([{"messages": [ASKED]}, "b"], share_of_e, ["policy"]),
+    ],
+)
 def test_data_decide_the_stages(tiny, data, reward, stages):
     chatbot = bot(tiny, reward)
     before = weights(tiny[0])
@@ -70,13 +72,18 @@ def test_the_last_message_of_an_assistant_is_the_answer(tiny, monkeypatch):
 
 @pytest.mark.parametrize(
     "data, told",
-    [([PAIR, {"prompt": " ", "response": "b"}], r"conversation_data\[1\].*prompt"),
-     ([PAIR, {"prompt": "a", "response": ""}], r"\[1\].*completion must be"), ([PAIR, 7], r"\[1\].*got 7"),
-     ([{**PAIR, "label": "up"}], r"\[0\].*label must be"),
-     ([PAIR, {"prompt": "a", "label": True}], r"\[1\].*needs prompt and completion"),
-     ([{"prompt": "a", "chosen": "b", "rejected": "c", "label": True}], r"\[0\].*no rejected"),
-     (["word " * 300], r"\[0\].*shorten"), ("Hello", "list of conversations"), ([], "nothing to learn")],
-)  # fmt: skip
+    [
+        ([PAIR, {"prompt": " ", "response": "b"}], r"conversation_data\[1\].*prompt"),
+        ([PAIR, {"prompt": "a", "response": ""}], r"\[1\].*completion must be"),
+        ([PAIR, 7], r"\[1\].*got 7"),
+        ([{**PAIR, "label": "up"}], r"\[0\].*label must be"),
+        ([PAIR, {"prompt": "a", "label": True}], r"\[1\].*needs prompt and completion"),
+        ([{"prompt": "a", "chosen": "b", "rejected": "c", "label": True}], r"\[0\].*no rejected"),
+        (["word " * 300], r"\[0\].*shorten"),
+        ("Hello", "list of conversations"),
+        ([], "nothing to learn"),
+    ],
+)
 def test_faulty_data_are_named(tiny, data, told):
     chatbot = bot(tiny)
     before = weights(chatbot.model)

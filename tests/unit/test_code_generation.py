@@ -312,8 +312,11 @@ def test_the_generator_prefers_tests_then_votes(monkeypatch, base):
     assert generator.generate("double") == wrong  # three copies
     rows = {c.code: (round(c.safety, 3), c.passed, c.copies) for c in generator.candidates("double", tests)}
     assert rows == {
-        EVALS: (0.1, None, 2), wrong: (1, 0.5, 3), other: (1, 1, 1), DOUBLES: (1, 1, 2),
-    }  # fmt: skip
+        EVALS: (0.1, None, 2),
+        wrong: (1, 0.5, 3),
+        other: (1, 1, 1),
+        DOUBLES: (1, 1, 2),
+    }
 
 
 def test_no_safe_program_no_program(monkeypatch, base):

@@ -57,8 +57,9 @@ def harmlessness(prompts, responses):
 def test_known_rules_have_an_axis_and_others_are_their_own():
     made = create_constitution(["Avoid harmful content.", "Speak like a pirate"], weights=[1, 4])
     assert [(p.text, p.axis, p.weight) for p in made.principles] == [
-        ("Avoid harmful content", "harmless", 0.25), ("Speak like a pirate", "Speak like a pirate", 1.0),
-    ]  # fmt: skip
+        ("Avoid harmful content", "harmless", 0.25),
+        ("Speak like a pirate", "Speak like a pirate", 1.0),
+    ]
     assert made.texts == ["Avoid harmful content", "Speak like a pirate"]
 
 
@@ -68,9 +69,11 @@ def test_presets_hold_rules_that_the_assistant_was_taught():
         assert set(constitution.texts) <= set(meta.PRINCIPLES)
         assert max(p.weight for p in constitution.principles) == 1
     assert CONSTITUTIONS["guide"].texts == [
-        "Be helpful and honest", "Avoid harmful content", "Respect user privacy",
+        "Be helpful and honest",
+        "Avoid harmful content",
+        "Respect user privacy",
         "Provide accurate information",
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(
@@ -231,9 +234,13 @@ def test_more_strength_revises_more_and_harms_less(assistant):
 def test_each_part_is_done_by_its_own_model(assistant, tiny):
     model, small = assistant[0], tiny[0]
     agents = MultiAgentConstitutionalAI(
-        generator=small, critic=model, reviser=model, constitution=SAFE, critique_strength=1.0,
+        generator=small,
+        critic=model,
+        reviser=model,
+        constitution=SAFE,
+        critique_strength=1.0,
         max_new_tokens=8,
-    )  # fmt: skip
+    )
     answer = agents.generate_batch(["Hello"])[0]
     assert answer.draft == generate(*tiny, ["Hello"], max_new_tokens=8, seed=0).responses[0]
     _, critique = answer.critiques[0]
@@ -316,10 +323,14 @@ def test_labels_are_those_of_ai_labels_in_the_words_of_a_rule(assistant):
 
 QUIET = {"progress": False}
 SMALL = ConstitutionalSettings(
-    drafts_per_prompt=2, rounds=2, sft=TrainingSettings(learning_rate=1e-3, **QUIET), sft_epochs=3,
-    pairs_per_prompt=1, reward=RewardSettings(epochs=1, **QUIET),
+    drafts_per_prompt=2,
+    rounds=2,
+    sft=TrainingSettings(learning_rate=1e-3, **QUIET),
+    sft_epochs=3,
+    pairs_per_prompt=1,
+    reward=RewardSettings(epochs=1, **QUIET),
     policy=RLOOSettings(learning_rate=1e-3, steps=2, prompts_per_step=4, **QUIET),
-)  # fmt: skip
+)
 
 
 @pytest.mark.slow

@@ -403,9 +403,17 @@ def test_beta_rises_when_kl_is_above_its_target_and_falls_below(tiny_llama_dir, 
 def test_adaptive_dpo_training_holds_a_policy_that_drifts(tiny_llama_dir):
     model, _ = load_model(tiny_llama_dir, device="cpu")
     history = adaptive_dpo_training(
-        model, frozen_copy(model), PAIRS, target_kl=0.02, learning_rate=3e-3, epochs=8, progress=False,
-        kl_samples=32, max_new_tokens=6, batch_size=6,
-    )  # fmt: skip
+        model,
+        frozen_copy(model),
+        PAIRS,
+        target_kl=0.02,
+        learning_rate=3e-3,
+        epochs=8,
+        progress=False,
+        kl_samples=32,
+        max_new_tokens=6,
+        batch_size=6,
+    )
     late = [row for row in history if row["objective/kl"] > 0.05]
     assert late, "this rate leaves the target behind"
     assert history[-1]["beta"] > 0.1
@@ -496,9 +504,14 @@ def test_kto_takes_ten_bad_rows_for_a_good_one(tiny_llama_dir):
 
 PROMPTS = [row["prompt"] for row in PAIRS]
 ONLINE = OnlineDPOSettings(
-    learning_rate=3e-3, steps=3, prompts_per_step=4, samples_per_prompt=3, max_new_tokens=6, batch_size=2,
+    learning_rate=3e-3,
+    steps=3,
+    prompts_per_step=4,
+    samples_per_prompt=3,
+    max_new_tokens=6,
+    batch_size=2,
     progress=False,
-)  # fmt: skip
+)
 
 
 def mean_reward(model, tokenizer):

@@ -25,9 +25,14 @@ from tests.conftest import dies_at, resume_equals_whole, share_of_e, weights, wi
 
 PROMPTS = ["Hello", "What is the capital of France?", "Why?", "Tell me a story about a dog."]
 SETTINGS = PPOSettings(
-    learning_rate=3e-3, steps=2, prompts_per_step=2, samples_per_prompt=4, max_new_tokens=6,
-    minibatches=2, progress=False,
-)  # fmt: skip
+    learning_rate=3e-3,
+    steps=2,
+    prompts_per_step=2,
+    samples_per_prompt=4,
+    max_new_tokens=6,
+    minibatches=2,
+    progress=False,
+)
 LEARNING = replace(
     SETTINGS, learning_rate=1e-2, steps=18, prompts_per_step=4, samples_per_prompt=8, kl_coef=0.0
 )
@@ -339,9 +344,15 @@ def test_resumed_run_equals_uninterrupted_one(tiny_llama_dir, tmp_path):
     def run(folder, reward_fn, changes=(), **options):
         model, tokenizer = load_model(tiny_llama_dir, device="cpu")
         settings = replace(
-            SETTINGS, steps=5, kl_target=0.5, kl_horizon=40, early_stop_kl=0.05, entropy_coef=0.01,
-            run_dir=tmp_path / folder, checkpoint_every=2,
-        )  # fmt: skip
+            SETTINGS,
+            steps=5,
+            kl_target=0.5,
+            kl_horizon=40,
+            early_stop_kl=0.05,
+            entropy_coef=0.01,
+            run_dir=tmp_path / folder,
+            checkpoint_every=2,
+        )
         settings, head = replace(settings, **dict(changes)), random_head()
         rows = [{"prompt": p, "completion": "Fine."} for p in PROMPTS]
         history = ppo(

@@ -75,9 +75,10 @@ def test_temperature_refuses_a_flipped_sign():
 
 
 @pytest.mark.parametrize(
-    "chosen", [(1.0, 1.0), (2.0, 3.0), (0.0, 0.0), (), (math.nan, 2.0)],
+    "chosen",
+    [(1.0, 1.0), (2.0, 3.0), (0.0, 0.0), (), (math.nan, 2.0)],
     ids=["constant", "all right", "all wrong", "empty", "nan"],
-)  # fmt: skip
+)
 def test_temperature_refuses_what_has_no_likeliest(chosen):
     with pytest.raises(ValueError, match="no finite weight"):
         fit_temperature(tensor(*chosen), tensor(*[1.0] * len(chosen)))

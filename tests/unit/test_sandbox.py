@@ -47,10 +47,26 @@ def test_two_calls_by_hand():
 
 
 VALUES = [
-    None, True, False, 0, 1, -1, 10**40, 0.5, -0.0, 1e300, math.inf, "",
-    "e\u0301 \ud800 \n \x85 \u2028", [], (),
-    {}, [1, [2.0, (3, "4")]], (True, 1, 1.0), {"a": 1, 2: [None], None: {}, (1, 2): "tuple", 1.5: ()},
-]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    10**40,
+    0.5,
+    -0.0,
+    1e300,
+    math.inf,
+    "",
+    "e\u0301 \ud800 \n \x85 \u2028",
+    [],
+    (),
+    {},
+    [1, [2.0, (3, "4")]],
+    (True, 1, 1.0),
+    {"a": 1, 2: [None], None: {}, (1, 2): "tuple", 1.5: ()},
+]
 
 
 def test_values_keep_their_exact_types():
@@ -69,11 +85,26 @@ def test_the_child_sees_the_exact_types_too():
 @pytest.mark.parametrize(
     "value, expected",
     [
-        (True, 1), (1, True), (1, 1.0), (2.0, 2), ([1], (1,)), ([1, 2], [1]), ([True], [1]),
-        ({"a": 1}, {"a": True}), ({1: 0}, {True: 0}), ({"a": 1}, {}), ({}, {"a": 1}), ("1", 1),
-        (None, 0), (0.1, 0.2), (math.nan, 0.0), (MISSING, None), (Raised("E"), None), ("a", "A"),
+        (True, 1),
+        (1, True),
+        (1, 1.0),
+        (2.0, 2),
+        ([1], (1,)),
+        ([1, 2], [1]),
+        ([True], [1]),
+        ({"a": 1}, {"a": True}),
+        ({1: 0}, {True: 0}),
+        ({"a": 1}, {}),
+        ({}, {"a": 1}),
+        ("1", 1),
+        (None, 0),
+        (0.1, 0.2),
+        (math.nan, 0.0),
+        (MISSING, None),
+        (Raised("E"), None),
+        ("a", "A"),
     ],
-)  # fmt: skip
+)
 def test_not_the_same(value, expected):
     assert not same(value, expected)
 
@@ -315,10 +346,17 @@ def test_a_module_that_cannot_be_preloaded_is_named():
 
 def test_bad_programs_harm_no_others():
     bad = [
-        "while True: pass", "import os\nos._exit(1)", "x = [0] * 10**10", "import os\nos.fork()", "def f(:",
-        "import ctypes\nctypes.string_at(0)", "while True: print('x' * 1000)", "import os\nos.abort()",
-        "import os\nos.write(3, b'forged')\nos.closerange(0, 64)", "import sys\nsys.setrecursionlimit(9)",
-    ]  # fmt: skip
+        "while True: pass",
+        "import os\nos._exit(1)",
+        "x = [0] * 10**10",
+        "import os\nos.fork()",
+        "def f(:",
+        "import ctypes\nctypes.string_at(0)",
+        "while True: print('x' * 1000)",
+        "import os\nos.abort()",
+        "import os\nos.write(3, b'forged')\nos.closerange(0, 64)",
+        "import sys\nsys.setrecursionlimit(9)",
+    ]
     good = [f"def f():\n    return {i}" for i in range(20)]
     codes = [code for pair in zip(bad * 2, good, strict=True) for code in pair]
     results = run_programs(codes, calls=[("f", ())], timeout=1.0, workers=4)

@@ -34,8 +34,9 @@ class Echo:
             raise ValueError("a message does not fit into the context")
         if any("boom" in text for text in self.seen[-1]):
             raise RuntimeError("a secret path")
-        return [Reply(FALLBACK, False) if "bad" in text else Reply(f"you: {text}", True)
-                for text in self.seen[-1]]  # fmt: skip
+        return [
+            Reply(FALLBACK, False) if "bad" in text else Reply(f"you: {text}", True) for text in self.seen[-1]
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +145,7 @@ def test_the_real_chatbot_answers_through_it_as_it_does_directly(tiny):
     model, _ = tiny
     texts = ["Hello", "What is the capital of France?", "I feel sad today."]
     judge = lambda prompts, responses, **_: torch.tensor([float("sad" not in p) for p in prompts])  # noqa: E731
-    bots = [AlignedChatbot(model, safety_fn=judge, n=2, max_new_tokens=8)
-            for _ in range(2)]  # fmt: skip
+    bots = [AlignedChatbot(model, safety_fn=judge, n=2, max_new_tokens=8) for _ in range(2)]
     with ChatServer(bots[0]) as server:
         served = [ask_all(server, [text])[0] for text in texts]
     direct = [bots[1].answer_batch([user(text)])[0] for text in texts]

@@ -303,8 +303,12 @@ def test_the_measures():
     assert (table["gold"] < 1).all()
     own = create_summarization_data([NEWS])
     assert set(summary_table(own, ["Ships."])) == {
-        "summary", "coverage", "faithfulness", "hallucinated", "words"
-    }  # fmt: skip
+        "summary",
+        "coverage",
+        "faithfulness",
+        "hallucinated",
+        "words",
+    }
     with pytest.raises(ValueError, match="0 summaries of 1"):
         summary_table(own, [])
     with pytest.raises(ValueError, match="rows with prompt"):

@@ -190,11 +190,13 @@ def test_resumed_run_equals_uninterrupted_one(tiny_llama_dir, tmp_path):
 def test_micro_batches_change_nothing_but_memory(tiny_llama_dir):
     rows = [
         trpo(
-            *load_model(tiny_llama_dir, device="cpu"), PROMPTS, share_of_e,
+            *load_model(tiny_llama_dir, device="cpu"),
+            PROMPTS,
+            share_of_e,
             replace(SETTINGS, steps=1, accumulation_steps=parts),
         )[0]
         for parts in (1, 4)
-    ]  # fmt: skip
+    ]
     assert rows[0] == pytest.approx(rows[1], rel=1e-3, abs=1e-5)
 
 
