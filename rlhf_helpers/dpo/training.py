@@ -134,6 +134,7 @@ def train_dpo(
             "reference": data.reference,
         },
     )
+    engine.example = data.rows[0]["prompt"], ()
     if run.ref_model is not None:
         run.ref_model.to(engine.device)  # with several processes the engine chose the device
     if resume:

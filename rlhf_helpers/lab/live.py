@@ -1,8 +1,9 @@
-"""A picture of a run while it trains: reward or loss, gold, KL, and what the policy writes.
+"""A picture of a run while it trains: reward or loss, gold, KL, and what the model makes of an example.
 
 The setup cell of a lesson calls `watch_training()`; from then on each run of more than 5 s draws itself below
-its bar, at most four times per second, and leaves its last picture behind. The view reads the history and
-changes nothing: weights and metrics are the same with it and without.
+its bar, at most four times per second, and leaves its last picture behind. Under it stands what a policy
+sampled last, how a model that learns from given answers now answers the first prompt, or how a reward model
+scores the first answers. The view changes nothing: weights and metrics are the same with it and without.
 
 It draws SVG by hand, because one picture by matplotlib takes as long as a step of the tiny assistant.
 """
@@ -15,11 +16,15 @@ from typing import Any
 
 from IPython.display import display
 
+from rlhf_helpers.core.generation import generate
+from rlhf_helpers.core.models import tokenizer_for
 from rlhf_helpers.core.training import progress
 from rlhf_helpers.lab.plots import AFTER, METHOD_COLORS, OTHER_COLOR
 
 QUIET_S = 5.0  # a shorter run shows its bar only
 REDRAW_S = 0.25
+EXAMPLE_SHARE = 0.02  # of the time of a run, at most, goes into answering or scoring its example
+EXAMPLE_TOKENS = 48
 # What is drawn if the rows have it, at most MAX_PANELS in this order: metric -> its name, with the unit.
 METRICS = {
     "objective/scores": "reward (score)",
@@ -57,6 +62,8 @@ class LiveView(progress.BarView):
         """Start the clock; see `BarView`."""
         super().__init__(run, hidden=hidden)
         self.begin = self.drawn = self.clock()
+        self.judged: tuple[int, tuple[str, str] | None] = 0, None  # step, and the example then
+        self.next_example = self.begin
         self.handle: Any = None
         progress.latest_sample = None  # of an earlier run
 
@@ -67,6 +74,10 @@ class LiveView(progress.BarView):
         if self.hidden or now - self.begin < QUIET_S or now - self.drawn < REDRAW_S:
             return
         self.drawn = now
+        if self.run.example is not None and now >= self.next_example:
+            begin = time.perf_counter()
+            self.judged = self.run.step, judged_example(self.run)
+            self.next_example = now + (time.perf_counter() - begin) / EXAMPLE_SHARE
         self._draw(still=False)
 
     def close(self) -> None:
@@ -84,11 +95,30 @@ class LiveView(progress.BarView):
         if still:  # an image with alt text, as `plots.show` leaves one: the page's export keeps both
             data = base64.b64encode(drawing.encode()).decode("ascii")
             page = f'<img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{data}" width="{WIDTH}">'
-        output = {"text/html": page + _sample_html(self.run.step), "text/plain": alt}
+        judged = self.judged if self.run.example is not None else (self.run.step, progress.latest_sample)
+        output = {"text/html": page + _sample_html(*judged), "text/plain": alt}
         if self.handle is None:
             self.handle = display(output, raw=True, display_id=True)
         else:
             self.handle.update(output, raw=True)
+
+
+def judged_example(run: Any) -> tuple[str, str] | None:
+    """Return (prompt, likeliest answer) or (prompt, rewards of its answers), of a run's `example`.
+
+    None where the model cannot answer: the prompt fills its context, or it remembers no tokenizer.
+    """
+    prompt, answers = run.example
+    if answers:
+        rewards = run.model.score([prompt] * len(answers), answers).tolist()
+        lines = [f"{reward:+.2f}  {answer}" for reward, answer in zip(rewards, answers, strict=True)]
+        return prompt, "\n".join(lines)
+    try:
+        tokenizer = tokenizer_for(run.model)
+        generate(run.model, tokenizer, [prompt], max_new_tokens=EXAMPLE_TOKENS, greedy=True)
+    except ValueError:
+        return None
+    return progress.latest_sample
 
 
 def run_picture(run: Any) -> tuple[str, str]:
@@ -164,13 +194,13 @@ def _panel(line: list[tuple[int, float]], name: str, color: str, target: float |
     return "".join(parts)
 
 
-def _sample_html(step: int) -> str:
-    """Write what the policy answered last; empty where the run samples nothing."""
-    if progress.latest_sample is None:
+def _sample_html(step: int, sample: tuple[str, str] | None) -> str:
+    """Write what the model answered, or its rewards; empty where the run shows neither."""
+    if sample is None:
         return ""
     prompt, response = (
         html.escape(text if len(text) <= SAMPLE_LETTERS else f"{text[:SAMPLE_LETTERS]} ...")
-        for text in progress.latest_sample
+        for text in sample
     )
     return (
         f'<div style="max-width: {WIDTH}px; white-space: pre-wrap"><b>Sample at step {step}</b>\n'

@@ -23,6 +23,7 @@ from rlhf_helpers.core.generation import encode_prompts, generate, sequence_logp
 from rlhf_helpers.core.models import tokenizer_for
 from rlhf_helpers.core.tensors import pad_left, pad_right, require_number, require_shapes, token_logps
 from rlhf_helpers.core.text import decode_responses, encode_prompt, encode_response, require_columns
+from rlhf_helpers.core.training import progress
 
 METHODS = ("gcg", "autoprompt", "random")
 _ROWS = 256  # of one forward pass
@@ -87,16 +88,19 @@ class GradientBasedRedTeaming:
         curve = [(1, loss)]
         spent = 1
         budget = 1 + self.steps * self.candidates
-        while spent < budget and len(curve) <= budget:
-            swapped = task.draw(suffix, len(curve) - 1, min(self.candidates, budget - spent))
-            if swapped:
-                losses = task.losses(swapped)
-                suffix = swapped[losses.argmin()]
-                if losses.min() < loss:
-                    best = suffix
-                    loss = losses.min().item()
-            spent += len(swapped)
-            curve.append((spent, loss))
+        with progress.watched(self.steps) as advance:
+            while spent < budget and len(curve) <= budget:
+                swapped = task.draw(suffix, len(curve) - 1, min(self.candidates, budget - spent))
+                if swapped:
+                    losses = task.losses(swapped)
+                    suffix = swapped[losses.argmin()]
+                    if losses.min() < loss:
+                        best = suffix
+                        loss = losses.min().item()
+                spent += len(swapped)
+                curve.append((spent, loss))
+                progress.latest_sample = requests[0], decode_responses(self.tokenizer, [best])[0]
+                advance(loss=loss)
         texts = decode_responses(self.tokenizer, [best, task.start])
         return SuffixAttack(*texts, curve, spent, task.gradients, task.filtered)
 

@@ -88,13 +88,19 @@ def _pair_group(
 
 def _single_group(model: RewardModel, index: int, row: Mapping[str, Any], objective: str) -> PreferenceGroup:
     """Encode a ranking, or the one answer of a rating."""
-    responses = row["responses"] if objective == "ranking" else [row["response"]]
     with naming(f"row {index}"):
-        group = PreferenceGroup(model.encode_answers(row["prompt"], responses))
+        group = PreferenceGroup(model.encode_answers(row["prompt"], answers_of(row, objective)))
         require_distinct(group.sequences, model.max_length)
     if objective == "rating":
         group.numbers.append(row["rating"])
     return group
+
+
+def answers_of(row: Mapping[str, Any], objective: str) -> list[str]:
+    """Return the answers that a row judges, the better first where they are compared."""
+    if objective == "ranking":
+        return row["responses"]
+    return [row[name] for name in ("chosen", "rejected", "response") if name in COLUMNS[objective]]
 
 
 def _verdicts(row: Mapping[str, Any], index: int, objectives: Sequence[str] | None) -> list[tuple[int, bool]]:

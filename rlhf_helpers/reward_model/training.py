@@ -33,7 +33,7 @@ from rlhf_helpers.core.training.distributed import full_weights, load_full_weigh
 from rlhf_helpers.core.training.resume import checksum
 from rlhf_helpers.core.training.settings import require_fields
 from rlhf_helpers.preference_data.splits import split_by_prompt
-from rlhf_helpers.reward_model.elements import PreferenceGroup, Rows, as_rows, encode_groups
+from rlhf_helpers.reward_model.elements import PreferenceGroup, Rows, answers_of, as_rows, encode_groups
 from rlhf_helpers.reward_model.model import RewardModel
 from rlhf_helpers.reward_model.objectives import LossFn, ObjectiveFn, objective_fn_of
 
@@ -90,6 +90,7 @@ def train_reward_model(
     if keep_best and (val_rows is None or resume):
         raise ValueError("keep_best needs val_rows, and no resume: checkpoints do not hold the best weights")
     limit_length(model, settings)
+    rows = as_rows(rows, objective)
     groups = encode_groups(model, rows, objective)
     val_groups = None if val_rows is None else encode_groups(model, val_rows, objective)
     # For pairs: `pairwise_losses`.
@@ -108,6 +109,7 @@ def train_reward_model(
             "objective": objective,
         },
     )
+    engine.example = rows[0]["prompt"], answers_of(rows[0], objective)
     if resume:
         engine.resume()
     lowest_loss, best_weights = math.inf, {}

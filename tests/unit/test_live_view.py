@@ -11,8 +11,12 @@ import pytest
 import torch
 from jupyter_client.manager import start_new_kernel
 
-from rlhf_helpers.core.training import Engine, TrainingSettings, progress
+from rlhf_helpers.core.models import load_model
+from rlhf_helpers.core.training import Engine, TrainingSettings, progress, sft
+from rlhf_helpers.dpo import DPOTrainer
 from rlhf_helpers.lab import live
+from rlhf_helpers.red_teaming.gradient import GradientBasedRedTeaming
+from rlhf_helpers.reward_model import RewardSettings, create_reward_model, train_reward_model
 
 KL = {"objective/scores": 1.0, "objective/kl": 0.5, "loss": 9.0}
 
@@ -161,6 +165,69 @@ def test_weights_and_metrics_are_the_same_with_the_view(notebook):
     plain = train(steps=20, progress=False)
     assert watched.history == plain.history
     assert all(map(torch.equal, watched.parameters, plain.parameters))
+
+
+PAIRS = [
+    {"prompt": f"tea {i}?", "chosen": "thank you, <b>cup</b>", "rejected": "no way, cup"} for i in range(8)
+]
+
+
+def run_sft(folder, **fields):
+    model, tokenizer = load_model(folder, device="cpu")
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
+    sft(model, tokenizer, rows, TrainingSettings(learning_rate=1e-3, **fields), batch_size=2)
+    return model
+
+
+def run_dpo(folder, **fields):
+    model, _ = load_model(folder, device="cpu")
+    DPOTrainer(model, learning_rate=1e-3, batch_size=2, **fields).train(PAIRS)
+    return model
+
+
+def run_reward(folder, **fields):
+    judge = create_reward_model("basic", base_model_name=folder, device="cpu")
+    train_reward_model(judge, PAIRS, RewardSettings(learning_rate=1e-3, epochs=1, batch_size=2, **fields))
+    return judge
+
+
+@pytest.mark.parametrize("train_on", [run_sft, run_dpo, run_reward])
+def test_an_offline_run_shows_what_its_model_makes_of_an_example(notebook, tiny_llama_dir, train_on):
+    clock, shown = notebook
+    live.LiveView.clock = staticmethod(ticking(clock))
+    watched = train_on(tiny_llama_dir)
+    page = shown[-1]["text/html"]
+    assert re.search(r"Sample at step [234]", page)
+    assert "tea 0?" in page
+    if train_on is run_reward:
+        assert re.search(r"[+-]\d\.\d\d  thank you, &lt;b&gt;cup&lt;/b&gt;\n[+-]\d\.\d\d  no way, cup", page)
+    plain = train_on(tiny_llama_dir, progress=False)
+    assert all(map(torch.equal, watched.parameters(), plain.parameters())), "the view changes no weight"
+
+
+def test_a_prompt_that_leaves_no_room_shows_no_answer(tiny):
+    run = SimpleNamespace(model=tiny[0], example=("tea " * 2000, ()))
+    assert live.judged_example(run) is None
+
+
+def test_a_search_shows_its_loss_and_the_suffix_found_so_far(notebook, tiny):
+    clock, shown = notebook
+    live.LiveView.clock = staticmethod(ticking(clock))
+    attack = GradientBasedRedTeaming(*tiny, suffix_length=4, steps=8, candidates=4)
+    found = attack.attack(["tea?"], ["thank you"])
+    page = shown[-1]["text/html"]
+    assert f"loss (nats) {found.curve[1][1]:.3g} to {found.curve[-1][1]:.3g}" in page
+    assert "tea?" in page
+
+
+def ticking(clock):
+    """A clock that moves by 3 s whenever it is read."""
+
+    def now():
+        clock.now += 3.0
+        return clock.now
+
+    return now
 
 
 def test_track_shows_a_bar_for_long_work_only(monkeypatch):

@@ -97,6 +97,8 @@ class Engine:
         self.optimizer_steps = 0
         self.grad_norm: float | None = None
         self.rows: list[int] | None = None  # indices of this process's rows in the present batch
+        # Of the data: a prompt, with answers to score or none. A view shows what the model makes of it.
+        self.example: tuple[str, Sequence[str]] | None = None
         self._view = None
         self._tracker = None
         set_seed(settings.seed)

@@ -5,7 +5,9 @@ A notebook may show more of a run: it puts another class into `view_class` (`rlh
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
@@ -87,5 +89,23 @@ class BarView:
 
 view_class: type[BarView] = BarView  # of the runs that start from now on
 
-# (prompt, response) that `generate` wrote last: a view shows it, since the engine sees no text.
+
+@contextmanager
+def watched(total_steps: int) -> Iterator[Callable[..., None]]:
+    """Show a search as runs are shown; yields a function to call with the metrics of each finished step."""
+    run = SimpleNamespace(step=0, total_steps=total_steps, settings=None, history=[], example=None)
+    view = view_class(run, hidden=bars_are_off())
+
+    def advance(**metrics: float) -> None:
+        run.history.append({"step": run.step, **metrics})
+        run.step += 1
+        view.advance()
+
+    try:
+        yield advance
+    finally:
+        view.close()
+
+
+# (prompt, response) that `generate` wrote last, or a search found: a view shows it, since it sees no text.
 latest_sample: tuple[str, str] | None = None

@@ -91,6 +91,8 @@ def sft(
             "data_checksum": checksum(first),
         },
     )
+    if not callable(rows):
+        engine.example = rows[0]["prompt"], ()
     if resume:
         engine.resume()
     # Each epoch has its own seeded order, a function of (seed, epoch) alone.
