@@ -1,5 +1,6 @@
 """Small tables, and the source of a package function as a colored listing."""
 
+import ast
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,9 +23,10 @@ def show_source(fn: Callable[..., Any], *, docstring: bool = True) -> None:
 
     As Markdown, which each page colors in its own theme: HTML would bring 5 KB of styles for each listing.
     """
-    source = inspect.getsource(fn)
-    if not docstring and (text := fn.__doc__) and text in source:
-        before, _, after = source.partition(text)
-        source = before[: before.rindex("\n") + 1] + after[after.index("\n") + 1 :]
-    source = inspect.cleandoc(f"\n{source}")
+    source = inspect.cleandoc(f"\n{inspect.getsource(fn)}")
+    if not docstring and fn.__doc__:
+        # Found by syntax: from Python 3.13 on, __doc__ is dedented and no longer occurs in the source.
+        text = ast.parse(source).body[0].body[0]
+        lines = source.splitlines()
+        source = "\n".join(lines[: text.lineno - 1] + lines[text.end_lineno :])
     display({"text/markdown": f"```python\n{source}\n```", "text/plain": source}, raw=True)

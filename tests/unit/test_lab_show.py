@@ -1,6 +1,7 @@
 """Plots, reports, quizzes and the execution of notebooks."""
 
 import base64
+import inspect
 import io
 import itertools
 from collections import Counter
@@ -281,6 +282,15 @@ def test_show_source_prints_the_function_with_or_without_docstring(displayed):
         assert "return float(min(" in text
         assert ("Wilson 1927" in text) is docstring
         assert text.count('"""') == (2 if docstring else 0)
+
+
+def test_show_source_finds_a_docstring_that_python_has_dedented(displayed, monkeypatch):
+    monkeypatch.setattr(reports.show_source, "__doc__", inspect.cleandoc(reports.show_source.__doc__))
+    reports.show_source(reports.show_source, docstring=False)
+    text = displayed[-1][0]["text/plain"]
+    assert "colors in its own theme" not in text
+    assert text.count("display(") == 1
+    assert text.splitlines()[1].startswith("    source = ")
 
 
 def test_quiz_folds_the_answer_away():
