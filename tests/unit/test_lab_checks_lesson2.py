@@ -194,7 +194,11 @@ RIGHT = {
         step_by_formula,
         lambda z, y, r, lr: step_by_sgd(z, y, r, lr, reduce=lambda x: x.mean(1).mean()),
     ],
-    "safe_search": [lambda search: search(0.3), lambda search: search(kl_coef=3 / 10)],
+    "safe_search": [
+        lambda search: search(0.3),
+        lambda search: search(kl_coef=3 / 10),
+        lambda search: search(0.3) and search(0.3),
+    ],
     "repaired_loss": [
         repaired,
         repaired_by_loops,
@@ -347,9 +351,13 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda search: search(0), "gold falls"),
         (lambda search: search(0.1), "gold falls"),
         (lambda search: search(1), "gold hardly rises"),
-        (lambda search: 0.3, "expected .* got"),
-        (lambda search: None, "expected .* got"),
-        (lambda search: search, "expected .* got"),
+        (lambda search: "gold is kept", "not what a search gave"),
+        (lambda search: search(0.1).replace("falls", "is kept"), "not what a search gave"),
+        (lambda search: search(0.3) and None, "not what a search gave"),
+        (lambda search: 0.3, "not what a search gave"),
+        (lambda search: search, "not what a search gave"),
+        (lambda search: [search(0.3), search(0.1)][0], "several coefficients"),
+        (lambda search: max(map(search, (0.0, 0.1, 0.3, 1.0))), "several coefficients"),
         (lambda search: search(0.2), "raised ValueError: there are runs at"),
         (lambda search: search(), "raised TypeError"),
     ],
@@ -451,4 +459,4 @@ def test_every_exercise_is_mutation_tested():
     for name in MINE:
         assert len(RIGHT[name]) >= 2
         named = [word for _, word in WRONG[name] if not word.startswith(("expected", "raised"))]
-        assert len(named) >= (3 if name == "safe_search" else 6)
+        assert len(named) >= (5 if name == "safe_search" else 6)

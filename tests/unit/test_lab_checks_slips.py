@@ -424,10 +424,20 @@ RIGHT["rloo_step"] = [
     ),
 ]
 
+
+def searched_by_hand(search, *coefs):
+    return next(found for found in map(search, coefs) if found == "gold is kept")
+
+
+SLIPS["safe_search"] = {
+    "no search": lambda search: "gold is kept",
+    "the first that fits": lambda search: searched_by_hand(search, 1.0, 0.3, 0.1),
+    "another result": lambda search: search(0.1).replace("falls", "is kept"),
+}
 RIGHT["safe_search"] = [
     lambda search: search(0.3),
     lambda search: search(float("0.3")),
-    lambda search: next(found for found in map(search, (1.0, 0.3, 0.1)) if found == "gold is kept"),
+    lambda search: searched_by_hand(search, 0.3, 1.0),
 ]
 
 

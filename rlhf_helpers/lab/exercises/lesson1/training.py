@@ -9,12 +9,7 @@ from torch.optim import Optimizer
 
 from rlhf_helpers.core.preference_losses import bradley_terry_loss
 from rlhf_helpers.core.tensors import as_bool_mask, pad_right, require_shapes
-from rlhf_helpers.lab.exercises.exercise import (
-    LOG_LOSS_MISTAKES,
-    Function,
-    exercise,
-    table,
-)
+from rlhf_helpers.lab.exercises.exercise import LOG_LOSS_MISTAKES, Function, exercise, table
 
 
 def read_last(values: Tensor, mask: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def stored_search(kl_coef: float) -> str:
     coefs = runs.cure.replace("none", "KL coefficient 0").str.extract(r"KL coefficient (.*)")[0].astype(float)
     gold = runs[coefs == kl_coef].groupby("step").gold.mean()
     if gold.empty:
-        raise ValueError(f"there are runs at {sorted(coefs.dropna().unique())}, not at {kl_coef}")
+        raise ValueError(f"there are runs at {sorted(coefs.dropna().unique().tolist())}, not at {kl_coef}")
     if gold.max() < gold.iloc[0] + 0.1:
         return "gold hardly rises"
     return "gold falls" if gold.iloc[-1] < gold.max() - 0.1 else "gold is kept"
@@ -31,6 +31,15 @@ def stored_search(kl_coef: float) -> str:
 def safe_search(search: Function) -> str:
     """Search at a KL coefficient that keeps gold. Lesson 2."""
     return search(0.3)
+
+
+def _choice(answer: Function, search: Function) -> str:
+    """Return what an answer finds, if it finds it with the one coefficient of its choice."""
+    tried: dict[float, str] = {}
+    found = answer(lambda kl_coef: tried.setdefault(kl_coef, search(kl_coef)))
+    if len(tried) > 1:
+        return "tried out"
+    return found if [*tried.values()] == [found] else "written by hand"
 
 
 def repaired_loss(
@@ -68,6 +77,11 @@ EXERCISES = {
         lambda search: search(0.0),
         "gold hardly rises: a nat costs so much that the policy learns next to nothing",
         lambda search: search(1.0),
+        "several coefficients were tried: choose ONE before you know any result, and search once",
+        lambda search: search(1.0) and search(0.3),
+        "this is not what a search gave: return what `search` gives for the coefficient of your choice",
+        lambda: "gold is kept",
+        trial=_choice,
     ),
     "repaired_loss": exercise(
         as_asked(repaired_loss, "logps"),

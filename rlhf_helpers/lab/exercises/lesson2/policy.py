@@ -6,12 +6,7 @@ from torch import Tensor, tensor
 
 from rlhf_helpers.core import policy_losses
 from rlhf_helpers.core.tensors import require_shapes
-from rlhf_helpers.lab.exercises.exercise import (
-    Function,
-    as_asked,
-    exercise,
-    negated,
-)
+from rlhf_helpers.lab.exercises.exercise import Function, as_asked, exercise, negated
 
 
 def policy_gradient(logps: Tensor, advantages: Tensor) -> Tensor:

@@ -4,12 +4,7 @@ import torch.nn.functional as F
 from torch import tensor
 
 from rlhf_helpers.core import preference_losses
-from rlhf_helpers.lab.exercises.exercise import (
-    LOG_LOSS_MISTAKES,
-    as_asked,
-    exercise,
-    table,
-)
+from rlhf_helpers.lab.exercises.exercise import LOG_LOSS_MISTAKES, as_asked, exercise, table
 
 dpo_loss = as_asked(preference_losses.dpo_loss, "policy_chosen_logps", "policy_rejected_logps")
 
