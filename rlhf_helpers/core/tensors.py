@@ -107,13 +107,17 @@ def masked_sum(x: Float[Tensor, "*shape"], mask: Shaped[Tensor, "*shape"]) -> Fl
     return torch.where(as_bool_mask(mask), x, 0.0).sum()  # not x * mask: NaN * 0 is NaN
 
 
-def masked_whiten(x: Float[Tensor, "*shape"], mask: Shaped[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Scale `x` to mean 0 and unit variance over the masked positions.
+def masked_whiten(
+    x: Float[Tensor, "*shape"], mask: Shaped[Tensor, "*shape"], *, shift_mean: bool = True
+) -> Float[Tensor, "*shape"]:
+    """Scale `x` to unit variance over the masked positions, and to mean 0 if `shift_mean`.
 
-    y = (x - mean) / sqrt(var + 1e-8), var with n - 1. Padding gives 0.
+    y = (x - mean) / sqrt(var + 1e-8), var with n - 1; without `shift_mean`, the mean is added again. Padding
+    gives 0.
 
-    For advantages (Huang et al. 2024, "The N+ implementation details of RLHF with PPO"). Raises ValueError
-    where shapes differ, the mask is not 0/1 or selects fewer than two positions.
+    Advantages are whitened with the shift, rewards without: their mean says how good the answers are (Huang
+    et al. 2024, "The N+ implementation details of RLHF with PPO"). Raises ValueError where shapes differ, the
+    mask is not 0/1 or selects fewer than two positions.
     """
     require_shapes("...", x=x, mask=mask)
     valid = as_bool_mask(mask)
@@ -123,7 +127,8 @@ def masked_whiten(x: Float[Tensor, "*shape"], mask: Shaped[Tensor, "*shape"]) ->
     mean = masked_mean(x, valid)
     centred = torch.where(valid, x - mean, 0.0)
     variance = centred.square().sum() / (count - 1)
-    return centred * torch.rsqrt(variance + 1e-8)
+    whitened = centred * torch.rsqrt(variance + 1e-8)
+    return whitened if shift_mean else torch.where(valid, whitened + mean, 0.0)
 
 
 def token_logps(

@@ -87,8 +87,10 @@ def test_whitened_advantages_and_returns_are_those_of_trl_0_11():
 
 
 def test_whitening_is_that_of_trl_0_11_but_leaves_0_on_padding():
-    whitened = [[-0.2135806, 0.2847741, -0.0474624, 1.6137201], [0.4508924, -0.3796989, -1.7086449, 0.0]]
-    close(masked_whiten(REWARDS, MASK), whitened)
+    unshifted = [[-0.1850092, 0.3133455, -0.0188909, 1.6422915], [0.4794638, -0.3511274, -1.6800734, 0.0]]
+    shifted = [[-0.2135806, 0.2847741, -0.0474624, 1.6137201], [0.4508924, -0.3796989, -1.7086449, 0.0]]
+    close(masked_whiten(REWARDS, MASK, shift_mean=False), unshifted)
+    close(masked_whiten(REWARDS, MASK), shifted)
 
 
 def test_ppo_losses_are_those_of_trl_0_11():

@@ -65,7 +65,10 @@ def test_masked_whiten_literal():
     x = torch.tensor([[1.0, 2.0, NAN], [6.0, NAN, NAN]])
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     shifted = masked_whiten(x, mask)
+    # The mean is 3, the variance with n - 1 is 7: (1 - 3) / sqrt(7) = -0.7559289.
     assert_close(shifted, torch.tensor([[-0.7559289, -0.3779645, 0.0], [1.1338934, 0.0, 0.0]]))
+    unshifted = masked_whiten(x, mask, shift_mean=False)  # 3 more on each
+    assert_close(unshifted, torch.tensor([[2.2440711, 2.6220355, 0.0], [4.1338934, 0.0, 0.0]]))
 
 
 def test_masked_whiten_of_equal_values_is_0_and_of_one_is_refused():
