@@ -1,7 +1,9 @@
 """Studies: what they store can be read, repeated and trusted; each runs end to end in small."""
 
 import functools
+import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,7 +51,14 @@ def doubled(seed, factors=(2,), offset=0, **unused):
         yield {"factor": factor, "product": seed * factor + offset}
 
 
+@functools.partial(record.study, seeds=(1,))
+def counted(seed, data):
+    """Count the letters of a file."""
+    yield {"letters": len(Path(data).read_text())}
+
+
 record.STUDIES.pop("doubled")
+record.STUDIES.pop("counted")
 
 
 class TestRunner:
@@ -68,8 +77,17 @@ class TestRunner:
         assert manifest["study"] == "doubled"
         assert manifest["seeds"] == [1, 2]
         assert (manifest["factors"], manifest["offset"], manifest["unused"]) == ([2], 1, {})
+        assert manifest["command"] == "python -m rlhf_helpers study doubled"
+        assert manifest["minutes"] == 0.0
         assert (tmp_path / "doubled.csv").read_text() == "seed,factor,product\n1,2,3\n2,2,5\n"
         assert capsys.readouterr().out.splitlines()[0] == "{'seed': 1, 'factor': 2, 'product': 3}"
+
+    def test_the_command_names_the_data_without_their_folder(self, tmp_path, capsys):
+        (tmp_path / "pairs.txt").write_text("abc")
+        assert counted(tmp_path, data=tmp_path / "pairs.txt").letters.tolist() == [3]
+        manifest = json.loads((tmp_path / "counted.json").read_text())
+        assert manifest["command"] == "python -m rlhf_helpers study counted --data pairs.txt"
+        assert manifest["sha256"] == hashlib.sha256(b"abc").hexdigest()
 
     def test_what_was_written_is_read_again(self, tmp_path, capsys):
         table = doubled(tmp_path, factors=(0.5,), unused=RewardSettings())
@@ -129,7 +147,8 @@ class TestStored:
         assert len(table)
         empty = set(table.columns[table.isna().any()])
         assert empty <= MAY_BE_EMPTY.get(name, set())
-        assert table.attrs["command"] == f"python -m rlhf_helpers study {name}"
+        read = f" --data {table.attrs['data']}" if "data" in table.attrs else ""
+        assert table.attrs["command"] == f"python -m rlhf_helpers study {name}{read}"
         if "seeds" in table.attrs:
             few = {"clip_and_kl": [0, 1, 2], "ability_tax": [0, 1, 2], "method_tuning": [100, 101]}
             few |= {"real_model": [0, 1], "real_reward_model": [0], "real_safety": [0], "real_chatbot": [0]}

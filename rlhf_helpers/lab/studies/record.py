@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -53,6 +54,7 @@ def study(rows: Callable[..., Rows], seeds: Sequence[int] = SEEDS) -> Study:
         if out is not None:
             out = Path(out)
             out.mkdir(parents=True, exist_ok=True)
+        begin = time.monotonic()
         table = []
         for seed in seeds:
             for row in rows(seed, **changes):
@@ -65,15 +67,17 @@ def study(rows: Callable[..., Rows], seeds: Sequence[int] = SEEDS) -> Study:
             return frame
         facts = dict(settings)
         facts |= file_facts(facts.pop("data", None))  # a file of preferences: named, without its folder
+        read = f" --data {facts['data']}" if "data" in facts else ""
         manifest = {
             "study": name,
-            "command": f"python -m rlhf_helpers study {name}",
+            "command": f"python -m rlhf_helpers study {name}{read}",
             "seeds": seeds,
             **facts,
             "python": platform.python_version(),
             "versions": {library: version(library) for library in LIBRARIES},
             "platform": sys.platform,
             "threads": torch.get_num_threads(),
+            "minutes": round((time.monotonic() - begin) / 60, 1),  # all seeds, as long as one waits
         }
         write_atomically(out / f"{name}.csv", _csv(table))
         (out / f"{name}.csv.part").unlink(missing_ok=True)
