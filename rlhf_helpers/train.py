@@ -66,6 +66,13 @@ class SFTSettings(TrainingSettings):
     eval_every: int = 0  # steps between evaluations; 0: at the end of each epoch
 
 
+@dataclass(frozen=True)
+class OnePassRewardSettings(RewardSettings):
+    """The settings of a reward model, with one pass over the rows."""
+
+    epochs: int = 1  # passes over the rows; in a second one a model learns them by heart (lesson 1)
+
+
 Trained = tuple[nn.Module, History]
 
 
@@ -167,7 +174,7 @@ class Task:
 
 
 def _reward_task(summary: str, data: str, objective: str) -> Task:
-    return Task(summary, RewardSettings, partial(train_reward, objective=objective), data)
+    return Task(summary, OnePassRewardSettings, partial(train_reward, objective=objective), data)
 
 
 def _preference_task(summary: str, data: str, **fixed: str) -> Task:

@@ -35,7 +35,7 @@ class RecursiveSettings:
     helper_accuracy: float = 0.8  # the same of a helper that is sure: the cap on its weight
     epochs: int = 2  # of each reward model, which starts afresh every round
     judge_steps: int = 6  # RLOO steps of the assistant a round, on 8 pairs with 4 verdicts each
-    judge_rate: float = 3e-4
+    judge_rate: float = 3e-4  # of RLOO on the tiny assistant; a larger one gets less
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -132,7 +132,7 @@ def train_judge(
         prompts_per_step=min(8, len(prompts)),
         samples_per_prompt=4,
         max_new_tokens=4,
-        learning_rate=settings.judge_rate,
+        tiny_learning_rate=settings.judge_rate,
         seed=settings.seed,
     )
     rloo(judge, tokenizer_for(judge), prompts, agrees, plan, ref_model=assistant)

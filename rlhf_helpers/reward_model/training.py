@@ -43,7 +43,9 @@ class RewardSettings(TrainingSettings):
     """How a reward model learns; a bad value raises ValueError naming it."""
 
     schedule: str = "linear"  # the data are fixed, so there is an end to anneal towards
-    epochs: int = 2  # a large model overfits after one (Stiennon et al. 2020), the tiny one too (lesson 1)
+    # The lessons and their studies pass twice, and lesson 1 measures the harm: models overfit after one pass
+    # (Stiennon et al. 2020). The command line passes once.
+    epochs: int = 2
     batch_size: int = 32  # groups (comparisons of one prompt, or a ranking) per micro-batch
     eval_every: int = 0  # steps between evaluations of val_rows; 0: at the end of each epoch
 

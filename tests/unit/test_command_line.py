@@ -252,6 +252,14 @@ def test_every_flag_shows_its_reason_and_default(capsys):
     assert "steps between checkpoints; 0 writes none (default: 100)" in said
 
 
+@pytest.mark.parametrize("task", ["reward", "reward-ranking"])
+def test_a_reward_model_passes_once_over_its_rows(task, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", task, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "a model learns them by heart (lesson 1) (default: 1)" in said
+
+
 def test_a_flag_shows_the_reason_that_stands_behind_its_own_field():
     notes = field_notes(TASKS["dpo"].settings)
     assert notes["schedule"] == "the data are fixed, so there is an end to anneal towards"
