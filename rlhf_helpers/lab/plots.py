@@ -48,7 +48,9 @@ _SAME_METHOD = {
     "proxy": r"proxy|reward model|learned reward",
     "gold": r"gold|truth",
 }
-BEFORE, AFTER = METHOD_COLORS["base"], METHOD_COLORS["RLOO"]
+# What a training or a measure changed, whatever the method: indigo, which no method has, 8.6 : 1 on white, and
+# far from all other colors with red-green color blindness as well.
+BEFORE, AFTER = METHOD_COLORS["base"], "#3a2bd0"
 OTHER_COLOR = "#44546a"  # bars and dots that stand for no method
 FIGURE_WIDTH = 7.0  # inches: 700 pixels on the page, no picture is wider
 STYLE = {

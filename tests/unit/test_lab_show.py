@@ -11,7 +11,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
@@ -123,7 +123,6 @@ def test_a_method_has_one_color_whatever_else_its_name_says(name, method):
 
 def test_names_of_no_method_have_no_color_of_their_own():
     assert len(set(plots.METHOD_COLORS.values())) == len(plots.METHOD_COLORS) == 11
-    assert plots.BEFORE != plots.AFTER
     for name in ("baseline", "early stop", "controlled"):  # "base" and "RL" inside other words
         with pytest.raises(ValueError, match=f"{name}.* names no method"):
             plots.method_color(name)
@@ -133,6 +132,27 @@ def test_names_of_no_method_have_no_color_of_their_own():
         "other": plots.PALETTE[0],
         "PPO-ptx": plots.PALETTE[1],
     }
+
+
+def test_after_has_a_color_of_its_own_that_everybody_can_see():
+    others = {*plots.METHOD_COLORS.values(), *plots.PALETTE, plots.OTHER_COLOR}
+    assert plots.BEFORE in others
+    assert plots.AFTER not in others
+
+    def light(color, sees):  # relative luminance of the page, and what dichromats tell apart (Machado 2009)
+        channel = np.array(to_rgb(color))
+        linear = np.where(channel <= 0.04045, channel / 12.92, ((channel + 0.055) / 1.055) ** 2.4)
+        return np.array(sees) @ linear
+
+    luminance = [[0.2126, 0.7152, 0.0722]]
+    for color in (plots.BEFORE, plots.AFTER):
+        assert 1.05 / (light(color, luminance)[0] + 0.05) >= 3
+    deutan = [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]
+    protan = [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]]
+    for sees in (np.eye(3), deutan, protan):
+        mine = np.sqrt(light(plots.AFTER, sees).clip(0))
+        gaps = [np.abs(np.sqrt(light(color, sees).clip(0)) - mine).max() for color in others]
+        assert min(gaps) > 0.15
 
 
 def test_titles_are_found_wherever_they_stand():
