@@ -48,8 +48,8 @@ _SAME_METHOD = {
     "proxy": r"proxy|reward model|learned reward",
     "gold": r"gold|truth",
 }
-# What a training or a measure changed, whatever the method: indigo, which no method has, 8.6 : 1 on white, and
-# far from all other colors with red-green color blindness as well.
+# What a training or a measure changed, whatever the method: indigo, which no method has. It stands out from
+# white by 8.6 to 1, and from all other colors with red-green color blindness as well.
 BEFORE, AFTER = METHOD_COLORS["base"], "#3a2bd0"
 OTHER_COLOR = "#44546a"  # bars and dots that stand for no method
 FIGURE_WIDTH = 7.0  # inches: 700 pixels on the page, no picture is wider
