@@ -8,13 +8,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any
 
 import nbformat
 from IPython import get_ipython
 from IPython.core.inputtransformer2 import TransformerManager
 from IPython.utils.capture import capture_output
+
+from rlhf_helpers.lab.stage_cache import cache_path, keep, kept
 
 _SECTION = re.compile(r'^## (.+)\s+<a id="([^"]+)">', re.MULTILINE)
 ALONE = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -31,7 +33,7 @@ class Part:
     binds: set[str] = field(default_factory=set)
     changes: set[str] = field(default_factory=set)  # bound elsewhere, and changed here in place
     sure: set[str] = field(default_factory=set, compare=False)  # bound whatever an `if` decides
-    deletes: set[str] = field(default_factory=set, compare=False)
+    alone: bool = field(default=False, compare=False)  # an import, a function or a class: quick to run
 
 
 def stage(lesson: str, anchor: str) -> None:
@@ -53,19 +55,53 @@ def stage(lesson: str, anchor: str) -> None:
         raise RuntimeError(
             f"stage({lesson!r}, {anchor!r}): not in a notebook; call it in a cell of the lesson"
         )
-    sections, parts = read_lesson(find_lesson(lesson))
+    path = find_lesson(lesson)
+    sections, parts = read_lesson(path)
     if anchor not in sections:
         raise ValueError(f"stage: {lesson} has no section {anchor!r}; it has {', '.join(sections)}")
     todo = missing_parts(parts, sections[anchor], shell.user_ns)
+    if not todo:
+        return
+    setup = code_cells(path)[1][0][1]
+    # What stands beside results of other cells in this kernel may rest on what was typed there.
+    fresh = todo == missing_parts(parts, sections[anchor], {})
+    cache = cache_path(f"{lesson}.{anchor}", [setup, *(part.source for part in todo)]) if fresh else None
+    names = set().union(*(part.binds for part in split_cell(setup)))
+    given = {name: value for name, value in shell.user_ns.items() if name in names}
     _running = True
     try:
-        for part in todo:
-            _run_quietly(shell, part, f"stage({lesson!r}, {anchor!r})")
+        read = set().union(*(part.needs for part in parts if part.section == sections[anchor]))
+        found = _run_parts(shell, todo, read, cache, given, f"stage({lesson!r}, {anchor!r})")
     finally:
         _running = False
-    if todo:
-        titles = dict.fromkeys(part.section for part in todo)
-        print(f"This section needs results of others. Ran the cells that make them: {'; '.join(titles)}.")
+    how = f"Read what these made before, from {cache}" if found else "Ran the cells that make them"
+    titles = "; ".join(dict.fromkeys(part.section for part in todo))
+    print(f"This section needs results of others. {how}: {titles}.")
+
+
+def _run_parts(
+    shell: Any, todo: Sequence[Part], read: set[str], cache: Path | None, given: Mapping[str, Any], call: str
+) -> bool:
+    """Run the parts, or load from the cache what they make of the names `read`; tell whether it was there."""
+    whole = [part for part in todo if not part.alone]
+    names = set().union(*(part.binds for part in whole))
+    changed = set().union(*(part.changes for part in whole)) - names
+    names &= read.union(*(part.needs for part in todo if part.alone))
+    if any(not isinstance(given.get(name), ModuleType) for name in changed):
+        cache = None  # what changes an object of the setup cell must run
+    made = None
+    for part in todo:
+        if part.alone:
+            _run_quietly(shell, part, call)
+            continue
+        if cache and part is whole[0]:
+            made = kept(cache, given)
+            shell.user_ns.update(made or {})
+        if made is None:
+            _run_quietly(shell, part, call)
+    if cache and made is None:
+        keep(cache, {name: shell.user_ns[name] for name in names if name in shell.user_ns}, given)
+    return made is not None
 
 
 def find_lesson(lesson: str) -> Path:
@@ -98,10 +134,6 @@ def read_lesson(path: Path) -> tuple[dict[str, str], list[Part]]:
     """Read a notebook: anchor -> title of each section, and the parts of its code cells after the first."""
     sections, cells = code_cells(path)
     parts = [part for title, source in cells[1:] for part in split_cell(source, title)]
-    # Python deletes the name of `except ... as name`, whatever it stood for before.
-    deleted = set().union(*(part.deletes for part in parts))
-    for part in parts:
-        part.sure -= deleted
     return sections, parts
 
 
@@ -112,6 +144,8 @@ def split_cell(source: str, section: str = "") -> list[Part]:
     """
     statements = ast.parse(TransformerManager().transform_cell(source)).body  # magics translated
     parts = [read_part(ast.unparse(s), [s], section) for s in statements if isinstance(s, ALONE)]
+    for part in parts:
+        part.alone = True
     if len(parts) < len(statements):
         whole = read_part(source, statements, section)
         alone_binds = set().union(*(part.binds for part in parts))
@@ -123,31 +157,17 @@ def split_cell(source: str, section: str = "") -> list[Part]:
 
 def read_part(source: str, statements: Sequence[ast.stmt], section: str) -> Part:
     """Read what the statements of a source need, bind and change together."""
-    needs, binds, deletes = _read_names(_compiled(statements))
-    _, sure, _ = _read_names(_compiled([one for one in statements if not isinstance(one, ast.If)]))
-    gone = deletes - _stored_at_last(statements)
-    binds -= gone
-    sure -= gone
+    needs, binds = _read_names(_compiled(statements))
+    _, sure = _read_names(_compiled([one for one in statements if not isinstance(one, ast.If)]))
     changes = set().union(*map(_changed, statements)) - binds
     needs -= {*dir(builtins), "__annotations__"}
-    return Part(source, section, needs, binds, changes, sure, deletes)
+    return Part(source, section, needs, binds, changes, sure)
 
 
 def _compiled(statements: Sequence[ast.stmt]) -> CodeType:
     module = ast.Module(list(statements), type_ignores=[])
     with warnings.catch_warnings(action="ignore"):  # `x is 1`: Python says so when the cell itself runs
         return compile(module, "cell", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-
-
-def _stored_at_last(statements: Sequence[ast.stmt]) -> set[str]:
-    """Return the names that are assigned where they stand last, so that a `del` further up does not count.
-
-    The name of `except ... as name` is not among them: it is gone behind its handler.
-    """
-    names = [node for one in statements for node in ast.walk(one) if isinstance(node, ast.Name)]
-    names.sort(key=lambda name: (name.lineno, name.col_offset))
-    last = {name.id: name.ctx for name in names if not isinstance(name.ctx, ast.Load)}
-    return {name for name, context in last.items() if isinstance(context, ast.Store)}
 
 
 def missing_parts(parts: Sequence[Part], section: str, namespace: Mapping[str, Any]) -> list[Part]:
@@ -183,8 +203,8 @@ def _run_quietly(shell: Any, part: Part, call: str) -> None:
         ) from error
 
 
-def _read_names(code: CodeType) -> tuple[set[str], set[str], set[str]]:
-    """Read which names compiled code needs, binds and deletes, in the order in which Python comes to them.
+def _read_names(code: CodeType) -> tuple[set[str], set[str]]:
+    """Read which names compiled code needs and which it binds, in the order in which Python comes to them.
 
     A function reads what it needs when it is called, so that may be bound further down; a comprehension reads
     it at once.
@@ -202,16 +222,17 @@ def _read_names(code: CodeType) -> tuple[set[str], set[str], set[str]]:
             needs |= {step.argval} - seen
         elif step.opname in ("STORE_NAME", "STORE_GLOBAL"):
             binds.add(step.argval)
-        elif step.opname == "DELETE_NAME":
+            deletes.discard(step.argval)
+        elif step.opname == "DELETE_NAME":  # at the end of `except ... as name` too
             deletes.add(step.argval)
         elif isinstance(step.argval, CodeType):
-            inner, bound, _ = _read_names(step.argval)
+            inner, bound = _read_names(step.argval)
             if step.argval.co_name in ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"):
                 needs |= inner - seen
                 binds |= bound  # by :=
             else:
                 later |= inner
-    return needs | (later - seen), binds, deletes
+    return needs | (later - seen), binds - deletes
 
 
 def _changed(node: ast.AST) -> set[str]:

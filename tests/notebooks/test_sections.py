@@ -2,10 +2,11 @@
 
     python -m pytest -m nightly -s tests/notebooks/test_sections.py -k holds
 
-prints the seconds of each preparation; the aim for a preparation is 60 s.
+prints the seconds of each preparation. It may take 60 s on one processor.
 """
 
 import os
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -18,6 +19,8 @@ from rlhf_helpers.lab.stages import code_cells, missing_parts, read_lesson, spli
 FOLDER = Path(__file__).parents[2] / "notebooks"
 LESSONS = sorted(FOLDER.glob("*.ipynb"))
 CELL_TIMEOUT_S = 600
+PREPARE_LIMIT_S = 60  # of processor time: what else runs on the machine does not count
+CACHE = tempfile.TemporaryDirectory()  # of what sections need: the first test of a section makes it
 PREPARE = """
 import time
 from rlhf_helpers.lab.stages import stage
@@ -25,6 +28,7 @@ started = time.perf_counter(), time.process_time()
 stage({lesson!r}, {anchor!r})
 seconds = time.perf_counter() - started[0], time.process_time() - started[1]
 print("prepared in {{:.0f}} s ({{:.0f}} s on the processor)".format(*seconds))
+assert seconds[1] <= {limit_s}
 """
 
 
@@ -39,7 +43,7 @@ def section_alone(path, anchor, after=()):
     """The setup cell, the preparation of the section, cells to put `after` that, and the section's own."""
     sections, cells = code_cells(path)
     own = [source for title, source in cells if title == sections[anchor]]
-    prepare = PREPARE.format(lesson=path.stem, anchor=anchor)
+    prepare = PREPARE.format(lesson=path.stem, anchor=anchor, limit_s=PREPARE_LIMIT_S)
     sources = [cells[0][1], prepare, *after, *own]
     return new_notebook(cells=[new_code_cell(source) for source in sources])
 
@@ -49,7 +53,7 @@ def run(notebook, folder):
     resources = {"metadata": {"path": str(folder)}}
     client = NotebookClient(notebook, kernel_name="python3", timeout=CELL_TIMEOUT_S, resources=resources)
     plain = {name: value for name, value in os.environ.items() if name not in ("RLHF_MODEL", "RLHF_DATA")}
-    client.execute(env={**plain, "HF_HUB_OFFLINE": "1", "RLHF_PROGRESS": ""})
+    client.execute(env={**plain, "HF_HUB_OFFLINE": "1", "RLHF_PROGRESS": "", "XDG_CACHE_HOME": CACHE.name})
     return notebook
 
 

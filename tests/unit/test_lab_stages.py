@@ -1,7 +1,10 @@
 """Enter a made-up lesson in the middle: what a cell reads and binds, and which cells a section needs."""
 
+from pathlib import Path
+
 import nbformat
 import pytest
+import torch
 from IPython.core.interactiveshell import InteractiveShell
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
@@ -44,6 +47,8 @@ def shell(tmp_path, monkeypatch):
     shell = InteractiveShell()
     shell.history_manager.enabled = False
     monkeypatch.setattr(stages, "get_ipython", lambda: shell)
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     write_lesson(tmp_path)
     shell.run_cell(CELLS[1])
@@ -208,3 +213,71 @@ def test_errors_name_lesson_anchor_and_fix(shell, monkeypatch):
     monkeypatch.setattr(stages, "get_ipython", lambda: None)
     with pytest.raises(RuntimeError, match="not in a notebook"):
         stage("lesson", "use")
+
+
+KEPT = [
+    "# A lesson",
+    "import torch\nlayer = torch.nn.Linear(2, 2)\nruns = []",
+    '## 1. Make\n<a id="make"></a>',
+    "def twice(x):\n    return x * factor",
+    "factor = 2\ndrawn = torch.rand(3)\nboth = {'layer': layer, 'own': torch.nn.Linear(1, 1)}",
+    '## 2. Use\n<a id="use"></a>',
+    "total = twice(drawn) + torch.rand(3)\nlayer_seen = both['layer']\nown = both['own']",
+]
+
+
+def enter(shell, *, sources=KEPT):
+    """Run the setup cell in a new kernel, enter section 2 and run its cell; return what the cells made."""
+    shell.reset(new_session=False)
+    write_lesson(Path.cwd(), sources)
+    torch.manual_seed(0)
+    shell.run_cell(sources[1])
+    stage("lesson", "use")
+    assert shell.run_cell(sources[6]).success
+    return dict(shell.user_ns)
+
+
+def test_results_are_kept_from_one_kernel_to_the_next(shell, capsys, tmp_path):
+    first = enter(shell)
+    assert "Ran the cells that make them: 1. Make." in capsys.readouterr().out
+    (file,) = (tmp_path / "cache").rglob("lesson.use.*.pickle")
+    second = enter(shell)
+    assert f"Read what these made before, from {file}: 1. Make." in capsys.readouterr().out
+    assert torch.equal(first["total"], second["total"]), "values, functions and random numbers are the same"
+    assert torch.equal(first["own"].weight, second["own"].weight)
+    assert second["layer_seen"] is second["layer"], "what the setup cell made is not copied"
+
+    changed = [*KEPT[:4], KEPT[4].replace("factor = 2", "factor = 3"), *KEPT[5:]]
+    assert enter(shell, sources=changed)["factor"] == 3
+    assert "Ran the cells" in capsys.readouterr().out
+    (newer,) = (tmp_path / "cache").rglob("lesson.use.*.pickle")
+    assert newer != file, "one file for each section: the newest"
+    newer.write_bytes(b"cut short")
+    assert enter(shell, sources=changed)["factor"] == 3
+    assert "Ran the cells" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "handle = (n for n in runs)",  # cannot be written
+        "runs.append(1)",  # changes what the setup cell made: would be lost
+    ],
+)
+def test_what_cannot_be_kept_is_made_again(shell, capsys, tmp_path, more):
+    sources = [*KEPT[:4], f"{KEPT[4]}\n{more}", KEPT[5], f"{KEPT[6]}\n{more.split()[0].split('.')[0]}"]
+    for _ in range(2):
+        names = enter(shell, sources=sources)
+        assert "Ran the cells" in capsys.readouterr().out
+    assert not list((tmp_path / "cache").rglob("*.pickle"))
+    assert names["runs"] == ([1] if "append" in more else [])
+
+
+def test_results_beside_what_was_typed_are_not_kept(shell, capsys, tmp_path):
+    sources = [*KEPT[:4], "factor = 2", KEPT[4].replace("factor = 2", "third = factor"), *KEPT[5:]]
+    write_lesson(tmp_path, sources)
+    shell.run_cell(KEPT[1])
+    shell.run_cell("factor = 7")
+    stage("lesson", "use")
+    assert shell.user_ns["third"] == 7
+    assert not list((tmp_path / "cache").rglob("*.pickle"))
