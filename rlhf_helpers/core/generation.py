@@ -145,7 +145,7 @@ def generate(
     both = _joined(prompt_rows, ids, mask.long(), tokenizer.pad_token_id)
     ended = (torch.isin(ids, stops) & mask).any(-1)  # what ends a response is its last token
     responses = decode_responses(tokenizer, texts)
-    progress.latest_sample = prompts[0], responses[0]
+    progress.latest_samples = prompts, responses
     return Rollout([*prompts], responses, *both, mask, logps, ended, greedy)
 
 

@@ -3,7 +3,9 @@
 The setup cell of a lesson calls `watch_training()`; from then on each run of more than 5 s draws itself below
 its bar, at most four times per second, and leaves its last picture behind. Under it stands what a policy
 sampled last, how a model that learns from given answers now answers the first prompt, or how a reward model
-scores the first answers. The view changes nothing: weights and metrics are the same with it and without.
+scores the first answers. Where a policy answers prompts of the world, the mean gold reward of its samples is
+drawn beside the reward that it learns from. The view changes nothing: weights and metrics are the same with
+it and without.
 
 It draws SVG by hand, because one picture by matplotlib takes as long as a step of the tiny assistant.
 """
@@ -12,6 +14,8 @@ import base64
 import html
 import math
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from IPython.display import display
@@ -20,10 +24,11 @@ from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import tokenizer_for
 from rlhf_helpers.core.training import progress
 from rlhf_helpers.lab.plots import AFTER, METHOD_COLORS, OTHER_COLOR
+from rlhf_helpers.world.gold_judge import gold_reward
 
 QUIET_S = 5.0  # a shorter run shows its bar only
 REDRAW_S = 0.25
-EXAMPLE_SHARE = 0.02  # of the time of a run, at most, goes into answering or scoring its example
+JUDGED_SHARE = 0.02  # of the time of a run, at most, goes into answering an example or scoring samples
 EXAMPLE_TOKENS = 48
 # What is drawn if the rows have it, at most MAX_PANELS in this order: metric -> its name, with the unit.
 METRICS = {
@@ -63,9 +68,10 @@ class LiveView(progress.BarView):
         super().__init__(run, hidden=hidden)
         self.begin = self.drawn = self.clock()
         self.judged: tuple[int, tuple[str, str] | None] = 0, None  # step, and the example then
-        self.next_example = self.begin
+        self.gold: list[tuple[int, float]] = []  # step, and the mean gold reward of its samples
+        self.next_judged = self.begin
         self.handle: Any = None
-        progress.latest_sample = None  # of an earlier run
+        progress.latest_samples = None  # of an earlier run
 
     def advance(self) -> None:
         """Move the bar; redraw the picture if the last one is old enough."""
@@ -74,10 +80,10 @@ class LiveView(progress.BarView):
         if self.hidden or now - self.begin < QUIET_S or now - self.drawn < REDRAW_S:
             return
         self.drawn = now
-        if self.run.example is not None and now >= self.next_example:
+        if now >= self.next_judged:
             begin = time.perf_counter()
-            self.judged = self.run.step, judged_example(self.run)
-            self.next_example = now + (time.perf_counter() - begin) / EXAMPLE_SHARE
+            self._judge()
+            self.next_judged = now + (time.perf_counter() - begin) / JUDGED_SHARE
         self._draw(still=False)
 
     def close(self) -> None:
@@ -87,15 +93,26 @@ class LiveView(progress.BarView):
             self._draw(still=True)
             self.handle = None
 
+    def _judge(self) -> None:
+        """Ask the model about its example; of a policy without one, score the newest samples by gold."""
+        if self.run.example is not None:
+            self.judged = self.run.step, judged_example(self.run)
+        elif progress.latest_samples and "objective/scores" in self.run.history[-1]:
+            with suppress(ValueError):  # prompts that are not the world's
+                self.gold.append((self.run.step, gold_reward(*progress.latest_samples).mean().item()))
+
     def _draw(self, *, still: bool) -> None:
-        drawing, alt = run_picture(self.run)
+        drawing, alt = run_picture(self.run, self.gold)
         if not alt:
             return
         page = drawing
         if still:  # an image with alt text, as `plots.show` leaves one: the page's export keeps both
             data = base64.b64encode(drawing.encode()).decode("ascii")
             page = f'<img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{data}" width="{WIDTH}">'
-        judged = self.judged if self.run.example is not None else (self.run.step, progress.latest_sample)
+        judged = self.judged
+        if self.run.example is None and progress.latest_samples:
+            prompts, responses = progress.latest_samples
+            judged = self.run.step, (prompts[0], responses[0])
         output = {"text/html": page + _sample_html(*judged), "text/plain": alt}
         if self.handle is None:
             self.handle = display(output, raw=True, display_id=True)
@@ -115,21 +132,23 @@ def judged_example(run: Any) -> tuple[str, str] | None:
         return prompt, "\n".join(lines)
     try:
         tokenizer = tokenizer_for(run.model)
-        generate(run.model, tokenizer, [prompt], max_new_tokens=EXAMPLE_TOKENS, greedy=True)
+        rollout = generate(run.model, tokenizer, [prompt], max_new_tokens=EXAMPLE_TOKENS, greedy=True)
     except ValueError:
         return None
-    return progress.latest_sample
+    return prompt, rollout.responses[0]
 
 
-def run_picture(run: Any) -> tuple[str, str]:
+def run_picture(run: Any, gold: Sequence[tuple[int, float]] = ()) -> tuple[str, str]:
     """Draw the metrics of a run so far: (SVG, alt text), both empty before two rows are logged.
 
     Args:
         run: an Engine, of which step, total_steps, settings and history are read.
+        gold: (step, mean gold reward) where the loop logs none.
     """
     lines = {}
     for metric in METRICS:
         points = [(row["step"] + 1, row[metric]) for row in run.history if _is_drawn(row.get(metric))]
+        points = points or [*(gold if metric == "gold" else ())]
         if len(points) > 1:
             lines[metric] = points
     if "objective/scores" in lines:

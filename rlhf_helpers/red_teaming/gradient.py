@@ -99,7 +99,7 @@ class GradientBasedRedTeaming:
                         loss = losses.min().item()
                 spent += len(swapped)
                 curve.append((spent, loss))
-                progress.latest_sample = requests[0], decode_responses(self.tokenizer, [best])[0]
+                progress.latest_samples = requests[:1], decode_responses(self.tokenizer, [best])
                 advance(loss=loss)
         texts = decode_responses(self.tokenizer, [best, task.start])
         return SuffixAttack(*texts, curve, spent, task.gradients, task.filtered)

@@ -15,8 +15,11 @@ from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.training import Engine, TrainingSettings, progress, sft
 from rlhf_helpers.dpo import DPOTrainer
 from rlhf_helpers.lab import live
+from rlhf_helpers.policy_optimization import RLOOSettings, rloo
 from rlhf_helpers.red_teaming.gradient import GradientBasedRedTeaming
 from rlhf_helpers.reward_model import RewardSettings, create_reward_model, train_reward_model
+from rlhf_helpers.world.gold_judge import gold_reward
+from rlhf_helpers.world.prompts import load_prompts
 
 KL = {"objective/scores": 1.0, "objective/kl": 0.5, "loss": 9.0}
 
@@ -42,7 +45,7 @@ def notebook(monkeypatch):
 
     monkeypatch.setattr(progress, "IN_NOTEBOOK", True)
     monkeypatch.setattr(progress, "view_class", progress.view_class)
-    monkeypatch.setattr(progress, "latest_sample", None)
+    monkeypatch.setattr(progress, "latest_samples", None)
     monkeypatch.setattr(live, "display", display)
     monkeypatch.setattr(live.LiveView, "clock", clock)
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
@@ -85,10 +88,10 @@ def test_a_long_run_is_redrawn_four_times_per_second_at_most(notebook):
 
 def test_a_long_run_leaves_one_picture_with_alt_text(notebook):
     clock, shown = notebook
-    progress.latest_sample = ("of an earlier run", "")
+    progress.latest_samples = ["of an earlier run"], [""]
 
     def answer(step):
-        progress.latest_sample = ("2 < 3?", f"<b>yes</b> {step}")
+        progress.latest_samples = ["2 < 3?"], [f"<b>yes</b> {step}"]
 
     row = {"objective/scores": 0.5, "gold": 2.0, "objective/kl": 0.25}
     train(clock, steps=8, seconds=1.0, row=row, at_step=answer)
@@ -203,6 +206,27 @@ def test_an_offline_run_shows_what_its_model_makes_of_an_example(notebook, tiny_
         assert re.search(r"[+-]\d\.\d\d  thank you, &lt;b&gt;cup&lt;/b&gt;\n[+-]\d\.\d\d  no way, cup", page)
     plain = train_on(tiny_llama_dir, progress=False)
     assert all(map(torch.equal, watched.parameters(), plain.parameters())), "the view changes no weight"
+
+
+def test_a_policy_in_the_world_shows_the_gold_reward_of_its_samples(notebook):
+    clock, shown = notebook
+    live.LiveView.clock = staticmethod(ticking(clock))
+    model, tokenizer = load_model("tiny", device="cpu")
+    prompts = [prompt.text for prompt in load_prompts(["facts"], "train")][:4]
+    settings = RLOOSettings(steps=6, prompts_per_step=2, samples_per_prompt=2, max_new_tokens=16)
+    rewards = []
+
+    def learned(prompts, responses, **columns):
+        rewards.append(gold_reward(prompts, responses).mean().item())
+        return torch.tensor([float(len(response)) for response in responses])
+
+    rloo(model, tokenizer, prompts, learned, settings)
+    alt = shown[-1]["text/plain"]
+    first, last = re.search(r"gold \(score\) (\S+) to (\S+);", alt).groups()
+    assert float(last) == pytest.approx(rewards[-1], abs=1e-3)
+    assert float(first) == pytest.approx(rewards[1], abs=1e-3), "the second step is the first that is drawn"
+    assert "reward (score)" in alt
+    assert "KL (nats)" in alt
 
 
 def test_a_prompt_that_leaves_no_room_shows_no_answer(tiny):

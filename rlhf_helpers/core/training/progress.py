@@ -107,5 +107,5 @@ def watched(total_steps: int) -> Iterator[Callable[..., None]]:
         view.close()
 
 
-# (prompt, response) that `generate` wrote last, or a search found: a view shows it, since it sees no text.
-latest_sample: tuple[str, str] | None = None
+# (prompts, responses) that `generate` wrote last, or a search found: a view shows one, since it sees no text.
+latest_samples: tuple[Sequence[str], Sequence[str]] | None = None
