@@ -181,7 +181,9 @@ def logits_only_at(model: nn.Module, positions: Int[Tensor, "N"]) -> Iterator[li
     states = []
 
     def select(_head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        states.append(args[0].flatten(0, 1)[positions])
+        # The answers to a prompt read its last state. index_select adds their gradients up in a fixed order;
+        # that of states[positions] depends on the threads, and training would not repeat bit for bit.
+        states.append(args[0].flatten(0, 1).index_select(0, positions))
         return (states[-1][None],)
 
     head: Any = (transformer_of(model) or model).get_output_embeddings()  # pyright: ignore[reportCallIssue]

@@ -10,6 +10,7 @@ from rlhf_helpers.core.shared_prompts import (
     BLOCK_MASK_MODELS,
     answer_logits,
     answer_outputs,
+    logits_only_at,
     pack,
     takes_block_mask,
 )
@@ -271,3 +272,31 @@ def test_reward_models_log_what_they_log_the_plain_way(tiny_llama_dir, objective
     )
     same_history(rows, plain_rows, atol=1e-5)
     torch.testing.assert_close(scores - scores.mean(), plain_scores - plain_scores.mean(), atol=1e-5, rtol=0)
+
+
+def test_gradients_repeat_bit_for_bit_with_several_threads():
+    class Reader(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(64, 8)
+            self.states = torch.nn.Parameter(torch.randn(1, 2000, 64))
+
+        def get_output_embeddings(self):
+            return self.head
+
+        def forward(self):
+            return self.head(self.states)
+
+    torch.manual_seed(0)
+    model, positions = Reader(), torch.randint(200, (3000,))  # each is read by about 15 answers
+    weights, threads, gradients = torch.randn(3000, 8), torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        for _ in range(20):
+            model.zero_grad()
+            with logits_only_at(model, positions):
+                (model()[0] * weights).sum().backward()
+            gradients.append(model.states.grad.clone())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
