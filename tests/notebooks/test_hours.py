@@ -13,6 +13,8 @@ CORE_HOURS = {
     "03_alignment_and_safety": 4.0,
     "04_applications": 4.0,
 }
+# What a reader can oversee: at most this many cells, of text and of code.
+CORE_CELLS = dict(zip(CORE_HOURS, (120, 160, 160, 120), strict=True))
 
 
 def markdown(source):
@@ -65,3 +67,9 @@ def test_the_core_ends_at_going_deeper():
 def test_a_core_fits_its_hours(name):
     notebook = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf8"))
     assert core_hours(notebook) <= CORE_HOURS[name]
+
+
+@pytest.mark.parametrize("name", CORE_CELLS)
+def test_a_core_has_no_more_cells_than_planned(name):
+    notebook = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf8"))
+    assert sum(count for _, core, count, _ in sections(notebook) if core) <= CORE_CELLS[name]

@@ -70,6 +70,45 @@ def test_a_section_runs_after_the_setup_cell(section):
     print(f"\n{lesson} {anchor}:", printed_by(notebook.cells[1]))
 
 
+def unprepared(path):
+    """Section -> what its cells above its call of `stage` need and the setup cell lacks, by first lines."""
+    sections, cells = code_cells(path)
+    _, parts = read_lesson(path)
+    setup = set().union(*(part.binds for part in split_cell(cells[0][1])))
+    missing = {}
+    for anchor, title in sections.items():
+        own = [source for name, source in cells[1:] if name == title]
+        call = f'stage("{path.stem}", "{anchor}")'
+        above = own[: next((at for at, source in enumerate(own) if call in source), len(own))]
+        first = [part for source in above for part in split_cell(source, title)]
+        earlier = parts[: next((at for at, part in enumerate(parts) if part.section == title), 0)]
+        needed = missing_parts(earlier + first, title, dict.fromkeys(setup)) if first else []
+        missing[anchor] = [part.source.splitlines()[0] for part in needed]
+    return missing
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.name)
+def test_a_section_needs_the_setup_cell_alone_or_calls_stage(path):
+    assert {anchor: lines for anchor, lines in unprepared(path).items() if lines} == {}
+
+
+def test_a_section_without_its_call_is_found(tmp_path):
+    def lesson(*cells):
+        sources = ["import math", '## 1. One <a id="one">', "x = math.pi", '## 2. Two <a id="two">', *cells]
+        make = {True: new_markdown_cell, False: new_code_cell}
+        notebook = new_notebook(cells=[make[source.startswith("#")](source) for source in sources])
+        nbformat.write(notebook, tmp_path / "lesson.ipynb")
+        return unprepared(tmp_path / "lesson.ipynb")
+
+    call = 'stage("lesson", "two")'
+    assert lesson("y = math.e") == {"one": [], "two": []}
+    assert lesson("y = x") == {"one": [], "two": ["x = math.pi"]}
+    assert lesson(f"{call}\ny = x") == {"one": [], "two": []}
+    assert lesson("y = math.e", f"{call}\nz = x") == {"one": [], "two": []}
+    assert lesson("y = x", call) == {"one": [], "two": ["x = math.pi"]}
+    assert lesson('stage("lesson", "one")\ny = x') == {"one": [], "two": ["x = math.pi"]}
+
+
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.name)
 def test_every_name_that_a_section_reads_is_made_for_it(path):
     _, cells = code_cells(path)
