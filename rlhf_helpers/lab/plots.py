@@ -321,7 +321,7 @@ def interval_panels(
                 ms=4,
             )
             for place, color in enumerate(used):
-                axis.plot(middle[place], place, "o", color=color, markersize=5, zorder=3)
+                axis.plot(middle[place], place, "o", color=color, markersize=5, zorder=3, clip_on=False)
             axis.set(xlabel=textwrap.fill(label, 24), yticks=places, yticklabels=shown)
             _keep_inside(axis, "x", possible)
         for axis in panels[len(labels) :]:

@@ -54,7 +54,7 @@ class Monitor:
 
     @property
     def windows_to_false_alarm(self) -> float:
-        """Mean windows between false alarms of a metric, z ~ N(0, 1), by Siegmund 1985: 930 by default."""
+        """Mean windows between false alarms of a metric, z ~ N(0, 1), by Siegmund 1985: 938 by default."""
         reach = 2 * self.slack * (self.limit + 1.166)
         return (math.exp(reach) - reach - 1) / (2 * self.slack**2)
 

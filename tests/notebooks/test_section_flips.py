@@ -138,7 +138,8 @@ FLIPS = {
         "values": AIMS,
         "debate": "rlhf_helpers.debate:quotes_truly",
         "interpretability": "rlhf_helpers.interpretability:attention_maps",
-        "running": "rlhf_helpers.alignment_eval:win_rate",
+        "better": "rlhf_helpers.alignment_eval:win_rate",
+        "running": AIMS,
         "activities": GOLD,
     },
     "04_applications": {
