@@ -44,7 +44,7 @@ MAY_BE_EMPTY = {
 }
 
 
-@functools.partial(record.study, seeds=(1, 2))
+@functools.partial(record.study, seeds=range(1, 3))
 def doubled(seed, factors=(2,), offset=0, **unused):
     """Multiply the seed."""
     for factor in factors:
@@ -209,7 +209,7 @@ class TestSmall:
         assert table.gold.between(0, 1).all()
 
     def test_a_taste_is_measured_at_each_number_of_labels(self):
-        table = lesson1.own_taste(seeds=(0,), labels=(8, 12), follow=12, heldout=20, steps=1)
+        table = lesson1.own_taste(seeds=(0,), labels=(8, 12), follow=(12,), heldout=20, steps=1)
         accuracies = table[table.measure == "accuracy"].pivot(index="labels", columns="who", values="value")
         assert accuracies.index.tolist() == [8, 12]
         assert accuracies["shorter answer"].nunique() == 1  # the same new pairs for every number

@@ -19,7 +19,7 @@ from rlhf_helpers.world.gold_judge import gold_reward
 from rlhf_helpers.world.prompts import CONVERSATION, load_prompts, sample_answer, split_sentences
 from rlhf_helpers.world.prompts.base import FLATTERY, SENTENCES
 
-MIN_LABELS = 15  # the smallest number in the study `own_taste`: orders 0.75 of new pairs rightly
+MIN_LABELS = 30  # the smallest number in the study `own_taste` with which best-of-n and RLOO follow the taste
 READINGS = 600  # pairs read in training, repeats included: with few labels more epochs, as many steps
 FRIENDLY = (*SENTENCES["polite"], *SENTENCES["closer"])
 

@@ -266,15 +266,15 @@ def length_candidates(seed: int, pairs: int = 800, prompts: int = 24, samples: i
 def own_taste(
     seed: int,
     labels: Sequence[int] = (15, 30, 60),
-    follow: int = 30,
+    follow: Sequence[int] = (15, 30),
     heldout: int = 500,
     steps: int = 30,
 ) -> Rows:
     """Measure how many labels of a scripted person, who likes short and friendly answers, teach that taste.
 
     Accuracy is the share of random pairs of different answers to held-out prompts that are ordered as the
-    person orders them, ties left out. At `follow` labels a policy follows the reward model for `steps` of
-    RLOO. Columns: seed, labels, who (reward model, shorter answer; or a policy), measure, value.
+    person orders them, ties left out. With as many labels as `follow` says, policies follow the reward model,
+    RLOO for `steps`. Columns: seed, labels, who (reward model, shorter answer; or a policy), measure, value.
     """
     pairs = draw_pairs(2 * max(labels), seed=seed)
     # Pairs and seeds other than those on which the recipe of `learn_taste` was chosen.
@@ -290,7 +290,7 @@ def own_taste(
             chosen, rejected = score_pairs(judge, tests)
             value = pair_credits(chosen, rejected).mean().item()
             yield {"labels": count, "who": who, "measure": "accuracy", "value": value}
-        if count == follow:
+        if count in follow:
             means = follow_taste(model, steps=steps, seed=seed).groupby("policy", sort=False)
             for who, row in means[["words", "friendly", "rude", "gold"]].mean().iterrows():
                 for measure, value in row.items():

@@ -71,7 +71,7 @@ def study(rows: Callable[..., Rows], seeds: Sequence[int] = SEEDS) -> Study:
         manifest = {
             "study": name,
             "command": f"python -m rlhf_helpers study {name}{read}",
-            "seeds": seeds,
+            "seeds": [*seeds],
             **facts,
             "python": platform.python_version(),
             "versions": {library: version(library) for library in LIBRARIES},
