@@ -13,7 +13,10 @@ POLICY_LESSON = "02_policy_optimization"
 
 
 def read_cells(sources):
-    """(needs, {name: what it is bound to}) of each cell; an import of the same thing twice binds the same."""
+    """(needs, {name: what it is bound to}) of each cell, without the throwaway name `_`.
+
+    An import of the same thing in two cells binds the same.
+    """
     cells = []
     for number, source in enumerate(sources):
         statements = ast.parse(TransformerManager().transform_cell(source)).body
@@ -25,7 +28,9 @@ def read_cells(sources):
             if isinstance(node, ast.Import | ast.ImportFrom)
             for alias in node.names
         }
-        cells.append((part.needs, {name: imported.get(name, f"cell {number}") for name in part.binds}))
+        cells.append(
+            (part.needs, {name: imported.get(name, f"cell {number}") for name in part.binds - {"_"}})
+        )
     return cells
 
 

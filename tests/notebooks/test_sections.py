@@ -123,20 +123,6 @@ def test_every_name_that_a_section_reads_is_made_for_it(path):
     assert {anchor: names for anchor, names in unknown.items() if names} == {}
 
 
-@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.name)
-def test_the_first_cell_of_a_section_prepares_what_the_section_needs(path):
-    sections, cells = code_cells(path)
-    _, parts = read_lesson(path)
-    setup = dict.fromkeys(set().union(*(part.binds for part in split_cell(cells[0][1]))))
-    unprepared = []
-    for anchor, title in sections.items():
-        own = [source for section, source in cells if section == title]
-        call = f'stage("{path.stem}", "{anchor}")'
-        if own and missing_parts(parts, title, setup) and call not in own[0]:
-            unprepared.append(anchor)
-    assert unprepared == []
-
-
 @pytest.mark.slow
 def test_the_section_alone_is_cut_out(tmp_path):
     sources = [
