@@ -37,7 +37,7 @@ METRICS = {
     "objective/kl": "KL (nats)",  # per response
     "loss": "loss (nats)",
     "rewards/accuracies": "accuracy (share)",
-    "rewards/margins": "margin (log-odds)",
+    "rewards/margins": "chosen minus rejected (nats)",
     "token_accuracy": "accuracy (share of tokens)",
     "eval_loss": "loss on held-out rows (nats)",
 }

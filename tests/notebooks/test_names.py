@@ -9,7 +9,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from rlhf_helpers.lab.stages import code_cells, read_part
 from tests.notebooks.test_sections import LESSONS
 
-POLICY_LESSON = "02_policy_optimization"
+ONE_MAKER = ["01_reward_modeling", "02_policy_optimization"]
 
 
 def read_cells(sources):
@@ -67,8 +67,9 @@ def test_a_cell_for_a_real_model_rebinds_no_name_of_the_lesson(path):
     assert rebound_by_live_cells(sources_of(path)) == set()
 
 
-def test_a_name_that_a_cell_takes_from_another_has_one_maker():
-    path = next(path for path in LESSONS if path.stem == POLICY_LESSON)
+@pytest.mark.parametrize("lesson", ONE_MAKER)
+def test_a_name_that_a_cell_takes_from_another_has_one_maker(lesson):
+    path = next(path for path in LESSONS if path.stem == lesson)
     assert with_several_makers(sources_of(path)) == {}
 
 

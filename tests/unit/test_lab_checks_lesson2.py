@@ -405,7 +405,7 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
             "judged alone",
         ),
         (lambda *given: torch.exp(-dpo(*given)), "probability that the chosen answer wins"),
-        (lambda pc, pr, rc, rr, beta: -(beta * (pc - rc) - beta * (pr - rr)), "bare margin"),
+        (lambda pc, pr, rc, rr, beta: -(beta * (pc - rc) - beta * (pr - rr)), "bare difference"),
         (lambda pc, pr, rc, rr, beta: torch.clamp(1 - beta * (pc - rc - pr + rr), min=0), "hinge"),
         (lambda pc, pr, rc, rr, beta: ((pc - pr) - (rc - rr) - 0.5 / beta) ** 2, "IPO"),
         (lambda *given: dpo(*given).mean(), "averaged or summed"),

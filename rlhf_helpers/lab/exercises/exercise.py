@@ -120,7 +120,7 @@ def negated(right: Tensor) -> Tensor:
 LOG_LOSS_MISTAKES = (
     "the minus is missing: this is the log-likelihood, and a loss is its negative",
     negated,
-    "there is no log-sigmoid: the bare margin never levels off, so rewards drift apart without limit",
+    "there is no log-sigmoid: the bare difference never levels off, so rewards drift apart without limit",
     lambda gap: -gap,
     lambda gap: gap,
     "this is a sigmoid without its logarithm: -sigmoid(difference) is not a log-likelihood",
@@ -135,7 +135,7 @@ LOG_LOSS_MISTAKES = (
     "a small constant inside the log hides the underflow: the loss is capped where it should grow, and "
     "the gradient is 0 there; use torch.nn.functional.logsigmoid",
     *each(lambda eps, gap: -(gap.sigmoid() + eps).log(), 1e-12, 1e-10, 1e-8, 1e-6),
-    "this is the hinge loss: it is exactly zero once the margin reaches 1",
+    "this is the hinge loss: it is exactly zero once the difference reaches 1",
     lambda gap: F.relu(1 - gap),
     "each answer was judged alone, as in two classifications: this loss compares the two",
     lambda chosen, rejected: -F.logsigmoid(chosen) - F.logsigmoid(-rejected),

@@ -119,7 +119,7 @@ EXERCISES = {
     ),
     "calibration_error": exercise(
         calibration_error,
-        table(  # no confidence lies on an edge between two bins: the statement leaves the side open
+        table(  # no confidence lies on an edge between two bins, where rounding decides
             (
                 [0.52, 0.58, 0.63, 0.71, 0.74, 0.77, 0.85, 0.93, 0.97, 1.0],
                 [1.0, 0, 0, 1, 0, 1, 1, 1, 1, 0],

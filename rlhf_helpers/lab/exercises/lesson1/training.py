@@ -129,7 +129,7 @@ EXERCISES = {
         "the sign is flipped: this loss falls when the REJECTED answer gets the larger reward",
         lambda gap: -F.logsigmoid(-gap),
         *LOG_LOSS_MISTAKES,
-        "the squared difference punishes a large margin in the RIGHT direction too",
+        "the square punishes a large difference in the RIGHT direction too",
         lambda gap: gap**2,
         "exp(reward) overflows for large rewards: write the ratio as a sigmoid of the difference",
         lambda chosen, rejected: -(chosen.exp() / (chosen.exp() + rejected.exp())).log(),
