@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rlhf_helpers.core.generation import sequence_logps
 from rlhf_helpers.core.models import tokenizer_for
 from rlhf_helpers.core.tensors import batches_by_length, require_shapes
+from rlhf_helpers.core.training import progress
 
 PerRow = Float[Tensor, "B"]
 
@@ -50,7 +51,8 @@ def option_logps(
     tokenizer = tokenizer or tokenizer_for(model)
     asked = [(prompt, text) for prompt, texts in zip(prompts, options, strict=True) for text in texts]
     found = torch.empty(len(asked))
-    for rows in batches_by_length([len(prompt) + len(text) for prompt, text in asked], batch_size):
+    batches = batches_by_length([len(prompt) + len(text) for prompt, text in asked], batch_size)
+    for rows in progress.track(batches, "reading choices"):
         logps, mask = sequence_logps(model, tokenizer, *zip(*(asked[i] for i in rows), strict=True))
         found[rows] = (logps.sum(-1) / (mask.sum(-1) if per_token else 1)).float().cpu()
     return list(found.split([len(texts) for texts in options]))

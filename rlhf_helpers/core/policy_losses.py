@@ -88,6 +88,7 @@ def gae(
     advantages = []
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
+        # A padded token hands on what came after it, so that padding may stand anywhere in a row.
         next_advantage = torch.where(valid[:, t], delta + gamma * lam * next_advantage, next_advantage)
         next_value = torch.where(valid[:, t], values[:, t], next_value)
         advantages.append(next_advantage)

@@ -24,6 +24,7 @@ from rlhf_helpers.reward_model import RewardModelTrainer, create_reward_model
 from rlhf_helpers.world.prompts.meta import comparison_text
 
 Pair = Mapping[str, Any]  # prompt, first, second
+HELPERS = ("none", "self", "assistant", "untrained")
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class RecursiveSettings:
 
     def __post_init__(self) -> None:
         """Refuse an unknown helper."""
-        if self.helper not in ("none", "self", "assistant", "untrained"):
-            raise ValueError(f"helper={self.helper!r}: choose from none, self, assistant, untrained")
+        if self.helper not in HELPERS:
+            raise ValueError(f"helper must be one of {HELPERS}, got {self.helper!r}")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from rlhf_helpers.core.lora import reference_model
 from rlhf_helpers.core.models import load_model, tokenizer_for, usable_positions
 from rlhf_helpers.core.policy_losses import rloo_advantages
 from rlhf_helpers.core.tensors import batches_by_length
-from rlhf_helpers.core.training import Engine, History, MeanMetrics, micro_batches, offline_steps
+from rlhf_helpers.core.training import Engine, History, MeanMetrics, micro_batches, offline_steps, progress
 from rlhf_helpers.core.training.distributed import full_weights, load_full_weights
 from rlhf_helpers.dpo.data import Data, DPODataset
 from rlhf_helpers.dpo.objectives import (
@@ -219,7 +219,7 @@ def evaluate_dpo(run: DPORun, data: DPODataset, beta: float) -> dict[str, float]
         reference_point = torch.cat(log_ratios).mean().clamp(min=0)
         batch_losses = partial(batch_losses, reference_point=reference_point)
     metrics = MeanMetrics()
-    for indices in batches:
+    for indices in progress.track(batches, "evaluating"):
         losses, row_metrics = batch_losses(run.model, data, indices, beta=beta)
         metrics.add(losses, row_metrics, data.tie_weights(indices).to(losses.device))
     return {f"eval_{name}": value for name, value in with_margins(metrics.means()).items()}

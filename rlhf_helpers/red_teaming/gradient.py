@@ -72,7 +72,7 @@ class GradientBasedRedTeaming:
         """Find the tokenizer and check the settings."""
         self.tokenizer = self.tokenizer or tokenizer_for(self.model)
         if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} is unknown; choose from {METHODS}")
+            raise ValueError(f"method must be one of {METHODS}, got {self.method!r}")
         for name in ("suffix_length", "steps", "candidates", "top_k"):
             require_number(name, getattr(self, name), at_least=1)
 

@@ -33,6 +33,7 @@ from rlhf_helpers.core.models import (
 from rlhf_helpers.core.shared_prompts import pack, takes_block_mask
 from rlhf_helpers.core.tensors import as_bool_mask, batches_by_length, pad_right, require_shapes
 from rlhf_helpers.core.text import encode_answers, naming
+from rlhf_helpers.core.training import progress
 from rlhf_helpers.core.training.distributed import full_weights, save_pretrained, whole, writes_files_of
 
 POOLINGS = ("last", "first", "mean")
@@ -204,7 +205,7 @@ class RewardModel(nn.Module):
         # By the longest answer to their prompt, so that answers to one prompt stay together.
         rewards = torch.empty(len(prompts), device=self.trunk.device)
         with eval_mode(self):
-            for batch in batches_by_length(longest, batch_size):
+            for batch in progress.track(batches_by_length(longest, batch_size), "scoring"):
                 rewards[batch] = self.rewards_of([sequences[row] for row in batch])
         return rewards
 

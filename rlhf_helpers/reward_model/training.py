@@ -28,6 +28,7 @@ from rlhf_helpers.core.training import (
     TrainingSettings,
     micro_batches,
     offline_steps,
+    progress,
 )
 from rlhf_helpers.core.training.distributed import full_weights, load_full_weights
 from rlhf_helpers.core.training.resume import checksum
@@ -174,7 +175,8 @@ def evaluate_reward_model(
 ) -> dict[str, float]:
     """Return loss and metrics as in training, on groups that are not trained on; names start with eval_."""
     metrics = MeanMetrics()
-    for indices in batches_by_length(group_lengths(groups), batch_size):
+    batches = batches_by_length(group_lengths(groups), batch_size)
+    for indices in progress.track(batches, "evaluating"):
         losses, group_metrics = objective_fn(model, [groups[index] for index in indices])
         metrics.add(losses, group_metrics)
     return {f"eval_{name}": value for name, value in metrics.means().items()}

@@ -11,13 +11,20 @@ import pytest
 import torch
 from jupyter_client.manager import start_new_kernel
 
+from rlhf_helpers.core.choices import choice_logps
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.training import Engine, TrainingSettings, progress, sft
 from rlhf_helpers.dpo import DPOTrainer
 from rlhf_helpers.lab import live
 from rlhf_helpers.policy_optimization import RLOOSettings, rloo
 from rlhf_helpers.red_teaming.gradient import GradientBasedRedTeaming
-from rlhf_helpers.reward_model import RewardSettings, create_reward_model, train_reward_model
+from rlhf_helpers.reward_model import (
+    RewardModelTrainer,
+    RewardSettings,
+    create_reward_model,
+    train_reward_model,
+)
+from rlhf_helpers.world.annotators import make_pairs
 from rlhf_helpers.world.gold_judge import gold_reward
 from rlhf_helpers.world.prompts import load_prompts
 
@@ -288,6 +295,40 @@ def test_track_shows_a_bar_for_long_work_only(monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")
     work(1.0)
     assert len(bars) == 1
+
+
+def test_long_scoring_and_evaluation_shows_a_bar(monkeypatch):
+    shown = []
+
+    class Bar:
+        def __init__(self, **arguments):
+            shown.append(f"{arguments['desc']} {arguments['total']}")
+
+        def update(self):
+            pass
+
+        close = update
+
+    monkeypatch.setattr(progress, "ProgressBar", Bar)
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    model, tokenizer = load_model("tiny")
+    pairs = make_pairs(40, seed=0)
+    prompts, chosen = ([pair[column] for pair in pairs] for column in ("prompt", "chosen"))
+    reward_model = create_reward_model("basic", seed=0)
+
+    def work():
+        reward_model.score(prompts, chosen, batch_size=16)
+        RewardModelTrainer(reward_model, batch_size=16).evaluate(pairs)
+        DPOTrainer(model, tokenizer=tokenizer, batch_size=8).evaluate(pairs)
+        choice_logps(model, tokenizer, prompts, ["yes", "no"])
+
+    monkeypatch.setattr(progress, "DELAY_S", 1000.0)
+    work()
+    assert shown == []
+    monkeypatch.setattr(progress, "DELAY_S", -1.0)
+    work()
+    for bar in ("scoring 3", "evaluating 3", "evaluating 5", "reading choices 2"):
+        assert bar in shown
 
 
 SETUP = """\

@@ -48,7 +48,13 @@ def dpo_inputs():
     return leaf(-4.0, -7.0), leaf(-6.0, -5.0), torch.tensor([-5.0, -6.0]), torch.tensor([-5.0, -6.5])
 
 
+# Where the literals come from: a loss of the Bradley-Terry kind of a gap d is log(1 + e^-d), and its
+# gradient by d is -sigmoid(-d). So d = 1 gives 0.3132617 and -0.2689414, d = -1 gives 1.3132617 and
+# -0.7310586, and d = 0 gives log 2 and -0.5.
+
+
 def test_bradley_terry_literal():
+    # gaps 1, -1.5 and 0: 1.7014133 = log(1 + e^1.5), 0.8175745 = sigmoid(1.5)
     chosen, rejected = leaf(1.0, 0.5, 3.0), leaf(0.0, 2.0, 3.0)
     grad = [-0.2689414, -0.8175745, -0.5]
     check(
@@ -61,7 +67,7 @@ def test_bradley_terry_literal():
 
 def test_bradley_terry_margin_is_subtracted_from_the_gap():
     chosen, rejected = leaf(1.0, 0.5), leaf(0.0, 2.0)
-    loss = bradley_terry_loss(chosen, rejected, margin=torch.tensor([0.5, 1.0]))
+    loss = bradley_terry_loss(chosen, rejected, margin=torch.tensor([0.5, 1.0]))  # gaps 0.5 and -2.5
     check(loss, [0.4740770, 2.5788897], (chosen, [-0.3775407, -0.9241418]))
 
 
@@ -72,6 +78,8 @@ def test_bradley_terry_is_blind_to_an_offset_of_the_rewards():
 
 def test_plackett_luce_literal():
     rewards = torch.tensor([[2.0, 0.5, -1.0], [0.0, 1.0, 0.5]], requires_grad=True)
+    # Row 1: log(e^2 + e^0.5 + e^-1) - 2 = 0.2413, and log(e^0.5 + e^-1) - 0.5 = 0.2014. The gradient adds up
+    # softmax minus one-hot over these choices: -0.2144030 = e^2 / (e^2 + e^0.5 + e^-1) - 1.
     grad = [[-0.2144030, -0.0071351, 0.2215381], [-0.8136763, 0.1289397, 0.6847366]]
     check(plackett_luce_loss(rewards), [0.4427246, 2.1543467], (rewards, grad))
 
@@ -80,7 +88,7 @@ def test_plackett_luce_mask_excludes_an_entry_wherever_it_stands():
     nan = math.nan
     rewards = torch.tensor([[0.0, 1.0, nan], [nan, 0.0, 1.0], [0.0, nan, 1.0]], requires_grad=True)
     mask = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 0, 1]])
-    g = 0.7310586
+    g = 0.7310586  # sigmoid(1): each row ranks two answers, the worse one first
     grad = [[-g, g, 0.0], [0.0, -g, g], [-g, 0.0, g]]
     check(plackett_luce_loss(rewards, mask=mask), [1.3132617] * 3, (rewards, grad))
 
@@ -119,13 +127,14 @@ def test_rating_literal():
 
 def test_dpo_literal():
     chosen, rejected, *ref = dpo_inputs()
-    loss = dpo_loss(chosen, rejected, *ref, beta=0.5)
+    loss = dpo_loss(chosen, rejected, *ref, beta=0.5)  # gaps beta h = 1 and -1.25, gradients times beta
     grad = [-0.1344707, -0.3886499]
     check(loss, [0.3132617, 1.5019291], (chosen, grad), (rejected, [-g for g in grad]))
 
 
 def test_conservative_dpo_literal():
     chosen, rejected, *ref = dpo_inputs()
+    # 0.9 log(1 + e^-1) + 0.1 log(1 + e) = 0.4132617, that is the loss of DPO and 0.1 times the gap
     loss = dpo_loss(chosen, rejected, *ref, beta=0.5, label_smoothing=0.1)
     check(loss, [0.4132617, 1.3769291], (chosen, [-0.0844707, -0.3386499]))
 
