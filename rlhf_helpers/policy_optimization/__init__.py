@@ -1,5 +1,6 @@
 """Policy optimization: loops that move a language model towards any reward, one file per idea."""
 
+from rlhf_helpers.core.rollouts import collect, rollout_metrics, score
 from rlhf_helpers.policy_optimization.best_of_n import (
     best_of_n,
     best_of_n_curve,
@@ -22,14 +23,7 @@ from rlhf_helpers.policy_optimization.reinforce import (
     rloo,
 )
 from rlhf_helpers.policy_optimization.rejection_sampling import RejectionSamplingSettings, rejection_sampling
-from rlhf_helpers.policy_optimization.rollouts import (
-    collect,
-    evaluate_policy,
-    policy_logps,
-    policy_outputs,
-    rollout_metrics,
-    score,
-)
+from rlhf_helpers.policy_optimization.rollouts import evaluate_policy, policy_logps, policy_outputs
 from rlhf_helpers.policy_optimization.trpo import (
     TRPOSettings,
     conjugate_gradient,

@@ -15,9 +15,9 @@ from scipy import stats
 from torch import Tensor
 
 from rlhf_helpers.core.models import RewardFn
+from rlhf_helpers.core.rollouts import collect, repeat_columns, score
 from rlhf_helpers.core.tensors import require_number, require_shapes
 from rlhf_helpers.core.text import Columns, require_columns
-from rlhf_helpers.policy_optimization.rollouts import collect, repeat_columns, score
 
 
 def best_of_n(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf_helpers.core.generation import Rollout, rollout_from_text
 from rlhf_helpers.core.models import RewardFn, tokenizer_for
+from rlhf_helpers.core.rollouts import score
 from rlhf_helpers.core.training import History
 from rlhf_helpers.policy_optimization.on_policy import (
     Batch,
@@ -26,7 +27,6 @@ from rlhf_helpers.policy_optimization.ppo import (
     ppo_targets,
     ppo_update,
 )
-from rlhf_helpers.policy_optimization.rollouts import score
 
 Prompts = Sequence[str] | Rollout
 Responses = Sequence[str] | None  # None with a Rollout, which holds them

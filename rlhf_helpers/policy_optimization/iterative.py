@@ -14,12 +14,12 @@ import torch
 from rlhf_helpers.core.generation import Rollout
 from rlhf_helpers.core.lora import reference_model
 from rlhf_helpers.core.models import RewardFn
+from rlhf_helpers.core.rollouts import collect
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.core.text import require_columns
 from rlhf_helpers.core.training import History
 from rlhf_helpers.policy_optimization.on_policy import OnPolicySettings
 from rlhf_helpers.policy_optimization.reinforce import rloo
-from rlhf_helpers.policy_optimization.rollouts import collect
 
 
 def iterative_rlhf(

@@ -17,12 +17,12 @@ from rlhf_helpers.core.generation import Rollout, encode_prompts, rollout_logps,
 from rlhf_helpers.core.lora import reference_model
 from rlhf_helpers.core.models import as_reward_fn
 from rlhf_helpers.core.policy_losses import approx_kl, clip_fraction
+from rlhf_helpers.core.rollouts import collect, repeat_columns, rollout_metrics
 from rlhf_helpers.core.tensors import masked_mean
 from rlhf_helpers.core.text import Columns, require_columns
 from rlhf_helpers.core.training import Engine, TrainingSettings
 from rlhf_helpers.core.training.resume import checksum, fingerprint
 from rlhf_helpers.core.training.settings import require_fields
-from rlhf_helpers.policy_optimization.rollouts import collect, repeat_columns, rollout_metrics
 
 
 class RunOptions(TypedDict, total=False):

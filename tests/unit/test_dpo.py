@@ -543,18 +543,6 @@ def test_ties_teach_nothing(tiny):
     assert history[0]["loss"] == 0
 
 
-def test_a_missing_eos_costs_its_price(monkeypatch):
-    model, tokenizer = load_model("tiny", device="cpu")
-    seen, original = [], DPODataset.from_rollout
-    monkeypatch.setattr(DPODataset, "from_rollout", lambda *a, **k: seen.append(a) or original(*a, **k))
-    settings = replace(ONLINE, steps=1, prompts_per_step=6, max_new_tokens=8, missing_eos_penalty=2.0)
-    row = online_dpo(model, tokenizer, PROMPTS, lambda p, r: torch.full((len(p),), 0.5), settings)[0]
-    rollout, judged, _ = seen[0]
-    assert 0 < rollout.ended.float().mean() < 1
-    assert judged.tolist() == [0.5 if ended else -1.5 for ended in rollout.ended]
-    assert row["objective/scores"] == 0.5, "before the penalty"
-
-
 def test_pairs_are_the_best_and_the_worst_sample_with_their_sampled_ids(tiny):
     model, tokenizer = tiny
     rollout = generate(model, tokenizer, ["Hello"] * 3 + ["Why?"] * 3, max_new_tokens=6, seed=0)
@@ -617,13 +605,12 @@ def test_resumed_training_equals_uninterrupted_training(tiny_llama_dir, tmp_path
 def test_resumed_online_run_equals_uninterrupted_one(tiny_llama_dir, tmp_path):
     def run(folder, reward_fn, **options):
         model, tokenizer = load_model(tiny_llama_dir, device="cpu")
-        how = {"steps": 5, "refresh_reference": 2, "run_dir": tmp_path / folder, "checkpoint_every": 3}
+        how = {"steps": 5, "run_dir": tmp_path / folder, "checkpoint_every": 3}
         return online_dpo(model, tokenizer, PROMPTS, reward_fn, replace(ONLINE, **how), **options), weights(
             model
         )
 
-    history = resume_equals_whole(run, share_of_e, dies_at(5, share_of_e))
-    assert [abs(row["objective/kl"]) < 1e-4 for row in history] == [True, False, True, False, True]
+    resume_equals_whole(run, share_of_e, dies_at(5, share_of_e))
 
 
 def test_another_reference_or_loss_is_another_run(tiny_llama_dir, tmp_path):

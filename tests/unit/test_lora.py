@@ -11,7 +11,7 @@ from rlhf_helpers.core.lora import WithoutAdapter, add_lora, has_adapter, merged
 from rlhf_helpers.core.models import ModelNotFoundError, frozen_copy, load_encoder, load_model
 from rlhf_helpers.core.training import TrainingSettings, memory_efficient_training, sft
 from rlhf_helpers.core.training.distributed import full_weights, save_model
-from rlhf_helpers.dpo import DPOTrainer, OnlineDPOSettings, online_dpo
+from rlhf_helpers.dpo import DPOTrainer
 from rlhf_helpers.policy_optimization import PPOSettings, RLOOSettings, TRPOSettings, ppo, rloo, trpo
 from rlhf_helpers.reward_model import RewardModel, RewardModelTrainer, create_reward_model, load_reward_model
 from tests.conftest import share_of_e
@@ -280,13 +280,6 @@ def test_the_reference_needs_no_second_model(tiny):
     assert reference_model(add_lora(model, 4)).module is model
     with pytest.raises(ValueError, match="ref_model is the model that is trained"):
         reference_model(model, model)
-
-
-def test_a_reference_that_moves_is_refused_with_adapters(tiny):
-    model, tokenizer = tiny
-    settings = OnlineDPOSettings(**QUIET, steps=1, prompts_per_step=2, max_new_tokens=4, refresh_reference=1)
-    with pytest.raises(ValueError, match="refresh_reference must be 0 with LoRA"):
-        online_dpo(model, tokenizer, PROMPTS, share_of_e, settings)
 
 
 def test_memory_efficient_training_takes_a_model_with_adapters(tiny):
