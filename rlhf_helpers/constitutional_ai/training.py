@@ -17,7 +17,6 @@ from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import frozen_copy, tokenizer_for
 from rlhf_helpers.core.preference_losses import soft_preference_loss
 from rlhf_helpers.core.training import History, TrainingSettings, sft
-from rlhf_helpers.dpo import DPOSettings, DPOTrainer
 from rlhf_helpers.policy_optimization import RLOOSettings, rloo
 from rlhf_helpers.reward_model import RewardModel, RewardModelTrainer, RewardSettings, normalise_reward
 
@@ -59,7 +58,7 @@ def constitutional_labels(
 
 @dataclass(frozen=True)
 class ConstitutionalSettings:
-    """How `ConstitutionalAITrainer` goes about it; the type of `policy` decides the last phase."""
+    """How `ConstitutionalAITrainer` goes about it."""
 
     rounds: int = 3  # revisions of a draft at most
     drafts_per_prompt: int = 4  # to be revised, then imitated
@@ -67,9 +66,7 @@ class ConstitutionalSettings:
     sft: TrainingSettings = field(default_factory=TrainingSettings)
     sft_epochs: int = 3
     reward: RewardSettings = field(default_factory=RewardSettings)
-    policy: RLOOSettings | DPOSettings = field(
-        default_factory=lambda: RLOOSettings(tiny_learning_rate=1e-3, steps=12)
-    )
+    policy: RLOOSettings = field(default_factory=lambda: RLOOSettings(tiny_learning_rate=1e-3, steps=12))
     seed: int = 0  # of sampling; training has its own
 
 
@@ -79,8 +76,8 @@ class ConstitutionalAITrainer:
         revise        drafts of the model are criticised and revised under the constitution
         supervised    a copy learns to give the revised answer at once
         label         pairs of the copy's samples are compared by the critic: soft labels, no human in it
-        train_reward  a reward model learns the labels (DPO reads them itself)
-        reinforce     the copy is trained on, by RLOO on that reward or by DPO
+        train_reward  a reward model learns the labels
+        reinforce     the copy is trained on, by RLOO on that reward
 
     The critic is the model itself as it is given. Bai et al. 2022. Lesson 3.
     """
@@ -124,12 +121,12 @@ class ConstitutionalAITrainer:
         )
 
     def label(
-        self, prompts: Sequence[str], human_pairs: Rows = (), *, label_fn: Callable[..., Tensor] = soft_label
+        self, prompts: Sequence[str], *, label_fn: Callable[..., Tensor] = soft_label
     ) -> list[dict[str, Any]]:
         """Compare pairs of the fine-tuned model's samples: rows prompt, chosen, rejected, margin = P(chosen).
 
-        The labels stay soft: rounded, a guess counts as much as a certainty. human_pairs (prompt, chosen,
-        rejected) are added with margin 1: the paper kept people's labels for helpfulness.
+        The labels stay soft: rounded, a guess counts as much as a certainty. The paper kept people's labels
+        for helpfulness; to do so, add your rows with margin 1 before `train_reward`.
         """
         asked = [p for p in prompts for _ in range(2 * self.settings.pairs_per_prompt)]
         said = self._sample(asked, 1000)
@@ -146,7 +143,7 @@ class ConstitutionalAITrainer:
             label_fn=label_fn,
             seed=self.settings.seed,
         )
-        rows = [_row(pair["prompt"], pair["chosen"], pair["rejected"], 1.0) for pair in human_pairs]
+        rows = []
         for pair, p in zip(pairs, chances.tolist(), strict=True):
             if p >= 0.5:
                 rows.append(_row(pair["prompt"], pair["first"], pair["second"], p))
@@ -162,37 +159,29 @@ class ConstitutionalAITrainer:
         trainer = RewardModelTrainer(self.reward_model, settings=self.settings.reward)
         return trainer.train(rows, objective="margin", loss_fn=soft_preference_loss)
 
-    def reinforce(self, prompts: Sequence[str], rows: Rows = ()) -> History:
+    def reinforce(self, prompts: Sequence[str]) -> History:
         """Train a copy of the fine-tuned model, KL measured against it: `.model`.
 
-        RLOOSettings: on the reward model, scaled to mean 0 and std 1 on the fine-tuned model's samples.
-        DPOSettings: on `label`'s rows, each counted p as it stands and 1 - p turned round: the soft label's
-        cross-entropy exactly.
+        By RLOO on the reward model, scaled to mean 0 and std 1 on the fine-tuned model's samples.
         """
-        policy = self.settings.policy
         reference = frozen_copy(self.sft_model)
         self.model = deepcopy(self.sft_model)
-        if isinstance(policy, DPOSettings):
-            trainer = DPOTrainer(self.model, reference, self.tokenizer, settings=policy)
-            turned = [_row(r["prompt"], r["rejected"], r["chosen"], 1 - r["margin"]) for r in rows]
-            data = trainer.dataset([*rows, *turned])
-            data.weights = [row["margin"] for row in (*rows, *turned)]
-            return trainer.train(data)
         asked = [p for p in prompts for _ in range(2)]
         reward = normalise_reward(self.reward_model, asked, self._sample(asked, 2000))
-        return rloo(self.model, self.tokenizer, list(prompts), reward, policy, ref_model=reference)
+        return rloo(
+            self.model, self.tokenizer, list(prompts), reward, self.settings.policy, ref_model=reference
+        )
 
-    def train(self, prompts: Sequence[str], human_pairs: Rows = ()) -> dict[str, Any]:
+    def train(self, prompts: Sequence[str]) -> dict[str, Any]:
         """Run every phase on `prompts`, which should hold requests to refuse and harmless ones.
 
-        Returns model, sft_model, reward_model (None for DPO), revisions, labels, and histories by phase.
+        Returns model, sft_model, reward_model, revisions, labels, and histories by phase.
         """
         revisions = self.revise(prompts)
         histories = {"supervised": self.supervised(revisions)}
-        rows = self.label(prompts, human_pairs)
-        if isinstance(self.settings.policy, RLOOSettings):
-            histories["reward"] = self.train_reward(rows)
-        histories["policy"] = self.reinforce(prompts, rows)
+        rows = self.label(prompts)
+        histories["reward"] = self.train_reward(rows)
+        histories["policy"] = self.reinforce(prompts)
         models = {"model": self.model, "sft_model": self.sft_model, "reward_model": self.reward_model}
         return models | {"revisions": revisions, "labels": rows, "histories": histories}
 

@@ -45,7 +45,7 @@ CEILINGS = {
     "reward_model": 11_290,
     "policy_optimization": 10_710,
     "dpo": 7_380,
-    "constitutional_ai": 3_750,
+    "constitutional_ai": 3_580,
     "red_teaming": 7_160,
     "safety_alignment": 4_850,
     "debate": 2_430,

@@ -25,11 +25,10 @@ from rlhf_helpers.constitutional_ai import (
     soft_preference_loss,
 )
 from rlhf_helpers.core.choices import choice_logps
-from rlhf_helpers.core.generation import generate, sequence_logps
-from rlhf_helpers.core.models import load_model, tokenizer_for
+from rlhf_helpers.core.generation import generate
+from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.preference_losses import bradley_terry_loss
 from rlhf_helpers.core.training import TrainingSettings
-from rlhf_helpers.dpo import DPOSettings, DPOTrainer
 from rlhf_helpers.policy_optimization import RLOOSettings
 from rlhf_helpers.preference_data import ai_labels
 from rlhf_helpers.reward_model import RewardSettings
@@ -355,40 +354,14 @@ def test_first_answers_learn_from_revised_ones(assistant):
 
 
 @pytest.mark.slow
-def test_train_runs_every_phase_and_adds_people(assistant):
+def test_train_runs_every_phase(assistant):
     model, _ = assistant
-    people = [{"prompt": HARMLESS[0], "chosen": "Yes.", "rejected": "No.", "note": 1}]
     trainer = ConstitutionalAITrainer(model, SAFE, settings=replace(SMALL, sft_epochs=1, rounds=1))
-    run = trainer.train(HARMFUL[:4] + HARMLESS[:4], people)
+    run = trainer.train(HARMFUL[:4] + HARMLESS[:4])
     assert set(run["histories"]) == {"supervised", "reward", "policy"}
     assert len(run["histories"]["policy"]) == 2
-    assert run["labels"][0] == {"prompt": HARMLESS[0], "chosen": "Yes.", "rejected": "No.", "margin": 1.0}
     assert all(0.5 <= row["margin"] <= 1 for row in run["labels"])
     assert any(row["margin"] < 0.99 for row in run["labels"]), "the labels stay soft"
     assert run["reward_model"].score([HARMLESS[0]], ["Yes."]).shape == (1,)
     assert not torch.equal(weights(run["model"]), weights(run["sft_model"]))
     assert not torch.equal(weights(model), weights(run["sft_model"]))
-
-
-REFUSAL, ASSENT = "I cannot help with that.", "Sure, here is how."
-
-
-def test_dpo_counts_each_pair_both_ways(assistant, monkeypatch):
-    model, _ = assistant
-    settings = replace(SMALL, policy=DPOSettings(learning_rate=1e-3, epochs=3, batch_size=32, **QUIET))
-    trainer, seen = ConstitutionalAITrainer(model, SAFE, settings=settings), []
-    train = DPOTrainer.train
-    monkeypatch.setattr(DPOTrainer, "train", lambda self, data: seen.append(data) or train(self, data))
-    rows = [{"prompt": p, "chosen": REFUSAL, "rejected": ASSENT, "margin": 0.875} for p in HARMFUL]
-    history = trainer.reinforce(HARMFUL, rows)
-    assert seen[0].weights == [0.875] * 9 + [0.125] * 9
-    assert [seen[0].rows[i]["chosen"] for i in (0, 9)] == [REFUSAL, ASSENT]
-    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    moved = [model_logps(trainer.model, text) - model_logps(model, text) for text in (REFUSAL, ASSENT)]
-    assert moved[0] > moved[1] + 0.5
-
-
-def model_logps(model, text):
-    with torch.no_grad():
-        logps, _ = sequence_logps(model, tokenizer_for(model), HARMFUL, [text] * len(HARMFUL))
-    return logps.sum(-1).mean().item()
