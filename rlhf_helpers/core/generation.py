@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from rlhf_helpers.core.models import require_cache, usable_positions
-from rlhf_helpers.core.shared_prompts import Pair, answer_logits, answer_outputs
+from rlhf_helpers.core.shared_prompts import Pair, answer_outputs
 from rlhf_helpers.core.tensors import batches_by_length, pad_left, pad_right, require_number
 from rlhf_helpers.core.text import decode_responses, encode_pair, encode_prompt, end_id, naming
 from rlhf_helpers.core.training import progress
@@ -222,15 +222,6 @@ def rollout_outputs(model: nn.Module, rollout: Rollout, **wanted: Any) -> list[F
         outputs = answer_outputs(model, pairs[start : start + ANSWERS_PER_FORWARD], **wanted)
         parts.append([F.pad(output, (0, width - output.shape[1])) for output in outputs])
     return [torch.cat(column) for column in zip(*parts, strict=True)]
-
-
-def rollout_values(model: nn.Module, rollout: Rollout, value_head: nn.Module) -> Float[Tensor, "B T"]:
-    """Compute the value of each token of a rollout alone, without log-probs; 0 on padding."""
-    pairs, values = rollout.token_pairs, []
-    for start in range(0, len(pairs), ANSWERS_PER_FORWARD):
-        *_, states = answer_logits(model, pairs[start : start + ANSWERS_PER_FORWARD])
-        values.append(value_head(states).float())
-    return torch.zeros_like(rollout.old_logps).masked_scatter(rollout.response_mask, torch.cat(values))
 
 
 def sequence_logps(

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_helpers.core.generation import rollout_values
+from rlhf_helpers.core.generation import rollout_outputs
 from rlhf_helpers.core.models import RewardFn, ScalarHead, state_width, usable_positions
 from rlhf_helpers.core.policy_losses import (
     AdaptiveKLController,
@@ -168,7 +168,7 @@ def ppo_targets(run: PolicyRun, batch: Batch, value_head: torch.nn.Module, *, kl
     settings, rollout = run.settings, batch.rollout
     mask = rollout.response_mask
     with torch.no_grad():
-        values = rollout_values(run.policy, rollout, value_head)
+        _, values = rollout_outputs(run.policy, rollout, value_head=value_head)
     shaped = kl_shaped_rewards(
         batch.penalized_scores, rollout.old_logps, batch.ref_logps, mask, kl_coef=kl_coef
     )

@@ -242,7 +242,7 @@ def test_the_heat_map_shows_the_terms_of_ppo(monkeypatch):
     )
     ref_logps, values = torch.tensor([[-1.5, -0.3, -2.1]]), torch.tensor([[0.5, 0.8, 0.6]])
     monkeypatch.setattr(explorers, "rollout_logps", lambda *_: ref_logps)
-    monkeypatch.setattr(explorers, "rollout_values", lambda *_: values)
+    monkeypatch.setattr(explorers, "rollout_outputs", lambda *_, **__: [ref_logps, values])
     figure = explorers.token_heat_map_figure(
         0.1, 0.0, **{**data, "answer": three, "score": torch.tensor([1.0])}
     )

@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from rlhf_helpers.core.generation import Rollout, rollout_logps, rollout_values
+from rlhf_helpers.core.generation import Rollout, rollout_logps, rollout_outputs
 from rlhf_helpers.core.policy_losses import clipped_policy_loss, gae, kl_estimate, kl_shaped_rewards
 from rlhf_helpers.core.preference_losses import bradley_terry_loss, dpo_loss
 from rlhf_helpers.core.stats import mean_interval, proportion, to_frame
@@ -261,7 +261,7 @@ def token_heat_map_figure(
     """
     mask, logps = answer.response_mask, answer.old_logps
     ref_logps = rollout_logps(reference, answer)
-    values = rollout_values(reference, answer, value_head)
+    _, values = rollout_outputs(reference, answer, value_head=value_head)
     words = tokenizer.batch_decode(answer.response_ids.T)
     rewards = kl_shaped_rewards(score, logps, ref_logps, mask, kl_coef=kl_coef)
     advantages, _ = gae(rewards, values, mask, gamma=1, lam=lam)
