@@ -13,11 +13,11 @@ from typing import Any
 import pandas as pd
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from rlhf_helpers.alignment_eval.report import AlignmentReportGenerator, markdown_table
 from rlhf_helpers.core.lora import has_adapter, merged_copy
 from rlhf_helpers.core.models import tokenizer_for
+from rlhf_helpers.core.smollm2 import quiet_loading
 from rlhf_helpers.core.stats import Estimate, WinRate
 from rlhf_helpers.core.text import end_id, opening_ids
 
@@ -48,7 +48,6 @@ def save_policy(
     tokenizer: Any = None,
     settings: Mapping[str, Any] | None = None,
     max_new_tokens: int = 64,
-    overwrite: bool = False,
     **facts: Any,
 ) -> Path:
     """Write weights (safetensors), tokenizer, chat template, generation config, README.md; return the folder.
@@ -70,7 +69,6 @@ def save_policy(
         tokenizer: None: the model's own.
         settings: Further lines of the card.
         max_new_tokens: Of an answer.
-        overwrite: Replace an older model.
         **facts: What the card's head says to the hub: license, language ("en"), base_model and other fields
             of `huggingface_hub.ModelCardData`.
 
@@ -78,7 +76,7 @@ def save_policy(
         The folder.
 
     Raises:
-        FileExistsError: the folder is there already and overwrite is not asked for.
+        FileExistsError: the folder holds something already.
         ValueError: a text is empty, there are no seeds or metrics, or a value is not finite or outside its
             interval.
         TypeError: the model is not a Hugging Face causal LM, or a keyword is unknown.
@@ -92,7 +90,8 @@ def save_policy(
             raise ValueError(f"{name}= must say something: a card without it misleads, got {text!r}")
     if not seeds or not metrics:
         raise ValueError(f"a card needs seeds and metrics, got seeds={seeds!r} and metrics={metrics!r}")
-    _refuse_taken(folder, overwrite)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists: name another folder, or empty it")
     rows = pd.DataFrame([_measured(*item) for item in metrics.items()], index=list(metrics))
     tokenizer = copy.deepcopy(tokenizer or tokenizer_for(model))
     if has_adapter(model):
@@ -121,19 +120,10 @@ def save_policy(
     return folder
 
 
-def _refuse_taken(folder: Path, overwrite: bool) -> None:
-    """Raise FileExistsError where a folder holds something else than a model that may be replaced."""
-    taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
-    if taken and not (overwrite and (folder / "config.json").exists()):
-        fix = "empty it: it holds no model to replace" if overwrite else "say overwrite=True"
-        raise FileExistsError(f"{folder} exists: name another folder, or {fix}")
-
-
 def _write(folder: Path, model: PreTrainedModel, tokenizer: Any, card: str, max_new_tokens: int) -> None:
-    """Fill a folder beside the target, then rename it; an older one goes only when the new one is whole."""
+    """Fill a folder beside the target, then rename it when it is whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    old = folder.with_name(f"{partial.name}.old")
     if not tokenizer.chat_template:
         opens = "{{ bos_token or cls_token }}" if opening_ids(tokenizer) else ""
         tokenizer.chat_template = opens + PLAIN_TEMPLATE
@@ -151,20 +141,16 @@ def _write(folder: Path, model: PreTrainedModel, tokenizer: Any, card: str, max_
         eos_token_id=stops,
         pad_token_id=tokenizer.pad_token_id,
     )
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # it would stay behind in a stored notebook
     try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        generation.save_pretrained(partial)
+        with quiet_loading():
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            generation.save_pretrained(partial)
         ModelCard(card).save(partial / "README.md")
         if folder.exists():
-            folder.replace(old)
+            folder.rmdir()  # empty; Windows renames onto nothing that exists
         partial.replace(folder)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
         shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -41,7 +41,7 @@ CEILINGS = {
     "preference_data": 8_925,
     "sandbox": 6_800,
     "guards": 2_920,
-    "alignment_eval": 10_875,
+    "alignment_eval": 10_790,
     "reward_model": 11_290,
     "policy_optimization": 10_720,
     "dpo": 7_380,

@@ -161,40 +161,23 @@ def test_what_is_no_causal_lm_is_refused(tiny, tmp_path):
         save_policy(torch.nn.Linear(2, 2), tmp_path / "policy", tokenizer=tokenizer, **CARD)
 
 
-def test_nothing_is_overwritten_unasked(saved, tiny):
-    model, _ = tiny
-    with pytest.raises(FileExistsError, match="say overwrite=True"):
-        save_policy(model, saved, **CARD)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[0] += 1
-    (saved / "old.txt").write_text("old", encoding="utf8")
-    save_policy(model, saved, overwrite=True, **CARD)
-    assert not (saved / "old.txt").exists()
-    assert weights_fingerprint(load_model(saved, device="cpu")[0]) == weights_fingerprint(model)
-    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+def test_nothing_is_overwritten(saved, tiny):
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    with pytest.raises(FileExistsError, match="name another folder, or empty it"):
+        save_policy(tiny[0], saved, **CARD)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+    (saved.parent / "empty").mkdir()
+    assert (save_policy(tiny[0], saved.parent / "empty", **CARD) / "README.md").exists()
 
 
-def test_a_folder_that_holds_no_model_is_never_replaced(tiny, tmp_path):
-    (tmp_path / "thesis.txt").write_text("years", encoding="utf8")
-    with pytest.raises(FileExistsError, match="it holds no model to replace"):
-        save_policy(tiny[0], tmp_path, overwrite=True, **CARD)
-    assert (tmp_path / "thesis.txt").read_text(encoding="utf8") == "years"
-    (tmp_path / "empty").mkdir()
-    assert (save_policy(tiny[0], tmp_path / "empty", **CARD) / "README.md").exists()
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_save_that_breaks_off_leaves_what_was_there(overwrite, tiny, saved, monkeypatch):
+def test_a_save_that_breaks_off_leaves_nothing_behind(tiny, tmp_path, monkeypatch):
     def full(self, path, **_):
         raise OSError("no space left")
 
-    before = {file.name: file.read_bytes() for file in saved.iterdir()}
     monkeypatch.setattr(ModelCard, "save", full)
-    folder = saved if overwrite else saved.parent / "other"
     with pytest.raises(OSError, match="no space left"):
-        save_policy(tiny[0], folder, overwrite=overwrite, **CARD)
-    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
-    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+        save_policy(tiny[0], tmp_path / "policy", **CARD)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_model_stays_as_it_is_and_no_bar_is_shown(tiny, tmp_path, capfd):
