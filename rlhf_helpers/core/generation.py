@@ -199,7 +199,7 @@ def response_logits(
     logits = model(
         input_ids=input_ids,
         attention_mask=attention_mask,
-        position_ids=_positions(attention_mask),
+        position_ids=token_positions(attention_mask),
         use_cache=False,
         logits_to_keep=response_length + 1,
     ).logits
@@ -283,7 +283,7 @@ def _decode(
     distinct = {row: index for index, row in enumerate(dict.fromkeys(map(tuple, prompt_rows)))}
     source = torch.tensor([distinct[tuple(row)] for row in prompt_rows], device=device)
     ids, mask = pad_left(list(distinct), pad_id, device=device)
-    positions, width = _positions(mask), mask.shape[1]
+    positions, width = token_positions(mask), mask.shape[1]
     mask = torch.cat([mask, mask.new_ones(len(mask), steps)], dim=1)
     for step in progress.track(range(steps), "tokens of a batch"):
         inputs = {"input_ids": ids, "attention_mask": mask[:, : width + step], "position_ids": positions}
@@ -341,7 +341,7 @@ def _joined(
     return torch.cat([prompt_ids, ids], dim=1), torch.cat([prompt_mask, mask], dim=1)
 
 
-def _positions(attention_mask: Tensor) -> Tensor:
+def token_positions(attention_mask: Tensor) -> Tensor:
     """Number the real tokens of each row from 0; padding gets 0."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 

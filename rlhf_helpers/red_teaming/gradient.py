@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rlhf_helpers.core.generation import encode_prompts, generate, sequence_logps
+from rlhf_helpers.core.generation import encode_prompts, generate, sequence_logps, token_positions
 from rlhf_helpers.core.models import tokenizer_for
 from rlhf_helpers.core.tensors import pad_left, pad_right, require_number, require_shapes, token_logps
 from rlhf_helpers.core.text import decode_responses, encode_prompt, encode_response, require_columns
@@ -130,7 +130,7 @@ class _Task:
         self.cache = self.model(
             input_ids=self.before,
             attention_mask=self.mask,
-            position_ids=_positions(self.mask),
+            position_ids=token_positions(self.mask),
             use_cache=True,
             logits_to_keep=1,
         ).past_key_values
@@ -196,7 +196,7 @@ class _Task:
             logits = self.model(
                 input_ids=ids,
                 attention_mask=mask,
-                position_ids=_positions(mask)[:, -ids.shape[1] :],
+                position_ids=token_positions(mask)[:, -ids.shape[1] :],
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=self.width + 1,
@@ -243,7 +243,7 @@ def one_hot_gradient(
     outputs = model(
         inputs_embeds=torch.cat([rows[:, : columns.start], suffix, rows[:, columns.stop :]], 1),
         attention_mask=attention_mask,
-        position_ids=_positions(attention_mask),
+        position_ids=token_positions(attention_mask),
         use_cache=False,
         logits_to_keep=target_mask.shape[1] + 1,
     )
@@ -299,10 +299,6 @@ def _encode_targets(tokenizer: Any, requests: Sequence[str], targets: Sequence[s
     if not all(goals):
         raise ValueError(f"targets[{goals.index([])}] is empty: give the beginning of the wanted answer")
     return goals
-
-
-def _positions(mask: Tensor) -> Tensor:
-    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def _target_loss(logits: Tensor, ids: Tensor, real: Tensor) -> Float[Tensor, "B"]:
