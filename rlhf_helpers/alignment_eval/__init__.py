@@ -20,7 +20,6 @@ from rlhf_helpers.alignment_eval.judges import (
     PreferenceAlignmentEvaluator,
     judge_position_bias,
     model_judge,
-    reward_judge,
 )
 from rlhf_helpers.alignment_eval.measuring import measure_policy, sample_answers, weights_fingerprint
 from rlhf_helpers.alignment_eval.model_card import save_policy

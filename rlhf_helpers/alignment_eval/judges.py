@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rlhf_helpers.alignment_eval.measuring import sample_answers
 from rlhf_helpers.core.choices import choice_logps
-from rlhf_helpers.core.models import RewardFn, as_reward_fn, tokenizer_for
+from rlhf_helpers.core.models import tokenizer_for
 from rlhf_helpers.core.stats import (
     Estimate,
     WinRate,
@@ -116,8 +116,8 @@ class PreferenceAlignmentEvaluator:
         """Keep the judge.
 
         Args:
-            judge: (prompts, firsts, seconds) -> P(first), as made by `model_judge` or `reward_judge`; always
-                asked in both orders and averaged.
+            judge: (prompts, firsts, seconds) -> P(first), as made by `model_judge`; always asked in both
+                orders and averaged.
             max_new_tokens, seed, cache: Of `sample_answers`.
         """
         self.judge = judge
@@ -134,13 +134,3 @@ class PreferenceAlignmentEvaluator:
         sides = [sample_answers(policy, prompts, **self.sampling) for policy in (model, reference)]
         preferred = self.probability(prompts, *sides)
         return win_rate(preferred, 1 - preferred)
-
-
-def reward_judge(reward: nn.Module | RewardFn) -> Judge:
-    """Make a judge of a reward, by Bradley-Terry: P(first) = sigmoid(r_first - r_second)."""
-    score = as_reward_fn(reward)
-
-    def judge(prompts: list[str], firsts: list[str], seconds: list[str], **columns: Any) -> Tensor:
-        return (score(prompts, firsts, **columns) - score(prompts, seconds, **columns)).double().sigmoid()
-
-    return judge

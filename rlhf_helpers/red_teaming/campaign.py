@@ -10,9 +10,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from rlhf_helpers.alignment_eval import as_safety_fn, distinct_n, reward_judge, sample_answers
+from rlhf_helpers.alignment_eval import as_safety_fn, distinct_n, sample_answers
 from rlhf_helpers.alignment_eval.report import markdown_table
-from rlhf_helpers.core.models import RewardFn
+from rlhf_helpers.core.models import RewardFn, as_reward_fn
 from rlhf_helpers.core.stats import wilson_interval
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.red_teaming.prompts import STRATEGIES, AdversarialPrompt, as_attack
@@ -38,10 +38,12 @@ def win_probability(reward_model: nn.Module | RewardFn) -> RewardFn:
     This does not judge safety: where people like a fluent harmful answer better than a refusal, so does it.
     Lesson 3.
     """
-    judge = reward_judge(reward_model)
+    reward = as_reward_fn(reward_model)
 
     def preference(prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[str]) -> Tensor:
-        return judge(prompts, responses, [REFUSALS[0]] * len(prompts), **columns)
+        refusals = [REFUSALS[0]] * len(prompts)
+        margins = reward(prompts, responses, **columns) - reward(prompts, refusals, **columns)
+        return margins.double().sigmoid()
 
     return preference
 
