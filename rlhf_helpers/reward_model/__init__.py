@@ -21,7 +21,6 @@ from rlhf_helpers.reward_model.metrics import (
     pair_metrics,
     paired_difference,
     pairwise_accuracy,
-    rank_correlation,
     robustness,
     score_pairs,
     word_gaps,

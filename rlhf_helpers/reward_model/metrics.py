@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from scipy import stats
 from torch import Tensor
 
 from rlhf_helpers.core.models import RewardFn, as_reward_fn
@@ -115,20 +114,6 @@ def pair_metrics(
         "rewards/margins": chosen_rewards - rejected_rewards,
         "rewards/accuracies": pair_credits(chosen_rewards, rejected_rewards),
     }
-
-
-def rank_correlation(rewards: Float[Tensor, "B"], gold: Float[Tensor, "B"]) -> Estimate:
-    """Spearman's correlation of reward and gold, ties given their mean rank, with its 95 % interval.
-
-    tanh(atanh(rho) +- 1.96 sqrt((1 + rho^2 / 2) / (B - 3))): Bonett & Wright 2000
-
-    Only the order counts, so any rising change of the reward leaves it alone. Across prompts it mixes in each
-    prompt's arbitrary offset: compare answers to one prompt, or differences of pairs. Lesson 1. Raises
-    ValueError unless shapes are both (B,), B >= 5, and both sides vary.
-    """
-    require_shapes("B", rewards=rewards, gold=gold)
-    rho = stats.spearmanr(*_centred(rewards=rewards, gold=gold)).statistic  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-    return fisher_interval(rho, (1 + rho**2 / 2) / (len(rewards) - 3), len(rewards))
 
 
 def length_correlation(

@@ -19,7 +19,6 @@ from rlhf_helpers.reward_model.calibration import (
 from rlhf_helpers.reward_model.metrics import (
     accuracy_by_length,
     length_correlation,
-    rank_correlation,
     robustness,
     word_gaps,
 )
@@ -85,7 +84,7 @@ def test_temperature_refuses_what_has_no_likeliest(chosen):
 
 
 def test_nothing_broadcasts():
-    for measure in (fit_temperature, preference_probability, reliability_curve, rank_correlation):
+    for measure in (fit_temperature, preference_probability, reliability_curve):
         with pytest.raises(ValueError, match="shape"):
             measure(torch.zeros(4, 1), torch.zeros(4))
 
@@ -203,24 +202,6 @@ def test_accuracy_by_length_refuses():
 
 
 # ---- correlations
-
-
-def test_rank_correlation_by_hand():
-    # Ranks 1 2 3 4 5 against 2 1 4 3 5: 1 - 6 * 4 / (5 * 24) = 0.8.
-    found = rank_correlation(tensor(1, 2, 3, 4, 100), tensor(20, 10, 40, 30, 50))
-    assert found.value == pytest.approx(0.8)
-    # atanh 0.8 = ln 9 / 2, standard error sqrt((1 + 0.32) / 2).
-    middle, reach = math.log(9) / 2, 1.959964 * math.sqrt(0.66)
-    assert (found.low, found.high) == pytest.approx((math.tanh(middle - reach), math.tanh(middle + reach)))
-    assert rank_correlation(-tensor(1, 2, 3, 4, 100), tensor(20, 10, 40, 30, 50)).value == pytest.approx(-0.8)
-    perfect = rank_correlation(tensor(1, 2, 3, 4, 5), tensor(1, 8, 9, 10, 99))
-    assert (perfect.value, perfect.low, perfect.high, perfect.n) == pytest.approx((1, 1, 1, 5))
-
-
-@pytest.mark.parametrize("rewards", [(0.1,) * 5, (1.0, 2.0, 3.0), (math.nan, 1.0, 2.0, 3.0, 4.0)])
-def test_rank_correlation_refuses(rewards):
-    with pytest.raises(ValueError, match="rewards"):
-        rank_correlation(tensor(*rewards), torch.arange(len(rewards)).double())
 
 
 def test_length_correlation_by_hand():
