@@ -15,6 +15,7 @@ from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.core.training import checkpoints
 from rlhf_helpers.core.training.distributed import full_weights, load_full_weights
 from rlhf_helpers.policy_optimization import best_of_n
+from rlhf_helpers.reward_model import normalise_reward
 from rlhf_helpers.safety_alignment.constrained import weighted_sum
 
 Limits = Mapping[str, float]
@@ -92,26 +93,25 @@ class EnsembleFallback:
         *,
         quantile: float = 0.95,
     ) -> None:
-        """Fit on benign answers; ValueError for fewer than two members, or a quantile outside (0, 1)."""
+        """Fit on benign answers.
+
+        Raises:
+            ValueError: fewer than two members, one that gives all answers the same score, or a quantile
+                outside (0, 1).
+        """
         require_number("quantile", quantile, above=0, below=1)
         require_number("number of members", len(members), at_least=2)
-        self.members = [as_reward_fn(member) for member in members]
-        scores = self._scores(prompts, responses)
-        self.mean = scores.mean(1, keepdim=True)
-        self.std = scores.std(1, keepdim=True).clamp(min=1e-8)
+        self.members = [normalise_reward(member, prompts, responses) for member in members]
         self.threshold = torch.quantile(self.disagreement(prompts, responses), quantile).item()
 
     def disagreement(self, prompts: Sequence[str], responses: Sequence[str]) -> Float[Tensor, "B"]:
         """Return d of each answer, (B,), in the members' own stds."""
-        return ((self._scores(prompts, responses) - self.mean) / self.std).std(0)
+        return torch.stack([member(prompts, responses).double().cpu() for member in self.members]).std(0)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[list[str], Tensor]:
         """Return the answers to send, and which of them were replaced, (B,)."""
         unsure = self.disagreement(prompts, responses) > self.threshold
         return [SAFE_ANSWER if u else text for text, u in zip(responses, unsure, strict=True)], unsure
-
-    def _scores(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        return torch.stack([member(prompts, responses).double().cpu() for member in self.members])
 
 
 class AdaptivePolicy:

@@ -47,7 +47,7 @@ CEILINGS = {
     "dpo": 7_380,
     "constitutional_ai": 3_580,
     "red_teaming": 7_150,
-    "safety_alignment": 4_850,
+    "safety_alignment": 4_770,
     "debate": 2_430,
     "interpretability": 2_110,
     "chatbot_rlhf": 5_560,

@@ -67,7 +67,7 @@ def test_monitor_refuses():
 def test_fallback_where_members_disagree():
     benign = ["ab" * n for n in range(1, 41)]  # vowels and length agree perfectly
     fallback = EnsembleFallback([long, vowels], ["p"] * 40, benign, quantile=0.9)
-    assert fallback.disagreement(["p"], ["abab"]).item() == pytest.approx(0, abs=1e-9)
+    assert fallback.disagreement(["p"], ["abab"]).item() == pytest.approx(0, abs=1e-6)
     odd = "b" * 80
     # z of length: (80 - 41) / std 23.38; of vowels: (0 - 20.5) / 11.69; their std is |difference| / sqrt 2
     expected = abs(39 / 23.380 + 20.5 / 11.690) / math.sqrt(2)
@@ -91,6 +91,8 @@ def test_fallback_refuses():
         EnsembleFallback([long], ["p"], ["a"])
     with pytest.raises(ValueError, match="quantile"):
         EnsembleFallback([long, vowels], ["p"], ["a"], quantile=1.0)
+    with pytest.raises(ValueError, match="constant"):
+        EnsembleFallback([long, vowels], ["p"] * 2, ["a", "b"])
 
 
 # ---- adaptation
