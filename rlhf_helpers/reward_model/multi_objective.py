@@ -23,7 +23,7 @@ class MultiObjectiveRewardModel(RewardModel):
 
     r(x, y) = sum_k weight_k r_k(x, y),   r_k(x, y) = w_k . h + b_k
 
-    objectives: their names. weights: by name, or in their order; None: 1 / K each. They are not parameters:
+    objectives: their names. weights: by name; None: 1 / K each. They are not parameters:
         what one objective is worth in terms of another is a choice of values, and data labeled per objective
         does not hold it. Assigning `model.weights` makes another choice without training.
     trunk: from `load_encoder`; None loads base_model_name. All else as in `RewardModel`.
@@ -44,7 +44,7 @@ class MultiObjectiveRewardModel(RewardModel):
         *,
         base_model_name: str | Path = "tiny",
         objectives: Sequence[str] = AXES,
-        weights: Mapping[str, float] | Sequence[float] | None = None,
+        weights: Mapping[str, float] | None = None,
         **options: Any,
     ) -> None:
         """Put a new head of K rows on the trunk; options: pooling, max_length."""
@@ -66,12 +66,10 @@ class MultiObjectiveRewardModel(RewardModel):
         return dict(self._weights)
 
     @weights.setter
-    def weights(self, weights: Mapping[str, float] | Sequence[float] | None) -> None:
-        """By name, in the order of `objectives`, or None for 1 / K each."""
+    def weights(self, weights: Mapping[str, float] | None) -> None:
+        """By name, or None for 1 / K each."""
         names = self.objectives
-        by_name = [1 / len(names)] * len(names) if weights is None else weights
-        if not isinstance(by_name, Mapping):
-            by_name = dict(zip(names, by_name, strict=False)) if len(by_name) == len(names) else {}
+        by_name = dict.fromkeys(names, 1 / len(names)) if weights is None else weights
         if set(by_name) != set(names):
             raise ValueError(f"weights must give one number to each of {names}; got {weights!r}")
         for name in names:

@@ -42,7 +42,7 @@ CEILINGS = {
     "sandbox": 6_800,
     "guards": 2_920,
     "alignment_eval": 10_700,
-    "reward_model": 11_200,
+    "reward_model": 11_150,
     "policy_optimization": 10_720,
     "dpo": 7_380,
     "constitutional_ai": 3_580,

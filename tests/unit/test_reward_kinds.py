@@ -36,7 +36,7 @@ from rlhf_helpers.world.annotators import VALUE_GROUPS, Annotator, make_pairs
 KINDS = {
     "basic": {},
     "separate": {},
-    "multi_objective": {"objectives": ("kind", "safe"), "weights": (2.0, -0.5)},
+    "multi_objective": {"objectives": ("kind", "safe"), "weights": {"kind": 2.0, "safe": -0.5}},
     "ensemble": {"members": 2, "aggregate": "worst"},
 }
 WORDS = ["tea", "sad", "today", "water", "Paris", "question", "three", "leaves", "pour", "cup"]
@@ -202,9 +202,9 @@ class TestMultiObjective:
         "change, told",
         [
             ({"objectives": ["a", "a"]}, "distinct"),
-            ({"weights": [1.0]}, "one number to each"),
+            ({"weights": {"kind": 1.0}}, "one number to each"),
             ({"weights": {"kind": 1, "honest": 1}}, "one number to each"),
-            ({"weights": [1, math.nan]}, r"weights\['safe'\] must be a finite number"),
+            ({"weights": {"kind": 1, "safe": math.nan}}, r"weights\['safe'\] must be a finite number"),
         ],
     )
     def test_bad_objectives_are_named(self, tiny_llama_dir, change, told):

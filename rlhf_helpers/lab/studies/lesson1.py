@@ -144,7 +144,7 @@ def model_kinds(seed: int, pairs: int = 1000, heldout: int = 1000) -> Rows:
     for kind, model in models.items():
         for judged_by, judge in {"gold": gold_reward, **gold_axes()}.items():
             if kind == "multi_objective" and judged_by in AXES:
-                model.weights = [float(axis == judged_by) for axis in AXES]
+                model.weights = {axis: float(axis == judged_by) for axis in AXES}
             yield {
                 "kind": kind,
                 "judged_by": judged_by,
