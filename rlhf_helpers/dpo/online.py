@@ -91,7 +91,7 @@ def online_dpo(
         engine.resume()
     for _ in engine.steps():
         # Sample several answers to each prompt, and score them.
-        indices = engine.batch(range(len(prompts)), settings.prompts_per_step)
+        indices = engine.batch(len(prompts), settings.prompts_per_step)
         rollout = collect(
             model,
             tokenizer,

@@ -36,14 +36,14 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 50
 # Code tokens that a part of the package may have. A ceiling is lowered when something goes,
 # and raised only in the commit of a feature that needs it.
 CEILINGS = {
-    "core": 26_930,
+    "core": 26_890,
     "world": 13_450,
     "preference_data": 8_925,
     "sandbox": 6_800,
     "guards": 2_920,
     "alignment_eval": 10_700,
     "reward_model": 11_150,
-    "policy_optimization": 10_720,
+    "policy_optimization": 10_710,
     "dpo": 7_380,
     "constitutional_ai": 3_580,
     "red_teaming": 7_150,

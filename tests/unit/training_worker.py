@@ -58,7 +58,7 @@ class Counter:
 
 WORDS = ("red", "green", "blue", "black", "white", "pink", "grey")
 ROWS = [{"prompt": f"{i} {word}?", "completion": word * (1 + i % 3)} for i, word in enumerate(WORDS * 3)]
-DATA = [torch.randn(4, generator=torch.Generator().manual_seed(i)) for i in range(10)]
+DATA = torch.stack([torch.randn(4, generator=torch.Generator().manual_seed(i)) for i in range(10)])
 
 
 def noisy_run(run_dir, *, steps=12, checkpoint_every=2, pause=0.0, learning_rate=1e-2, resume=True):
@@ -81,7 +81,7 @@ def noisy_run(run_dir, *, steps=12, checkpoint_every=2, pause=0.0, learning_rate
     if resume:
         engine.resume()
     for _ in engine.steps():
-        rows = torch.stack(engine.batch(DATA, 4)) + random.random() + np.random.rand()
+        rows = DATA[engine.batch(len(DATA), 4)] + random.random() + np.random.rand()
         counter.value *= 1 + random.random()
         loss = (model(rows + torch.randn_like(rows)) ** 2).mean() * counter.value
         engine.backward(loss / engine.accelerator.num_processes)  # the mean over them
@@ -103,7 +103,7 @@ def engine_run(size=4, accumulation_steps=1, steps=6, **settings):
     )
     for _ in engine.steps():
         total = 0.0
-        for rows in torch.stack(engine.batch(DATA, size)).double().tensor_split(accumulation_steps):
+        for rows in DATA[engine.batch(len(DATA), size)].double().tensor_split(accumulation_steps):
             errors = model["head"](torch.tanh(model["body"](rows))) - rows.sum(-1, keepdim=True)
             loss = errors.square().sum() / size
             engine.backward(loss)

@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,8 +38,6 @@ from rlhf_helpers.core.training.settings import (
     set_seed,
 )
 from rlhf_helpers.core.training.tracking import open_tracker
-
-Row = TypeVar("Row")
 
 
 class Engine:
@@ -206,19 +204,18 @@ class Engine:
             message += " (the rows so far: import sys; sys.last_value.history)"
         return RunInterrupted(message, self.history)
 
-    def batch(self, dataset: Sequence[Row], size: int) -> list[Row]:
-        """Return this process's share of this step's rows: `size` rows over all processes, in seeded order.
+    def batch(self, count: int, size: int) -> list[int]:
+        """Return the indices of this process's share of this step's rows, in seeded order.
+
+        A step takes `size` of `count` rows, over all processes.
 
         Row i of the stream has index i mod n in a permutation drawn from (seed, i div n), so the batch is a
         function of (seed, step) alone: every row once per epoch, and a resumed run sees what it would have.
 
         Raises:
-            TypeError: a dict of columns instead of rows.
             ValueError: size exceeds the data, or is not a multiple of the number of processes.
         """
-        if isinstance(dataset, Mapping):
-            raise TypeError("batch needs rows (a list of dicts or a datasets.Dataset); got a dict of columns")
-        count, processes = len(dataset), self.accelerator.num_processes
+        processes = self.accelerator.num_processes
         if not 1 <= size <= count:
             raise ValueError(f"batch size must be between 1 and the {count} rows there are; got {size}")
         if size % processes:
@@ -231,7 +228,7 @@ class Engine:
             order = np.random.default_rng([self.settings.seed, epoch]).permutation(count)
             rows += order[places[epochs == epoch]].tolist()
         self.rows = rows
-        return [dataset[row] for row in rows]
+        return rows
 
     def backward(self, loss: torch.Tensor, *, rows: Sequence[int] | None = None) -> None:
         """Add the gradient of one micro-batch; gradients of micro-batches and processes are summed.
