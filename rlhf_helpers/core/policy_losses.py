@@ -223,46 +223,8 @@ def explained_variance(values: PerToken, returns: PerToken, mask: Mask) -> Float
     return torch.where(total == 0, math.nan, 1 - unexplained / total)
 
 
-class AdaptiveKLController:
-    """Moves the KL coefficient so that the measured KL approaches a target.
-
-    value <- value (1 + clip(kl / target - 1, -0.2, 0.2) n / horizon)
-
-    Ziegler et al. 2019. `kl` and `target` are per-sequence sums in nats (a per-token target is
-    another number), `n` counts episodes since the last update, `horizon` is in episodes. KL above target
-    raises the value.
-    """
-
-    def __init__(self, init_kl_coef: float, target: float, horizon: float) -> None:
-        """Start at `init_kl_coef`; raises ValueError unless all three are positive."""
-        require_number("init_kl_coef", init_kl_coef, above=0)  # a product never leaves 0
-        require_number("target", target, above=0)
-        require_number("horizon", horizon, above=0)
-        self.value, self.target, self.horizon = float(init_kl_coef), float(target), float(horizon)
-
-    def update(self, kl: float, n: int) -> None:
-        """Move the value once, for `n` episodes whose mean per-sequence KL is `kl`.
-
-        Raises ValueError where kl is not finite, n < 1, or n is so large that the coefficient could turn
-        negative.
-        """
-        require_number("kl", kl)
-        require_number("n", n, at_least=1)
-        require_number("n / horizon", n / self.horizon, below=5)
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.value *= 1 + error * n / self.horizon
-
-    def state_dict(self) -> dict[str, float]:
-        """Return what changes during a run."""
-        return {"value": self.value}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue from a saved state."""
-        self.value = state["value"]
-
-
 class FixedKLController:
-    """Keeps the KL coefficient where it is; has the face of the adaptive one."""
+    """Keeps the KL coefficient where it is; the adaptive one has the same methods."""
 
     def __init__(self, kl_coef: float) -> None:
         """Hold `kl_coef`; raises ValueError if it is negative."""
@@ -279,3 +241,34 @@ class FixedKLController:
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Continue from a saved state; a run with another coefficient is refused by its settings."""
         self.value = state["value"]
+
+
+class AdaptiveKLController(FixedKLController):
+    """Moves the KL coefficient so that the measured KL approaches a target.
+
+    value <- value (1 + clip(kl / target - 1, -0.2, 0.2) n / horizon)
+
+    Ziegler et al. 2019. `kl` and `target` are per-sequence sums in nats (a per-token target is
+    another number), `n` counts episodes since the last update, `horizon` is in episodes. KL above target
+    raises the value.
+    """
+
+    def __init__(self, init_kl_coef: float, target: float, horizon: float) -> None:
+        """Start at `init_kl_coef`; raises ValueError unless all three are positive."""
+        require_number("init_kl_coef", init_kl_coef, above=0)  # a product never leaves 0
+        require_number("target", target, above=0)
+        require_number("horizon", horizon, above=0)
+        super().__init__(init_kl_coef)
+        self.target, self.horizon = float(target), float(horizon)
+
+    def update(self, kl: float, n: int) -> None:
+        """Move the value once, for `n` episodes whose mean per-sequence KL is `kl`.
+
+        Raises ValueError where kl is not finite, n < 1, or n is so large that the coefficient could turn
+        negative.
+        """
+        require_number("kl", kl)
+        require_number("n", n, at_least=1)
+        require_number("n / horizon", n / self.horizon, below=5)
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.value *= 1 + error * n / self.horizon

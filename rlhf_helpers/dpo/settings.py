@@ -7,7 +7,7 @@ from rlhf_helpers.core.training import TrainingSettings
 from rlhf_helpers.core.training.settings import require_fields
 from rlhf_helpers.dpo.objectives import OBJECTIVES
 
-BetaController = AdaptiveKLController | FixedKLController
+BetaController = FixedKLController
 
 
 @dataclass(frozen=True)

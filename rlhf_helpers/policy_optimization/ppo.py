@@ -43,7 +43,7 @@ from rlhf_helpers.policy_optimization.on_policy import (
 )
 from rlhf_helpers.policy_optimization.reinforce import PolicyLoss
 
-KLController = AdaptiveKLController | FixedKLController
+KLController = FixedKLController
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 50
 # Code tokens that a part of the package may have. A ceiling is lowered when something goes,
 # and raised only in the commit of a feature that needs it.
 CEILINGS = {
-    "core": 26_890,
+    "core": 26_840,
     "world": 13_450,
     "preference_data": 8_925,
     "sandbox": 6_800,
