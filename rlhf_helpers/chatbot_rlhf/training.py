@@ -13,12 +13,7 @@ from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.core.text import naming
 from rlhf_helpers.core.training import History, TrainingSettings, sft
 from rlhf_helpers.dpo import DPOSettings, DPOTrainer
-from rlhf_helpers.policy_optimization import (
-    RejectionSamplingSettings,
-    RLOOSettings,
-    rejection_sampling,
-    rloo,
-)
+from rlhf_helpers.policy_optimization import RLOOSettings, rloo
 from rlhf_helpers.reward_model import normalise_reward
 
 ANSWERS = ("chosen", "response", "completion")
@@ -41,10 +36,9 @@ class ChatbotTrainer:
 
     What the data hold decides the stages, each num_epochs long, one after the other:
         sft      where there are good answers: imitate them
-        policy   where the chatbot has a reward: RLOO on its own answers to all prompts, or rejection
-                 sampling where settings.policy are its settings. Reward: the personality's objective of
-                 the learned reward, scaled to mean 0 and std 1 on the chatbot's samples, and P(safe);
-                 KL to the model after sft at settings.policy.kl_coef
+        policy   where the chatbot has a reward: RLOO on its own answers to all prompts. Reward: the
+                 personality's objective of the learned reward, scaled to mean 0 and std 1 on the chatbot's
+                 samples, and P(safe); KL to the model after sft at settings.policy.kl_coef
         pairs    where it has none: DPO on chosen against rejected
         thumbs   where people gave thumbs: KTO
 
@@ -112,9 +106,8 @@ class ChatbotTrainer:
         said = generate(bot.model, bot.tokenizer, sample, seed=policy.seed, **sampling).responses
         bot.reward = normalise_reward(bot.reward, sample, said)
         reward = bot.personality.objective(bot.reward, bot.safety_fn, bot.safety_threshold)
-        loop = rejection_sampling if isinstance(policy, RejectionSamplingSettings) else rloo
         # Given, since with LoRA the default would be the model before its adapters learned from sft.
-        return loop(bot.model, bot.tokenizer, asked, reward, policy, ref_model=frozen_copy(bot.model))
+        return rloo(bot.model, bot.tokenizer, asked, reward, policy, ref_model=frozen_copy(bot.model))
 
     def _prefer(self, rows: list[dict[str, Any]], settings: DPOSettings, epochs: int) -> History:
         model = self.chatbot.model

@@ -50,7 +50,7 @@ CEILINGS = {
     "safety_alignment": 4_770,
     "debate": 2_430,
     "interpretability": 2_110,
-    "chatbot_rlhf": 5_560,
+    "chatbot_rlhf": 5_540,
     "summarization_rl": 4_040,
     "code_generation": 3_370,
     "lab": 14_940,
