@@ -100,12 +100,6 @@ def set_title(figure: Figure, message: str) -> None:
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=12, fontweight="bold")
 
 
-def has_title(figure: Figure) -> bool:
-    """Tell whether the figure, or one of its axes, has a title."""
-    titles = [axis.get_title(loc) for axis in figure.axes for loc in ("left", "center", "right")]
-    return any(text.strip() for text in [figure.get_suptitle(), *titles])
-
-
 @contextmanager
 def axes(*, xlabel: str, ylabel: str, title: str = "") -> Iterator[tuple[Figure, Axes]]:
     """Give a figure and its axes in the house style."""
@@ -389,6 +383,6 @@ def show(figure: Figure, *, alt: str) -> None:
     Raises:
         ValueError: the figure has no title, or the alt text is too short.
     """
-    if not has_title(figure):
+    if not figure.get_suptitle():
         raise ValueError("the figure has no title: say in one what it shows (set_title, or title=...)")
     display({"text/html": image_html(figure, alt=alt), "text/plain": " ".join(alt.split())}, raw=True)

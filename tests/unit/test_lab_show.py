@@ -155,12 +155,11 @@ def test_after_has_a_color_of_its_own_that_everybody_can_see():
         assert min(gaps) > 0.15
 
 
-def test_titles_are_found_wherever_they_stand():
+def test_a_title_is_wrapped():
     message = "The proxy keeps rising while the gold reward turns around after twenty steps and falls"
-    plain, titled, by_hand = curve(""), curve(""), curve("")
+    titled = curve("")
+    assert not titled.get_suptitle()
     plots.set_title(titled, message)
-    by_hand.axes[0].set_title("Loss falls", loc="left")
-    assert [plots.has_title(figure) for figure in (plain, titled, by_hand)] == [False, True, True]
     assert titled.get_suptitle().count("\n") == 1
     assert titled.get_suptitle().replace("\n", " ") == message
     titled.draw_without_rendering()
@@ -222,7 +221,7 @@ def test_panels_wrap_and_carry_human_names():
     )
     assert len(figure.axes) == 4
     assert figure.get_figwidth() == 7
-    assert plots.has_title(figure)
+    assert figure.get_suptitle()
     segments = [axis.collections[0].get_segments()[0][:, 0].tolist() for axis in figure.axes]
     assert segments[0] == [0, 1]  # 0.5 -+ 12.7062 * 0.5, cut at what is possible
     assert segments[1] == pytest.approx([0, 6.8531], abs=1e-3)

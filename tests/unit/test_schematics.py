@@ -7,7 +7,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from rlhf_helpers.lab import schematics
-from rlhf_helpers.lab.plots import FIGURE_WIDTH, has_title
+from rlhf_helpers.lab.plots import FIGURE_WIDTH
 
 TOKENS = ["Paris", ".", "<end>"]
 PICTURES = {
@@ -33,7 +33,7 @@ def boxes_of(figure):
 def test_every_schematic_is_readable(name):
     figure, alt = PICTURES[name]()
     figure.draw_without_rendering()
-    assert has_title(figure)
+    assert figure.get_suptitle()
     assert len(alt) >= 100
     assert figure.get_figwidth() == FIGURE_WIDTH
     texts = [figure._suptitle, *(text for axis in figure.axes for text in axis.texts)]
