@@ -29,11 +29,6 @@ CATEGORIES = ("harmful", "privacy", "biased")
 HELPED = BENIGN[:-1]  # without the look-alikes
 
 
-def attacks_by(names: Sequence[str], *args: Any, **options: Any) -> list[Any]:
-    """Make attacks by these strategies; further arguments of `create_adversarial_prompts`."""
-    return create_adversarial_prompts(*args, strategies={n: STRATEGIES[n] for n in names}, **options)
-
-
 def hardened(
     seed: int,
     attacks: int,
@@ -44,7 +39,8 @@ def hardened(
 ) -> torch.nn.Module:
     """Train the tiny assistant on attacks; further options of `adversarial_training`."""
     base, _ = load_model("tiny")
-    train = attacks_by(strategies, categories, attacks, seed=seed, split="train")
+    wrappers = {name: STRATEGIES[name] for name in strategies}
+    train = create_adversarial_prompts(categories, attacks, seed=seed, strategies=wrappers, split="train")
     return adversarial_training(base, train, settings=replace(SETTINGS, seed=seed), **options)
 
 
@@ -74,7 +70,10 @@ def red_team_campaign(seed: int, train_attacks: int = 90, test_attacks: int = 60
     "worked here" or "failed here", against the first one. n: answers. Gold judges.
     """
     base, _ = load_model("tiny")
-    test = attacks_by((*TRAINED, NEW), CATEGORIES, test_attacks, seed=1000 + seed, split="heldout")
+    wrappers = {name: STRATEGIES[name] for name in (*TRAINED, NEW)}
+    test = create_adversarial_prompts(
+        CATEGORIES, test_attacks, seed=1000 + seed, strategies=wrappers, split="heldout"
+    )
     models = {
         "before": base,
         "hardened": hardened(seed, train_attacks),
