@@ -261,7 +261,6 @@ def interval_panels(
     *,
     by: str,
     labels: Mapping[str, str],
-    width: float = 2.6,
     title: str = "",
     names: Mapping[str, str] | None = None,
     limits: Mapping[str, Limits] | None = None,
@@ -276,7 +275,6 @@ def interval_panels(
         frame: one row per group and seed.
         by: column that holds the groups, drawn in the order of their first rows.
         labels: column -> label of its axis, with its unit.
-        width: inches of one panel, less where the row would be wider than a page.
         title: the message of the figure.
         names: group -> the words to show for it.
         limits: column -> what is possible, like (0, 1) for shares; intervals are cut there.
@@ -295,7 +293,7 @@ def interval_panels(
         _require_unit("labels", label)
     columns = min(3, len(labels))
     rows = -(-len(labels) // columns)
-    size = (min(FIGURE_WIDTH, 1.6 + width * columns), rows * (0.9 + 0.24 * len(groups)) + 0.3)
+    size = (min(FIGURE_WIDTH, 1.6 + 2.6 * columns), rows * (0.9 + 0.24 * len(groups)) + 0.3)
     with mpl.rc_context(STYLE | {"font.size": 10}):
         figure = Figure(layout="constrained", figsize=size)
         panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()

@@ -220,7 +220,6 @@ def rate_pairs(
     *,
     stored: Sequence[str] | None = None,
     path: str | Path | None = None,
-    annotator: str = "you",
     **options: Any,
 ) -> Annotator:
     """Let a person compare `pairs` (prompt, a, b).
@@ -229,7 +228,6 @@ def rate_pairs(
         pairs: The rows.
         stored: One choice per pair, "a", "b" or "tie", to stand in for a person.
         path: An SQLite file for the labels; None: they are kept in memory.
-        annotator: The person's name.
         **options: guideline and references of `Annotator`.
 
     Raises:
@@ -243,4 +241,4 @@ def rate_pairs(
         raise ValueError(f"stored needs one of {tuple(choices)} for each of {len(pairs)} pairs: {stored!r}")
     items = [Item("pair", pair["prompt"], (pair["a"], pair["b"])) for pair in pairs]
     values = None if stored is None else [choices[choice] for choice in stored]
-    return Annotator(items, LabelStore(path), annotator=annotator, stored=values, **options)
+    return Annotator(items, LabelStore(path), annotator="you", stored=values, **options)
