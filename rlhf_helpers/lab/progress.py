@@ -196,7 +196,7 @@ def _lesson_html(lesson: int, items: list[Item], states: States) -> str:
         marked = [f"{_mark(states, item)} {_link(item)}" for item in of_kind]
         lines.append(f"<p>{kind}: {', '.join(marked)}</p>")
     title = f"<a href='{NOTEBOOKS[lesson]}.ipynb'>Lesson {lesson}</a>"
-    return f"<h4>{title}: {', '.join(counts)}</h4>{''.join(lines)}"
+    return f"<h3>{title}: {', '.join(counts)}</h3>{''.join(lines)}"
 
 
 def _is_done(states: States, item: Item) -> bool:

@@ -39,6 +39,25 @@ def text_of(output):
     return IMAGE_DATA.sub("", text)  # letters that mean nothing
 
 
+FENCE = re.compile(r"```.*?```", re.S)
+
+
+def heading_levels(cell):
+    if cell.cell_type == "markdown":
+        return [len(marks) for marks in re.findall(r"^(#+) ", FENCE.sub("", cell.source), re.M)]
+    page = "\n".join(output.get("data", {}).get("text/html", "") for output in cell.outputs)
+    return [int(level) for level in re.findall(r"<h([1-6])\b", page)]
+
+
+def heading_faults(cells):
+    last = 6  # a notebook may start with any level
+    for number, cell in enumerate(cells):
+        for level in heading_levels(cell):
+            if level > last + 1:
+                yield f"cell {number} has a heading of level {level} below one of level {last}"
+            last = level
+
+
 def output_faults(number, output):
     data = output.get("data", {})
     if output.output_type == "error":
@@ -105,6 +124,7 @@ def faults_of(notebook):
     for number, cell in enumerate(notebook.cells):
         yield from cell_faults(number, cell)
     yield from exercise_faults(notebook.cells)
+    yield from heading_faults(notebook.cells)
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.name)
@@ -176,6 +196,10 @@ FAULTY = {
     "plain picture": lambda n: n.cells[1].outputs[0].update(data={"image/png": "iVBOR"}),
     "quiz text": lambda n: n.cells[0].update(source='quiz("Which?", ["a", "b"], answer=1)'),
     "no alt in text": lambda n: n.cells[2].update(source=n.cells[2].source + "\n![](x.png)"),
+    "skipped level": lambda n: n.cells[2].update(source=n.cells[2].source + "\n##### Details"),
+    "skipped level in output": lambda n: n.cells[3].update(
+        outputs=[new_output("display_data", {"text/html": "<h5>Lesson 1</h5>"})]
+    ),
     "no header": lambda n: n.cells[2].update(source="### Exercise"),
     "no solution": lambda n: n.cells[4].update(source="<details><summary>Hint</summary>x</details>"),
     "no hint": lambda n: n.cells[4].update(source="<details><summary>Solution</summary>x</details>"),
