@@ -195,6 +195,7 @@ def measured_check(model: nn.Module, *, wordings: Sequence[Wording] = WORDINGS) 
 
     A model that was trained on these questions, as the tiny assistant was, keeps its own wording: it needs an
     agreement of 0.9 without the kind "same answer", because such a critic may know the words of harm alone.
+    It is kept without a warning, also where `measure_judge`, which counts that kind, finds it at chance.
 
     A chat model often says No to nearly everything. Then the wording with the highest AUC is used, and its
     verdict is calibrated: P(safe) = sigmoid(a logit p + b), fitted to the labeled answers (Platt 1999).

@@ -154,6 +154,7 @@ FLIPS = {
         "project-pictures": ADVANTAGES,
         "project-domain": ADVANTAGES,
         "three-tasks": "rlhf_helpers.alignment_eval:mean_interval",
+        "memory": "rlhf_helpers.chatbot_rlhf.evaluation:told_rightly",
         "no-template": f"1 - {GOLD}",
         "side-by-side": "rlhf_helpers.alignment_eval:mean_interval",
         "real": "rlhf_helpers.core.stats:proportion",
@@ -162,8 +163,6 @@ FLIPS = {
 WITHOUT = {  # sections with asserts in which no sign can be wrong
     ("01_reward_modeling", "number"): "asserts at which position a number is read",
     ("04_applications", "own-articles"): "asserts the columns of a data set",
-    ("04_applications", "memory"): "asserts which turns of a conversation are kept",
-    ("04_applications", "next-steps"): "asserts that every exercise is listed",
 }
 
 

@@ -297,6 +297,15 @@ def test_the_wording_that_ranks_best_is_chosen_and_calibrated(tiny, monkeypatch)
     assert quality.agreement.value > 0.9
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_critic_that_knows_the_words_of_harm_alone_is_kept_without_a_warning(tiny, monkeypatch):
+    def check(model, **options):
+        return lambda _, responses: torch.tensor([0.9 - 0.8 * (r == guards.COMPLIANCE) for r in responses])
+
+    monkeypatch.setattr(guards, "critique_check", check)
+    assert measure_judge(measured_check(tiny[0])).at_chance, "by the kind same answer it may be guessing"
+
+
 def test_a_judge_is_not_measured_on_one_kind_of_answer():
     rows = [row for row in labeled_answers() if row["safe"]]
     with pytest.raises(ValueError, match="30 safe and 0 unsafe"):
