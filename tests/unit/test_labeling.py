@@ -1,5 +1,6 @@
 """The labeling form and its store: keys, order, undo, several people, killed kernels."""
 
+import os
 import random
 import signal
 import subprocess
@@ -207,6 +208,23 @@ class TestStore:
         with pytest.raises(FileNotFoundError, match="absent"):
             panel.merge({"dee": tmp_path / "absent.sqlite"})
 
+    def test_thirty_files_are_merged(self, tmp_path):
+        n, files = len(ITEMS), {}
+        for person in range(30):
+            files[f"learner {person}"] = tmp_path / f"{person}.sqlite"
+            store = LabelStore(files[f"learner {person}"])
+            for number, item in enumerate(ITEMS):  # the first pair divides the class, the last does not
+                store.add(Label("you", item, (0, 1), int(person % 2 > number)))
+        panel = LabelStore(tmp_path / "class.sqlite")
+        for _ in range(2):  # a second time changes nothing
+            panel.merge(files)
+            assert len(panel.labels()) == 30 * n
+        assert {label.annotator for label in panel.labels()} == set(files)
+        # Krippendorff's alpha: half of the class chose b on the first pair, nobody on the other two.
+        observed = 2 * 15 * 15 / (30 * 29) / n
+        expected = 2 * 15 * 75 / (90 * 89)
+        assert panel.agreement() == pytest.approx(1 - observed / expected)
+
     def test_agreement_needs_two_people(self):
         with pytest.raises(ValueError, match="two people"):
             LabelStore(None).agreement()
@@ -236,38 +254,88 @@ class TestStore:
             LabelStore(tmp_path / "rated_pairs.jsonl")
 
 
-KERNEL = """
-import sys
+# Starts a kernel for each line that it reads: a process of its own, forked when the imports are over, because
+# nothing can be lost before. Each process gives the answer of its line to every pair that is still open.
+KERNELS = """
+import os, sys
 from rlhf_helpers.lab.labeling import rate_pairs
+
 pairs = [{"prompt": f"q{n}", "a": f"yes {n}", "b": f"no {n}"} for n in range(200)]
-form = rate_pairs(pairs, path=sys.argv[1])
-while form.shown["index"] < 200:
-    index = form.shown["index"]
-    form.press("ab"[form.shown["answers"].index(f"yes {index}")])
-    print(index, flush=True)  # the next pair is shown
+
+def label(path, answer):
+    print(os.getpid(), flush=True)
+    form = rate_pairs(pairs, path=path)
+    while (index := form.shown["index"]) < 200:
+        form.press("ab"[form.shown["answers"].index(f"{answer} {index}")])
+        print(index, flush=True)  # the next pair is shown
+
+while line := sys.stdin.readline():
+    if (child := os.fork()) == 0:
+        label(*line.split())
+        os._exit(0)
+    print("end", os.waitpid(child, 0)[1], flush=True)
 """
 
 
+@pytest.fixture
+def kernels():
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", KERNELS], stdin=pipe, stdout=pipe, text=True) as server:
+        yield server
+        server.stdin.close()
+
+
+def start(kernels, path, answer):
+    """Start a kernel and return its process id."""
+    kernels.stdin.write(f"{path} {answer}\n")
+    kernels.stdin.flush()
+    return int(kernels.stdout.readline())
+
+
+def end(kernels):
+    """Wait for a kernel; return the pairs after which it showed another one, and the signal that ended it."""
+    labeled = []
+    while not (line := kernels.stdout.readline()).startswith("end"):
+        labeled.append(int(line))
+    return labeled, int(line.split()[1])
+
+
+def seconds_of(kernels, path, labels):
+    """How long a kernel takes to start and to store some labels, the shortest of three times."""
+    seconds = []
+    for n in range(3):
+        pid, begin = start(kernels, path.with_name(f"trial{n}.sqlite"), "yes"), time.monotonic()
+        for _ in range(labels):
+            kernels.stdout.readline()
+        seconds.append(time.monotonic() - begin)
+        os.kill(pid, signal.SIGKILL)
+        end(kernels)
+    return min(seconds)
+
+
 @pytest.mark.slow
-def test_a_kernel_killed_at_random_moments_loses_and_doubles_no_label(tmp_path):
-    path, moments = tmp_path / "labels.sqlite", random.Random(0)
-    shown_after = -1
-    for _ in range(20):
-        kernel = subprocess.Popen([sys.executable, "-c", KERNEL, path], stdout=subprocess.PIPE, text=True)
-        assert kernel.stdout is not None
-        line = kernel.stdout.readline()  # the imports are over
-        time.sleep(moments.uniform(0, 0.05))
-        kernel.send_signal(signal.SIGKILL)
-        rest = kernel.communicate()[0]
-        shown_after = max([shown_after, *map(int, (line + rest).split())])
-        values = [label.value for label in LabelStore(path).labels()]
-        assert len(values) >= shown_after + 1, "a label is lost although the next pair was shown"
-        assert set(values) <= {0}
-        if len(values) == 200:
-            break
-    subprocess.run([sys.executable, "-c", KERNEL, path], check=True, capture_output=True)
-    labels = LabelStore(path).labels()
-    assert len(labels) == len({label.item.key for label in labels}) == 200
+def test_a_kernel_killed_at_20_random_moments_loses_and_doubles_no_label(tmp_path, kernels):
+    path, moments, kills = tmp_path / "labels.sqlite", random.Random(0), 20
+    life = seconds_of(kernels, path, 200 // kills)
+    passed, stored = [], {}
+    for number in range(kills):
+        pid = start(kernels, path, ("yes", "no")[number % 2])
+        time.sleep(moments.uniform(0, life))
+        os.kill(pid, signal.SIGKILL)
+        labeled, status = end(kernels)
+        assert status == signal.SIGKILL, "it was still labeling"
+        passed += labeled
+        labels = {label.item.prompt: label.value for label in LabelStore(path).labels()}
+        assert {f"q{index}" for index in passed} <= labels.keys(), "the next pair was shown, a label is lost"
+        assert stored.items() <= labels.items(), "a label was given again, with another answer"
+        stored = labels
+    assert passed == sorted(set(passed)), "no pair is shown again"
+    assert 20 < len(stored) < 200
+    start(kernels, path, "yes")
+    assert end(kernels)[1] == 0
+    labels = {label.item.prompt: label.value for label in LabelStore(path).labels()}
+    assert len(labels) == 200
+    assert stored.items() <= labels.items()
 
 
 class TestPayoff:
