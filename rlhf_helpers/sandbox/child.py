@@ -36,7 +36,19 @@ OUTPUT_BYTES, MESSAGE_BYTES, MAX_EVENTS = 1 << 16, 1 << 18, 50
 NO_MEMORY = 111  # exit status of a worker that has none left to say so
 CHILDREN = "/proc/self/task/{}/children"
 FIRST_UID = 1_900_000_000  # plus the keeper's process id: a user of its own for every program
-WATCHED = ("open", "exec", "compile", "import", "os.", "shutil.", "subprocess.", "socket.", "ctypes.")
+# "module." comes from preloaded modules that a program is not to change.
+WATCHED = (
+    "open",
+    "exec",
+    "compile",
+    "import",
+    "os.",
+    "shutil.",
+    "subprocess.",
+    "socket.",
+    "ctypes.",
+    "module.",
+)
 COMMON = (
     "collections copy dataclasses datetime decimal functools heapq itertools math mmap operator random re "
     "socket statistics string subprocess threading typing"

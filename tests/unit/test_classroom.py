@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import socket
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -31,6 +33,18 @@ SOLUTION = re.compile(r"<details>\s*<summary>Solution</summary>.*?```python\n(.*
 RIGHT = "def my_bradley_terry(chosen, rejected):\n    return -F.logsigmoid(chosen - rejected)"
 CHECK = re.compile(r"^.*\bcheck\(\s*[\"'](\w+)[\"']\s*,\s*(\w+)\s*\)", re.M)
 CALL = '\n\nbradley_terry = check("bradley_terry", my_bradley_terry)'
+# Lines of a solution that the student edition shows although no stub holds them, and why.
+GIVEN = {
+    "optimizer.zero_grad()": "the loop above the exercise on one step holds it",
+    "optimizer.step()": "the loop above the exercise on one step holds it",
+    "rewards = []": "the slow loss that the exercise is to repair",
+    "for answers in (chosen, rejected):": "the slow loss that the exercise is to repair",
+    "width = max(len(answer) for answer in answers)": "the slow loss that the exercise is to repair",
+    "ids = torch.tensor([answer + [pad_id] * (width - len(answer)) for answer in answers])": "the same",
+    "loss.backward()": "every training loop of lesson 2 holds it",
+    "for row in findings:": "a loop further down",
+    "try:": "a keyword",
+}
 
 
 def text_of(notebook):
@@ -39,14 +53,36 @@ def text_of(notebook):
     return "\n".join([*(cell.source for cell in notebook.cells), json.dumps([rest, notebook.metadata])])
 
 
+def solutions_of(lesson):
+    """The code of every printed solution."""
+    return [code for cell in lesson.cells for code in SOLUTION.findall(cell.source)]
+
+
+def solution_lines(lesson):
+    """Lines of the solutions that neither the stub of their exercise nor GIVEN holds."""
+    stubs = "\n".join(cell.source for cell in lesson.cells if CHECK.search(cell.source)).split("\n")
+    known = {line.strip() for line in stubs} | set(GIVEN)
+    lines = {line.strip() for code in solutions_of(lesson) for line in code.split("\n")}
+    return {line for line in lines - known if re.search(r"\w", line)}
+
+
+def right_options():
+    """The right option of each quiz; a single word ("Up") stands anywhere in a text."""
+    options = [item["options"][item["answer"]] for item in questions().values()]
+    return [option for option in options if " " in option]
+
+
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.name)
 class TestStudentEdition:
     def test_no_answer_is_left(self, path):
         lesson = nbformat.read(path, as_version=4)
-        solutions = [text for cell in lesson.cells for text in SOLUTION.findall(cell.source)]
-        text = text_of(student_edition(lesson))
-        assert solutions
-        assert not [code for code in solutions if code.strip() in text]
+        edition = student_edition(lesson)
+        text = text_of(edition)
+        lines = {line.strip() for cell in edition.cells for line in cell.source.split("\n")}
+        assert len(solution_lines(lesson)) >= 20
+        assert not solution_lines(lesson) & lines
+        assert not [code for code in solutions_of(lesson) if code.strip() in text]
+        assert not [option for option in right_options() if option in text]
         assert set(re.findall("<summary.*?>(.*?)</summary>", text)) <= {"Hint 1", "Hint 2", "Hint 3"}
         assert text.count("<details") == text.count("<summary>Hint")
         assert not [name for name, item in questions().items() if item["explanation"] in text]
@@ -204,19 +240,18 @@ def test_the_last_definition_above_counts():
 
 def with_solutions(lesson):
     """The edition for learners with every printed solution pasted in."""
-    codes = [code for cell in lesson.cells for code in SOLUTION.findall(cell.source)]
-    edition = student_edition(lesson)
-    for cell in edition.cells:
-        call = (
-            CHECK.search(cell.source)
-            if cell.cell_type == "code" and "nbgrader" not in cell.metadata
-            else None
-        )
-        if call:
-            starts = re.compile(rf"^(def {call[2]}\b|{call[2]} = )", re.M)
-            (code,) = [code for code in codes if starts.search(code)]
-            cell.source = f"{cell.source[: call.start()]}{code}\n{cell.source[call.start() :]}"
+    codes, edition = solutions_of(lesson), student_edition(lesson)
+    for cell, call in exercise_cells(edition):
+        starts = re.compile(rf"^(def {call[2]}\b|{call[2]} = )", re.M)
+        (code,) = [code for code in codes if starts.search(code)]
+        cell.source = f"{cell.source[: call.start()]}{code}\n{cell.source[call.start() :]}"
     return edition
+
+
+def exercise_cells(edition):
+    """Each cell that holds a stub, with the match of its check."""
+    calls = [(cell, CHECK.search(cell.source)) for cell in edition.cells if cell.cell_type == "code"]
+    return [(cell, call) for cell, call in calls if call and "nbgrader" not in cell.metadata]
 
 
 @pytest.mark.slow
@@ -230,6 +265,31 @@ def test_every_printed_solution_earns_its_point_and_every_stub_is_open(tmp_path)
     states = grades.groupby("learner")["state"].agg(list)
     count = sum(map(len, NAMES.values()))
     assert states.to_dict() == {"with_solutions": ["solved"] * count, "student_edition": ["open"] * count}
+    assert not grades.message.str.contains("tried to").any()
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+def test_thirty_different_copies_are_graded_in_two_minutes(tmp_path):
+    solved = with_solutions(nbformat.read(LESSONS[0], as_version=4))
+    cells = [cell for cell, _ in exercise_cells(solved)]
+    sources = [cell.source for cell in cells]
+    for number in range(30):
+        for cell, source in zip(cells, sources, strict=True):
+            name = CHECK.search(source)[2]
+            # The sandbox runs equal programs once, so each copy needs code of its own.
+            cell.source = re.sub(rf"^(def {name}\b|{name} = )", rf"COPY = {number}\n\1", source, flags=re.M)
+            cell.source += f"\nassert COPY == {number}"
+        (tmp_path / f"learner {number:02}").mkdir()
+        nbformat.write(solved, tmp_path / f"learner {number:02}" / LESSONS[0].name)
+    idle = os.getloadavg()[0] < 1
+    start, used = time.monotonic(), sum(os.times()[:4])  # children included
+    grades = grade(tmp_path, workers=2)
+    seconds, used = time.monotonic() - start, sum(os.times()[:4]) - used
+    print(f"30 copies of {LESSONS[0].name}: {seconds:.0f} s, {used:.0f} s of processor time")
+    assert grades.groupby("learner").points.sum().tolist() == [len(NAMES[1])] * 30
+    assert used < 2 * 120, "on two cores"
+    assert seconds < 120 or not idle
 
 
 def test_a_notebook_that_never_checks_an_exercise_lacks_it():
@@ -250,7 +310,21 @@ SUBMISSIONS = {
     "untouched": "def my_bradley_terry(chosen, rejected):\n    raise NotImplementedError",
     "endless": "def my_bradley_terry(chosen, rejected):\n    while True:\n        pass",
     "deletes": "import os\ndef my_bradley_terry(chosen, rejected):\n    os.remove(VICTIM)",
-    "network": "import socket\ndef my_bradley_terry(*args):\n    socket.create_connection(('127.0.0.1', 9))",
+    "network": "import socket\ndef my_bradley_terry(*args):\n    socket.create_connection(LISTENER)",
+    "starts": "import subprocess\ndef my_bradley_terry(*args):\n    subprocess.run(['true'])",
+    "secretly": (
+        "import os, socket\n\ndef attempt(function, *args):\n    try:\n        function(*args)\n"
+        "    except Exception:\n        pass\n\n"
+        + RIGHT.replace(
+            "    return",
+            "    attempt(os.remove, VICTIM)\n    attempt(socket.create_connection, LISTENER)\n    return",
+        )
+    ),
+    "replaces": (
+        "from rlhf_helpers.lab.classroom import worker\nfrom rlhf_helpers.lab.judging import attempt\n"
+        "worker.attempt = lambda exercise, function: attempt(exercise, exercise.reference)\n"
+        "def my_bradley_terry(*args):\n    return worker"
+    ),
     "forks": "import os\ndef my_bradley_terry(*args):\n    while True:\n        os.fork()",
     "patches": (
         "import rlhf_helpers.lab.classroom.worker as worker\nworker.attempt = lambda *args: True\n"
@@ -270,13 +344,16 @@ EXPECTED = {
     "detached": ("wrong", "no gradient reaches"),
     "untouched": ("open", "not attempted"),
     "endless": ("wrong", "timeout"),
-    "deletes": ("wrong", "raised"),
-    "network": ("wrong", "raised"),
-    "forks": ("wrong", ""),
-    "patches": ("wrong", "stopped"),
-    "forges": ("wrong", "forged"),
+    "deletes": ("wrong", "tried to delete a file; not right yet: your function raised"),
+    "network": ("wrong", "tried to open a socket; not right yet: your function raised"),
+    "starts": ("wrong", "tried to start processes; "),
+    "secretly": ("solved", "tried to delete a file and open a socket; right. Well done!"),
+    "replaces": ("wrong", "tried to change the grader; not right yet: the values are right"),
+    "forks": ("wrong", "tried to start processes; "),
+    "patches": ("wrong", "tried to change the grader; stopped"),
+    "forges": ("wrong", "tried to change the grader; stopped (forged)"),
     "syntax": ("wrong", "the code cannot be read"),
-    "exits": ("wrong", ""),
+    "exits": ("wrong", "raised SystemExit: it would end the kernel"),
 }
 
 
@@ -289,19 +366,23 @@ REPORTS = {
     "forks": "[" * 100_000,
     "exits": "<script>",
 }
+LEARNERS = len(SUBMISSIONS) + 1  # and one who handed in nothing
 DUE = datetime.fromisoformat("2026-12-01T09:00:00+00:00")
 UNREADABLE = {"untouched", "forks", "exits", "endless"}
 
 
 @pytest.fixture(scope="module")
 def graded(tmp_path_factory):
-    """Grades of one exercise handed in by twelve learners, the hostile among them; and a file to protect."""
+    """Grades of one exercise that many handed in, the hostile among them; a file and a port to protect."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setblocking(False)
     folder = tmp_path_factory.mktemp("class")
     victim = folder / "victim.txt"
     victim.write_text("still here")
     for learner, code in SUBMISSIONS.items():
         (folder / learner).mkdir()
         setup = f"import torch\nimport torch.nn.functional as F\nVICTIM = {str(victim)!r}"
+        setup += f"\nLISTENER = {listener.getsockname()}"
         cells = [new_markdown_cell("# Lesson"), new_code_cell(setup), new_code_cell(code + CALL)]
         path = folder / learner / "01_reward_modeling.ipynb"
         nbformat.write(new_notebook(cells=cells), path)
@@ -315,14 +396,15 @@ def graded(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grading, "SECONDS", 3.0)
         grades = grade(folder, due=DUE, workers=1)
-    return grades, victim
+    yield grades, victim, listener
+    listener.close()
 
 
 @pytest.mark.slow
 class TestGrading:
     @pytest.mark.parametrize("learner", SUBMISSIONS)
     def test_each_submission_gets_its_state_and_a_reason(self, graded, learner):
-        grades, _ = graded
+        grades = graded[0]
         row = grades[(grades.learner == learner) & (grades.exercise == "bradley_terry")].iloc[0]
         state, reason = EXPECTED[learner]
         assert row.state == state
@@ -332,20 +414,33 @@ class TestGrading:
     def test_no_submission_reaches_a_file_outside(self, graded):
         assert graded[1].read_text() == "still here"
 
+    def test_no_submission_reaches_a_port(self, graded):
+        with pytest.raises(BlockingIOError):  # nobody has knocked
+            graded[2].accept()
+
+    def test_the_report_names_an_attempt_also_of_a_solved_exercise(self, graded):
+        page = class_report(graded[0])
+        for attempt, count in {
+            "delete a file and open a socket": 1,
+            "start processes": 2,
+            "change the grader": 3,
+        }.items():
+            assert re.search(f"bradley_terry: tried to {attempt}<.*>{count} of {LEARNERS}<", page)
+
     def test_what_was_not_handed_in_is_missing(self, graded):
-        grades, _ = graded
+        grades = graded[0]
         assert set(grades[grades.learner == "absent"].state) == {"missing"}
         exercises = grades[grades.state != SELF_REPORTED]
         others = exercises[(exercises.learner == "right") & (exercises.exercise != "bradley_terry")]
         assert set(others.state) == {"missing"}
 
     def test_late_is_judged_by_the_note_of_nbgrader(self, graded):
-        grades, _ = graded
+        grades = graded[0]
         assert grades[grades.learner == "right"].late.all()
         assert not grades[grades.learner != "right"].late.any()
 
     def test_quiz_answers_are_self_reported_and_earn_nothing(self, graded):
-        grades, _ = graded
+        grades = graded[0]
         quizzes = grades[grades.state == SELF_REPORTED]
         assert quizzes.points.isna().all()
         assert grades[grades.state != SELF_REPORTED].points.notna().all()
@@ -361,7 +456,7 @@ class TestGrading:
         assert set(answers.loc["detached"].dropna()) == {"not answered"}
 
     def test_a_broken_progress_file_is_named_and_touched_by_nobody(self, graded):
-        grades, victim = graded
+        grades, victim, _ = graded
         broken = grades[(grades.exercise == "quizzes")]
         assert set(broken.learner) == UNREADABLE
         assert broken.message.str.startswith("the progress file cannot be read").all()
@@ -374,7 +469,7 @@ class TestGrading:
     def test_the_report_shows_solved_mistakes_absence_and_quizzes(self, graded):
         page = class_report(graded[0])
         assert "<th scope='row'>Lesson 1: bradley_terry</th>" in page
-        assert "1 of 13" in page  # solved
+        assert f"2 of {LEARNERS}" in page  # solved
         assert "bradley_terry: the minus is missing" in page
         assert "Lesson 1, missing (1): absent" in page
         assert "Lesson 1, late (1): right" in page

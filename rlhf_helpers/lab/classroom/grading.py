@@ -34,6 +34,14 @@ PRELOAD = ("torch._dynamo", "rlhf_helpers.lab.classroom.worker")
 SELF_REPORTED = "self-reported"
 BROKEN = (SyntaxError, ValueError, RecursionError, MemoryError)  # what unreadable code makes Python raise
 PROGRESS = "*rlhf_progress.json"  # a leading dot hides it from the browser with which learners upload
+# What a submission tried, and how the events that show it begin.
+CHANGE_THE_GRADER = "change the grader"
+ATTEMPTS = {
+    "delete a file": ("os.remove", "os.rmdir", "os.rename", "os.truncate", "shutil."),
+    "open a socket": ("socket.",),
+    "start processes": ("os.fork", "os.exec", "os.posix_spawn", "os.system", "subprocess."),
+    CHANGE_THE_GRADER: ("module.",),
+}
 _TRY = "from rlhf_helpers.lab.classroom.worker import try_out"
 
 
@@ -97,7 +105,21 @@ def grade(folder: Path, *, due: datetime | None = None, workers: int | None = No
 
 
 def judge_result(exercise: str, result: SandboxResult) -> Verdict:
-    """Judge what came out of the sandbox; a program that was stopped there is wrong, for the reason given."""
+    """Judge what came out of the sandbox, and say what the program tried there.
+
+    The events are hints: a library may cause one, so a right function keeps its point. Only a program that
+    changes the grader loses it, because the values may then be another function's.
+    """
+    found = _judge_values(exercise, result)
+    tried = [name for name, starts in ATTEMPTS.items() if any(e.startswith(starts) for e in result.events)]
+    if not tried:
+        return found
+    state = "wrong" if CHANGE_THE_GRADER in tried else found.state
+    return Verdict(state, f"tried to {' and '.join(tried)}; {found.message}")
+
+
+def _judge_values(exercise: str, result: SandboxResult) -> Verdict:
+    """Judge the values; a program that was stopped is wrong, for the reason given."""
     if result.verdict != "ok":
         return Verdict("wrong", f"stopped ({result.verdict}): {result.error}")
     try:

@@ -17,6 +17,7 @@ from rlhf_helpers.lab.quizzes import questions
 MOST = 20  # mistakes and questions that the page shows
 # What a mistake is called on the page: without the inputs and values that differ from learner to learner.
 _SHORT = {
+    "(?s)^(tried to .*?); .*": r"\1",
     r"(?s)^not right yet: (with .* expected .*)": "a wrong result that fits no known mistake",
     r"(?s)^not right yet: | \(with .*": "",
 }
@@ -80,7 +81,7 @@ def class_report(grades: pd.DataFrame) -> str:
     counts = graded.groupby(["lesson", "exercise"], sort=False)["points"].sum()
     solved = [(f"Lesson {lesson}: {name}", count, learners) for (lesson, name), count in counts.items()]
 
-    wrong = graded[graded["state"] == "wrong"]
+    wrong = graded[(graded["state"] == "wrong") | graded["message"].str.startswith("tried to")]
     mistakes = wrong["exercise"] + ": " + wrong["message"].replace(_SHORT, regex=True)
     frequent = [(text, count, learners) for text, count in mistakes.value_counts().head(MOST).items()]
 

@@ -5,6 +5,7 @@ Only descriptions leave the sandbox, as JSON; the parent compares them, for it a
 
 import json
 import sys
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,18 @@ from rlhf_helpers.lab.judging import attempt, gradients, is_floating
 
 for _name in EXERCISES:
     EXERCISES[_name]  # imports its lesson, before programs are forked
+
+
+class _WatchedModule(ModuleType):
+    """A module of the grader: the sandbox notes when a program replaces something in it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        sys.audit("module.__setattr__", name)
+        super().__setattr__(name, value)
+
+
+for _name in ("exercises", "isolation", "judging", "classroom.worker"):
+    sys.modules[f"rlhf_helpers.lab.{_name}"].__class__ = _WatchedModule
 
 
 def try_out(name: str) -> str:
