@@ -16,7 +16,8 @@ _HEAD = (
     '<!doctype html>\n<html lang="en"><head><title>Answers side by side</title>'
     '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-    "<style>body{font-family:sans-serif;margin:2em;line-height:1.5}table{border-collapse:collapse}</style>"
+    "<style>:root{color-scheme:light dark}body{font-family:sans-serif;margin:2em;line-height:1.5}"
+    "table{border-collapse:collapse}th,td{overflow-wrap:anywhere}</style>"
     "</head>\n<body>\n"
 )
 

@@ -1,4 +1,4 @@
-"""Pages the course writes, in both themes, wide and narrow: an exported lesson and a class report."""
+"""Pages the course writes, in both themes, wide and narrow: exported lesson, class report, comparison."""
 
 import itertools
 from pathlib import Path
@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from rlhf_helpers.lab.classroom.report import class_report
+from rlhf_helpers.lab.comparison import write_comparison
 from rlhf_helpers.lab.export import convert
 from rlhf_helpers.lab.quizzes import questions
 from tests.browser.test_lesson import LESSON, axe_faults
@@ -39,6 +40,9 @@ def pages(tmp_path_factory):
     lesson.write_text(convert(nbformat.read(LESSON, as_version=4), kind="html"), encoding="utf8")
     report = folder / "report.html"
     report.write_text(class_report(grades()), encoding="utf8")
+    answers = {name: [f"{name} says: " + "a long answer " * 20, "**"] for name in ("base", "SFT", "RL")}
+    scores = {"RL": [0.5, 1.0]}
+    write_comparison(folder / "comparison.html", ["What is " + "x" * 90, "No?"], answers, scores=scores)
     return folder
 
 
@@ -54,7 +58,7 @@ def grades():
 
 
 @pytest.mark.parametrize("theme, width", VIEWS)
-@pytest.mark.parametrize("name", ["lesson", "report"])
+@pytest.mark.parametrize("name", ["lesson", "report", "comparison"])
 def test_a_page_is_accessible_and_fits_its_window(browser, pages, pictures, name, theme, width):
     page = browser.new_page(color_scheme=theme, viewport={"width": width, "height": 900})
     page.route("http*://**", lambda route: route.abort())  # formulas stay as they are written

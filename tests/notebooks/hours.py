@@ -2,11 +2,13 @@
 
     python tests/notebooks/hours.py
 
-110 words and 12 lines of code per minute; a minute for each table and figure; 8, 15 or 25 minutes for an
-easy, medium or hard exercise. Folded text and hidden cells count half. A core ends where a heading of the
-first level says "Going deeper". The waits for training (at most 3 minutes per lesson) come on top.
+110 words and 12 lines of code per minute; a minute for each figure and each table, whether it is shown as
+HTML, written in Markdown or printed; 8, 15 or 25 minutes for an easy, medium or hard exercise. Folded text
+and hidden cells count half. A core ends where a heading of the first level says "Going deeper". The waits for
+training (at most 3 minutes per lesson) come on top.
 """
 
+import itertools
 import json
 import re
 import sys
@@ -16,17 +18,21 @@ from typing import Any
 
 WORDS_PER_MINUTE, LINES_PER_MINUTE, MINUTES_PER_PICTURE = 110, 12, 1.0
 EXERCISE_MINUTES = {"easy": 8.0, "medium": 15.0, "hard": 25.0}
+MARKDOWN_TABLE = re.compile(r"^\|[ :|-]*-{3}[ :|-]*\|$", re.MULTILINE)  # the line below the head
 WAITS = 3.0  # minutes for one run of a lesson on two cores
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
 def text_minutes(source: str) -> float:
-    """Reading time of Markdown; what stands in <details> counts half."""
+    """Reading time of Markdown, its tables included; what stands in <details> counts half."""
     folded = re.findall(r"<details>.*?</details>", source, flags=re.DOTALL)
     open_text = re.sub(r"<details>.*?</details>", "", source, flags=re.DOTALL)
-    # An address of a link is not read.
-    words = [len(re.sub(r"\]\([^)]*\)|<[^>]+>", " ", text).split()) for text in (open_text, *folded)]
-    return (words[0] + sum(words[1:]) / 2) / WORDS_PER_MINUTE
+    minutes = []
+    for text in (open_text, *folded):
+        words = len(re.sub(r"\]\([^)]*\)|<[^>]+>", " ", text).split())  # an address of a link is not read
+        tables = len(MARKDOWN_TABLE.findall(text))
+        minutes.append(words / WORDS_PER_MINUTE + tables * MINUTES_PER_PICTURE)
+    return minutes[0] + sum(minutes[1:]) / 2
 
 
 def exercise_minutes(source: str) -> float:
@@ -35,12 +41,33 @@ def exercise_minutes(source: str) -> float:
     return EXERCISE_MINUTES[found[1]] if found else 0.0
 
 
+def holds_table(text: str) -> bool:
+    """Tell whether a text output shows a table: of Markdown, a Series, or a frame.
+
+    Above the rows of a frame stand the names of its columns: a line as long as the next, which begins with
+    the space of the index.
+    """
+    lines = text.splitlines()
+    frames = [
+        head.startswith("  ") and head.strip() and len(head) == len(row) and not row.startswith(" ")
+        for head, row in itertools.pairwise(lines)
+    ]
+    return any(frames) or bool(MARKDOWN_TABLE.search(text) or re.search(r"dtype: \w+$", text, re.MULTILINE))
+
+
 def picture_minutes(cell: dict[str, Any]) -> float:
     """A minute for each figure and each table among a cell's outputs; a verdict is none."""
-    shown = [output.get("data", {}) for output in cell["outputs"]]
-    pages = ["".join(data["text/html"]) for data in shown if "text/html" in data]
-    pictures = [data for data in shown if "image/png" in data]
-    return MINUTES_PER_PICTURE * len(pictures + [page for page in pages if "rlhf-verdict" not in page])
+    count = 0
+    for output in cell["outputs"]:
+        data = output.get("data", {})
+        page = "".join(data.get("text/html", ""))
+        if page or "image/png" in data:
+            count += "rlhf-verdict" not in page
+        else:
+            text = "".join(output.get("text") or data.get("text/markdown") or data.get("text/plain") or "")
+            # A Series printed by to_string has no line that tells it from other text.
+            count += holds_table(text) or ".to_string(" in "".join(cell["source"])
+    return MINUTES_PER_PICTURE * count
 
 
 def cell_minutes(cell: dict[str, Any]) -> float:

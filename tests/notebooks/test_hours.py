@@ -2,6 +2,7 @@
 
 import json
 
+import pandas as pd
 import pytest
 
 from tests.notebooks.hours import NOTEBOOKS, cell_minutes, core_hours, sections
@@ -41,6 +42,44 @@ def test_code_is_read_at_12_lines_per_minute_and_a_hidden_cell_counts_half():
     verdict = {"output_type": "display_data", "data": {"text/html": ["<p class='rlhf-verdict'>", "open</p>"]}}
     assert cell_minutes(code(lines, outputs=[table])) == pytest.approx(2)
     assert cell_minutes(code(lines, outputs=[verdict])) == pytest.approx(1)
+
+
+FRAME = pd.DataFrame({"gold": [0.471, 0.809], "proxy": [0.721, 1.622]}, index=["low", "high"])
+BY_STEP = FRAME.rename_axis("step").to_string()
+MARKDOWN = "| | value |\n| --- | ---: |\n| gold | 0.39 |"
+
+
+@pytest.mark.parametrize("text", [str(FRAME), BY_STEP, f"two\n{FRAME}", str(FRAME.gold), MARKDOWN])
+def test_a_table_takes_its_minute_in_any_form(text):
+    printed = {"output_type": "stream", "name": "stdout", "text": text.splitlines(keepends=True)}
+    shown = {"output_type": "execute_result", "data": {"text/plain": text}}
+    assert [cell_minutes(code("", outputs=[output])) for output in (printed, shown)] == [1, 1]
+    both = {"output_type": "execute_result", "data": {"text/plain": text, "text/html": "<table></table>"}}
+    assert cell_minutes(code("", outputs=[both])) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "mean 0.4\nlast 0.5\n",
+        "good one   p(A) = 0.741\nsame one   p(A) = 0.386",
+        "  settings:\n  --steps INT",
+        "",
+    ],
+)
+def test_other_text_takes_no_minute(text):
+    assert cell_minutes(code("", outputs=[{"output_type": "stream", "text": [text]}])) == 0
+
+
+def test_a_printed_series_is_told_by_its_call():
+    printed = {"output_type": "stream", "text": ["follows       0.148\nother words   0.852\n"]}
+    source = "print(chances.round(3).to_string())"
+    assert cell_minutes(code(source, outputs=[printed])) == pytest.approx(1, abs=0.1)
+
+
+def test_a_table_in_the_text_takes_a_minute_and_half_of_it_where_it_is_folded():
+    assert cell_minutes(markdown(f"Costs:\n\n{MARKDOWN}\n")) == pytest.approx(1.1, abs=0.05)
+    assert cell_minutes(markdown(f"<details>\n\n{MARKDOWN}\n</details>")) == pytest.approx(0.55, abs=0.05)
 
 
 @pytest.mark.parametrize("difficulty, minutes", [("easy", 8), ("medium", 15), ("hard", 25)])
