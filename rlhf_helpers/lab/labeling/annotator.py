@@ -189,8 +189,9 @@ class Annotator(Form):
             f"<div style='{_BOX}'><b>{'ABCDEFGH'[place]}</b>\n{html.escape(item.answers[index])}</div>"
             for place, index in enumerate(order)
         )
+        guideline = self.guideline and f"<p>{html.escape(self.guideline)}</p>"
         return (
-            f"<p>Item 1 of {len(self.items)}. <b>{html.escape(item.prompt)}</b></p>"
+            f"{guideline}<p>Item 1 of {len(self.items)}. <b>{html.escape(item.prompt)}</b></p>"
             f"<div style='display:flex;flex-wrap:wrap;gap:8px'>{boxes}</div>"
         )
 
