@@ -56,7 +56,7 @@ CEILINGS = {
     "lab": 14_880,
     "lab/explorers": 2_460,
     "lab/classroom": 3_575,
-    "lab/labeling": 4_120,
+    "lab/labeling": 4_130,
     "lab/chat.py": 1_320,
     "lab/exercises": 13_960,
     "lab/studies": 19_800,
