@@ -57,6 +57,8 @@ def flip(module, name, turn, only_here):
             for key, value in list(vars(known).items()):
                 if value is kept:
                     setattr(known, key, flipped)
+                if isinstance(value, type):  # a class has no defaults; FunctionType only describes them
+                    continue
                 for parameter, default in (getattr(value, "__kwdefaults__", None) or {}).items():
                     if default is kept:
                         value.__kwdefaults__[parameter] = flipped
