@@ -233,7 +233,7 @@ def test_allowed_tokens_are_printable_and_not_special(tiny):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"method": "magic"}, "method='magic'"),
+        ({"method": "magic"}, "method must be one of .*got .magic."),
         ({"suffix_length": 0}, "suffix_length"),
         ({"steps": 0}, "steps"),
         ({"candidates": 0}, "candidates"),

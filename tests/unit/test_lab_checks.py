@@ -253,7 +253,7 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda c, r: F.softplus(c - r), "sign is flipped"),
         (lambda c, r: torch.sigmoid(c - r).log().clamp(min=-1e9), "not right yet"),
         (lambda c, r: F.logsigmoid(c - r), "minus is missing"),
-        (lambda c, r: (c - r).pow(2), "squared difference"),
+        (lambda c, r: (c - r).pow(2), "the square punishes a large difference"),
         (lambda c, r: -(c - r), "no log-sigmoid"),
         (lambda c, r: -1 / (1 + torch.exp(r - c)), "without its logarithm"),
         (lambda c, r: 1 / (1 + torch.exp(r - c)), "probability that the chosen answer wins"),

@@ -39,7 +39,7 @@ def _choice(answer: Function, search: Function) -> str:
     found = answer(lambda kl_coef: tried.setdefault(kl_coef, search(kl_coef)))
     if len(tried) > 1:
         return "tried out"
-    return found if [*tried.values()] == [found] else "written by hand"
+    return found if found is None or [*tried.values()] == [found] else "written by hand"
 
 
 def repaired_loss(
