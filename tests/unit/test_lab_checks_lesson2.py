@@ -353,7 +353,7 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
         (lambda search: search(1), "gold hardly rises"),
         (lambda search: "gold is kept", "not what a search gave"),
         (lambda search: search(0.1).replace("falls", "is kept"), "not what a search gave"),
-        (lambda search: search(0.3) and None, "not what a search gave"),
+        (lambda search: search(0.3) and None, "is a return missing"),
         (lambda search: 0.3, "not what a search gave"),
         (lambda search: search, "not what a search gave"),
         (lambda search: [search(0.3), search(0.1)][0], "several coefficients"),
