@@ -187,7 +187,7 @@ def sample_batch(run: PolicyRun) -> Batch:
     """Sample responses to this step's prompts, ask the reward, compare with the reference."""
     settings, group = run.settings, run.settings.samples_per_prompt
     # Prompts and sampling seed are functions of (seed, step): a resumed run draws the same.
-    rows = run.engine.batch(len(run.prompts), settings.prompts_per_step)
+    rows = run.engine.batch(len(run.prompts), settings.prompts_per_step)  # pyright: ignore[reportArgumentType]
     rollout = collect(
         run.policy,
         run.tokenizer,
