@@ -97,7 +97,9 @@ class LiveView(progress.BarView):
         """Ask the model about its example; of a policy without one, score the newest samples by gold."""
         if self.run.example is not None:
             self.judged = self.run.step, judged_example(self.run)
-        elif progress.latest_samples and "objective/scores" in self.run.history[-1]:
+            return
+        row = self.run.history[-1] if self.run.history else {}
+        if progress.latest_samples and "objective/scores" in row:
             with suppress(ValueError):  # prompts that are not the world's
                 self.gold.append((self.run.step, gold_reward(*progress.latest_samples).mean().item()))
 

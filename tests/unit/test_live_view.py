@@ -236,6 +236,16 @@ def test_a_policy_in_the_world_shows_the_gold_reward_of_its_samples(notebook):
     assert "KL (nats)" in alt
 
 
+def test_a_loop_that_logs_nothing_runs_to_its_end(notebook):
+    clock, shown = notebook
+    engine = Engine(torch.nn.Linear(1, 1), TrainingSettings(learning_rate=0.1), total_steps=3)
+    for _ in engine.steps():
+        progress.latest_samples = ["tea?"], ["cup"]
+        clock.now += 6.0
+    assert engine.step == 3
+    assert not shown
+
+
 def test_a_prompt_that_leaves_no_room_shows_no_answer(tiny):
     run = SimpleNamespace(model=tiny[0], example=("tea " * 2000, ()))
     assert live.judged_example(run) is None
