@@ -52,6 +52,12 @@ def repeat_columns(columns: Columns, rows: Sequence[int], samples_per_prompt: in
     }
 
 
+def sequence_kl(rollout: Rollout, ref_logps: Float[Tensor, "B T"]) -> Float[Tensor, "B"]:
+    """k1 estimate of KL(policy || reference) a response: sum_t (old_logp_t - ref_logp_t), (B,) in nats."""
+    per_token = kl_estimate(rollout.old_logps, ref_logps, estimator="k1")
+    return torch.where(rollout.response_mask, per_token, 0.0).sum(-1)
+
+
 def rollout_metrics(
     rollout: Rollout,
     scores: Float[Tensor, "B"],
@@ -76,7 +82,7 @@ def rollout_metrics(
     row = {
         "objective/scores": scores.mean().item(),
         "objective/rlhf_reward": rewards.mean().item(),
-        "objective/kl": torch.where(mask, per_token, 0.0).sum(-1).mean().item(),
+        "objective/kl": sequence_kl(rollout, ref_logps).mean().item(),
         "objective/kl_per_token": masked_mean(per_token, mask).item(),
         "eos_fraction": rollout.ended.float().mean().item(),
         "response_length": mask.sum(-1).float().mean().item(),

@@ -55,14 +55,14 @@ def stage(lesson: str, anchor: str) -> None:
         raise RuntimeError(
             f"stage({lesson!r}, {anchor!r}): not in a notebook; call it in a cell of the lesson"
         )
-    path = find_lesson(lesson)
-    sections, parts = read_lesson(path)
+    sections, cells = code_cells(find_lesson(lesson))
+    parts = lesson_parts(cells)
     if anchor not in sections:
         raise ValueError(f"stage: {lesson} has no section {anchor!r}; it has {', '.join(sections)}")
     todo = missing_parts(parts, sections[anchor], shell.user_ns)
     if not todo:
         return
-    setup = code_cells(path)[1][0][1]
+    setup = cells[0][1]
     # What stands beside results of other cells in this kernel may rest on what was typed there.
     fresh = todo == missing_parts(parts, sections[anchor], {})
     cache = cache_path(f"{lesson}.{anchor}", [setup, *(part.source for part in todo)]) if fresh else None
@@ -133,8 +133,12 @@ def code_cells(path: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
 def read_lesson(path: Path) -> tuple[dict[str, str], list[Part]]:
     """Read a notebook: anchor -> title of each section, and the parts of its code cells after the first."""
     sections, cells = code_cells(path)
-    parts = [part for title, source in cells[1:] for part in split_cell(source, title)]
-    return sections, parts
+    return sections, lesson_parts(cells)
+
+
+def lesson_parts(cells: Sequence[tuple[str, str]]) -> list[Part]:
+    """Cut all code cells but the first, the setup cell, into parts; cells: (section, source)."""
+    return [part for title, source in cells[1:] for part in split_cell(source, title)]
 
 
 def split_cell(source: str, section: str = "") -> list[Part]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlhf_helpers.core.models import RewardFn
 from rlhf_helpers.core.policy_losses import rloo_advantages
+from rlhf_helpers.core.rollouts import sequence_kl
 from rlhf_helpers.core.tensors import masked_sum, require_shapes
 from rlhf_helpers.core.training import History
 from rlhf_helpers.core.training.settings import require_fields
@@ -29,7 +30,6 @@ from rlhf_helpers.policy_optimization.on_policy import (
     sample_batch,
     start_run,
 )
-from rlhf_helpers.policy_optimization.rollouts import sequence_kl
 
 PolicyLoss = Callable[..., Tensor]
 

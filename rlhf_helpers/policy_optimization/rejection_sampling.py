@@ -7,6 +7,7 @@ from typing import Any, Unpack
 import torch
 
 from rlhf_helpers.core.models import RewardFn
+from rlhf_helpers.core.rollouts import sequence_kl
 from rlhf_helpers.core.tensors import masked_sum
 from rlhf_helpers.core.training import History
 from rlhf_helpers.policy_optimization.on_policy import (
@@ -21,7 +22,6 @@ from rlhf_helpers.policy_optimization.on_policy import (
     start_run,
 )
 from rlhf_helpers.policy_optimization.reinforce import RLOOSettings
-from rlhf_helpers.policy_optimization.rollouts import sequence_kl
 
 
 @dataclass(frozen=True)

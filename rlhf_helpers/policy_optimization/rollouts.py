@@ -10,7 +10,6 @@ from torch import Tensor
 
 from rlhf_helpers.core.generation import Rollout, rollout_outputs
 from rlhf_helpers.core.models import RewardFn
-from rlhf_helpers.core.policy_losses import kl_estimate
 from rlhf_helpers.core.rollouts import collect, repeat_columns, score
 from rlhf_helpers.core.tensors import masked_mean
 from rlhf_helpers.core.text import Columns, require_columns
@@ -37,12 +36,6 @@ def policy_outputs(
     gradient unless entropy_gradient=True. All are 0 on padding.
     """
     return tuple(rollout_outputs(model, rollout, temperature=temperature, entropies=True, **wanted))
-
-
-def sequence_kl(rollout: Rollout, ref_logps: Float[Tensor, "B T"]) -> Float[Tensor, "B"]:
-    """k1 estimate of KL(policy || reference) a response: sum_t (old_logp_t - ref_logp_t), (B,) in nats."""
-    per_token = kl_estimate(rollout.old_logps, ref_logps, estimator="k1")
-    return torch.where(rollout.response_mask, per_token, 0.0).sum(-1)
 
 
 def evaluate_policy(

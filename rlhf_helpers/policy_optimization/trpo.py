@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf_helpers.core.generation import Rollout
 from rlhf_helpers.core.models import RewardFn
 from rlhf_helpers.core.policy_losses import approx_kl, rloo_advantages
+from rlhf_helpers.core.rollouts import sequence_kl
 from rlhf_helpers.core.shared_prompts import answer_logits
 from rlhf_helpers.core.tensors import masked_mean, masked_sum, require_shapes
 from rlhf_helpers.core.training import History
@@ -26,7 +27,7 @@ from rlhf_helpers.policy_optimization.on_policy import (
     start_run,
 )
 from rlhf_helpers.policy_optimization.reinforce import PolicyLoss, RLOOSettings
-from rlhf_helpers.policy_optimization.rollouts import policy_outputs, sequence_kl
+from rlhf_helpers.policy_optimization.rollouts import policy_outputs
 
 Vector = Float[Tensor, "N"]
 Product = Callable[[Tensor], Tensor]

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from rlhf_helpers.core.generation import rollout_logps
 from rlhf_helpers.core.models import frozen_copy, load_model
+from rlhf_helpers.core.rollouts import sequence_kl
 from rlhf_helpers.dpo import DPOSettings, DPOTrainer
 from rlhf_helpers.lab.studies.lesson2.methods import best_against_worst
 from rlhf_helpers.lab.studies.record import Row, Rows, study
 from rlhf_helpers.policy_optimization import RLOOSettings, best_of_n, collect, rloo, score
-from rlhf_helpers.policy_optimization.rollouts import sequence_kl
 from rlhf_helpers.world.tables import load_table
 
 METHODS = ("base", "best of 4", "DPO", "RLOO, KL coefficient 0.01", "RLOO, KL coefficient 0.05")

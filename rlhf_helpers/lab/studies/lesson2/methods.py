@@ -19,6 +19,7 @@ import torch
 
 from rlhf_helpers.core.generation import Rollout
 from rlhf_helpers.core.models import RewardFn, load_model
+from rlhf_helpers.core.rollouts import sequence_kl
 from rlhf_helpers.core.training import History
 from rlhf_helpers.dpo import DPOSettings, DPOTrainer, OnlineDPOSettings, online_dpo
 from rlhf_helpers.lab.studies.lesson1 import prompt_texts, trained
@@ -42,7 +43,6 @@ from rlhf_helpers.policy_optimization import (
     score,
     trpo,
 )
-from rlhf_helpers.policy_optimization.rollouts import sequence_kl
 from rlhf_helpers.reward_model import normalise_reward
 from rlhf_helpers.world.annotators import make_pairs
 from rlhf_helpers.world.gold_judge import gold_reward
