@@ -3,6 +3,8 @@
 import ast
 import builtins
 import dis
+import functools
+import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,7 +13,6 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
-import nbformat
 from IPython import get_ipython
 from IPython.core.inputtransformer2 import TransformerManager
 from IPython.utils.capture import capture_output
@@ -56,7 +57,7 @@ def stage(lesson: str, anchor: str) -> None:
             f"stage({lesson!r}, {anchor!r}): not in a notebook; call it in a cell of the lesson"
         )
     sections, cells = code_cells(find_lesson(lesson))
-    parts = lesson_parts(cells)
+    parts = lesson_parts(tuple(cells))
     if anchor not in sections:
         raise ValueError(f"stage: {lesson} has no section {anchor!r}; it has {', '.join(sections)}")
     todo = missing_parts(parts, sections[anchor], shell.user_ns)
@@ -121,10 +122,12 @@ def code_cells(path: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
     sections: dict[str, str] = {}
     cells: list[tuple[str, str]] = []
     title = "the opening"
-    for cell in nbformat.read(path, as_version=4).cells:
-        if cell.cell_type == "code":
-            cells.append((title, cell.source))
-        elif marked := _SECTION.search(cell.source):
+    # Not by nbformat: with the schemas it checks by, its import takes seconds at the start of each lesson.
+    for cell in json.loads(path.read_text(encoding="utf8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            cells.append((title, source))
+        elif marked := _SECTION.search(source):
             title, anchor = marked.groups()
             sections[anchor] = title
     return sections, cells
@@ -133,11 +136,15 @@ def code_cells(path: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
 def read_lesson(path: Path) -> tuple[dict[str, str], list[Part]]:
     """Read a notebook: anchor -> title of each section, and the parts of its code cells after the first."""
     sections, cells = code_cells(path)
-    return sections, lesson_parts(cells)
+    return sections, lesson_parts(tuple(cells))
 
 
-def lesson_parts(cells: Sequence[tuple[str, str]]) -> list[Part]:
-    """Cut all code cells but the first, the setup cell, into parts; cells: (section, source)."""
+@functools.lru_cache(maxsize=1)
+def lesson_parts(cells: tuple[tuple[str, str], ...]) -> list[Part]:
+    """Cut all code cells but the first, the setup cell, into parts; cells: (section, source).
+
+    Each section of a lesson asks for the same parts, and cutting takes half a second.
+    """
     return [part for title, source in cells[1:] for part in split_cell(source, title)]
 
 
