@@ -24,9 +24,9 @@ _PRINT_TIMEOUT_S = 120
 def export_notebooks(paths: Sequence[str | Path] = (), *, kind: str, out: str | Path) -> list[Path]:
     """Write each notebook (default: all of notebooks/) to the folder `out`, without running it.
 
-    Inputs of cells with the tag "remove-input" are left out. The pages load the scripts for formulas and
-    slides from the network. Without a browser of the Chrome family, "pdf" writes a page that is ready to
-    print, and says so.
+    Inputs of cells with the tag "remove-input" are left out, and slides start where the slide types of the
+    cells say. The pages load the scripts for formulas and slides from the network. Without a browser of the
+    Chrome family, "pdf" writes a page that is ready to print, and says so.
 
     Args:
         paths: the notebooks.
@@ -58,8 +58,6 @@ def convert(notebook: nbformat.NotebookNode, *, kind: str) -> str:
         if cell.cell_type == "code":  # a progress bar that was taken away leaves an output without data
             cell.outputs = [output for output in cell.outputs if output.get("data", True)]
     heading = re.search(r"^# (.+)", notebook.cells[0].source) if notebook.cells else None
-    if kind == "slides":
-        mark_slides(notebook)
     exporter = SlidesExporter(config=config) if kind == "slides" else HTMLExporter(config=config)
     name = heading[1] if heading else "Lesson"
     page, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": name}})
@@ -76,27 +74,6 @@ def _head(exporter: HTMLExporter) -> str:
         p for folder in exporter.template_paths if (p := Path(folder, "static/theme-dark.css")).is_file()
     )
     return _HEAD.read_text(encoding="utf8").replace("/* DARK */", dark.read_text(encoding="utf8"))
-
-
-def mark_slides(notebook: nbformat.NotebookNode) -> None:
-    """Write the slide type of each cell: headings, figures and tables start slides.
-
-    A heading of a section starts a slide to the right; a smaller heading, a figure and a table start one
-    below it. What was seen in a figure appears after it. Cells that show nothing are skipped.
-    """
-    for cell in notebook.cells:
-        heading = re.match(r"(#+) ", cell.source) if cell.cell_type == "markdown" else None
-        if heading:
-            kind = "slide" if len(heading[1]) <= 2 else "subslide"
-        elif cell.source.startswith("**What we saw"):
-            kind = "fragment"
-        elif any("text/html" in output.get("data", {}) for output in cell.get("outputs", [])):
-            kind = "subslide"
-        elif "remove-input" in cell.metadata.get("tags", []) and not cell.outputs:
-            kind = "skip"
-        else:
-            kind = "-"
-        cell.metadata["slideshow"] = {"slide_type": kind}
 
 
 def _print(page: str, target: Path) -> Path:

@@ -12,6 +12,7 @@ from rlhf_helpers.lab.exercises import NAMES
 
 LESSONS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 MAX_BYTES, MAX_CELL_LINES, MAX_MEDIAN_LINES, MIN_ALT_LENGTH = 1_500_000, 30, 10, 40
+MIN_SLIDES = 40
 WIDGET = "application/vnd.jupyter.widget-view+json"
 UNWANTED_TEXT = {
     "absolute path": re.compile(r"(?<![\w.:/<])/(?:home|work|root|Users|tmp|usr|opt|mnt|var)/|[A-Z]:\\\\"),
@@ -94,7 +95,26 @@ def exercise_faults(cells):
                 yield f"exercise in cell {here} has no folded {word}"
 
 
+def slide_type(cell):
+    """Headings, figures and tables start slides. None: the cell stays on the slide of the cell before it."""
+    heading = re.match(r"(#+) ", cell.source) if cell.cell_type == "markdown" else None
+    outputs = cell.get("outputs", [])
+    if heading:
+        return "slide" if len(heading[1]) <= 2 else "subslide"
+    if cell.source.startswith("**What we saw"):
+        return "fragment"
+    if any("text/html" in output.get("data", {}) for output in outputs):
+        return "subslide"
+    return "skip" if "remove-input" in cell.metadata.get("tags", []) and not outputs else None
+
+
 def cell_faults(number, cell):
+    stored, wanted = cell.metadata.get("slideshow", {}).get("slide_type"), slide_type(cell)
+    if stored != wanted:
+        yield (
+            f"cell {number} has the slide type {stored}, not {wanted}: set it in JupyterLab (Property "
+            "Inspector, Slide Type; None is shown as -) or as metadata.slideshow.slide_type in the file"
+        )
     if "execution" in cell.metadata:
         yield f"cell {number} stores timings"
     if cell.cell_type == "code":
@@ -133,6 +153,8 @@ def test_lesson_is_clean(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert list(faults_of(notebook)) == []
+    types = [cell.metadata.get("slideshow", {}).get("slide_type") for cell in notebook.cells]
+    assert sum(kind in ("slide", "subslide") for kind in types) >= MIN_SLIDES
 
 
 @pytest.mark.parametrize(
@@ -144,6 +166,7 @@ def test_progress_lists_the_exercises_in_the_order_of_the_lesson(number, path):
 
 
 IMG = '<img alt="{}" src="data:image/png;base64,iVBOR/home/it/s=">'
+SUBSLIDE = {"slideshow": {"slide_type": "subslide"}}
 
 
 def sound_notebook():
@@ -158,8 +181,10 @@ def sound_notebook():
             new_code_cell(
                 "print(1)", execution_count=1, outputs=[new_output("stream", name="stdout", text="1")]
             ),
-            new_code_cell("show(figure, alt='...')", execution_count=2, outputs=[picture]),
-            new_markdown_cell("### Exercise\nDifficulty: low. Importance: high. About 5 minutes."),
+            new_code_cell("show(figure, alt='...')", execution_count=2, outputs=[picture], metadata=SUBSLIDE),
+            new_markdown_cell(
+                "### Exercise\nDifficulty: low. Importance: high. About 5 minutes.", metadata=SUBSLIDE
+            ),
             new_code_cell("def f(x): ...\nf = check('f', f)", execution_count=3),
             new_markdown_cell(answer),
         ],
@@ -171,6 +196,8 @@ def set_output(notebook, **fields):
 
 
 FAULTY = {
+    "slide type": lambda n: n.cells[2].metadata.slideshow.update(slide_type="slide"),
+    "no slide type": lambda n: n.cells[1].metadata.clear(),
     "counts": lambda n: n.cells[1].update(execution_count=5),
     "never run": lambda n: n.cells[0].update(execution_count=None),
     "widget state": lambda n: n.metadata.update(widgets={}),
@@ -193,12 +220,12 @@ FAULTY = {
     "widget": lambda n: set_output(n, output_type="display_data", data={WIDGET: {}, "text/plain": "VBox()"}),
     "no alt": lambda n: n.cells[1].outputs[0].data.update({"text/html": "<img src='x'>"}),
     "short alt": lambda n: n.cells[1].outputs[0].data.update({"text/html": IMG.format("a plot")}),
-    "plain picture": lambda n: n.cells[1].outputs[0].update(data={"image/png": "iVBOR"}),
+    "plain picture": lambda n: n.cells[1].outputs[0].data.update({"image/png": "iVBOR"}),
     "quiz text": lambda n: n.cells[0].update(source='quiz("Which?", ["a", "b"], answer=1)'),
     "no alt in text": lambda n: n.cells[2].update(source=n.cells[2].source + "\n![](x.png)"),
     "skipped level": lambda n: n.cells[2].update(source=n.cells[2].source + "\n##### Details"),
     "skipped level in output": lambda n: n.cells[3].update(
-        outputs=[new_output("display_data", {"text/html": "<h5>Lesson 1</h5>"})]
+        outputs=[new_output("display_data", {"text/html": "<h5>Lesson 1</h5>"})], metadata=SUBSLIDE
     ),
     "no header": lambda n: n.cells[2].update(source="### Exercise"),
     "no solution": lambda n: n.cells[4].update(source="<details><summary>Hint</summary>x</details>"),

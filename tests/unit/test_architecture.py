@@ -53,7 +53,7 @@ CEILINGS = {
     "chatbot_rlhf": 5_540,
     "summarization_rl": 4_040,
     "code_generation": 3_370,
-    "lab": 14_910,
+    "lab": 14_760,
     "lab/explorers": 2_460,
     "lab/classroom": 3_575,
     "lab/labeling": 4_130,

@@ -97,6 +97,12 @@ class TestStudentEdition:
             assert cell.metadata.nbgrader.points == 1
             assert cell.metadata.editable is False
 
+    def test_slides_start_where_they_did(self, path):
+        lesson = nbformat.read(path, as_version=4)
+        types = {cell.id: cell.metadata.get("slideshow") for cell in student_edition(lesson).cells}
+        assert any(types.values())
+        assert all(types[cell.id] == cell.metadata.get("slideshow") for cell in lesson.cells)
+
     def test_the_lesson_itself_stays_as_it_is(self, path):
         lesson = nbformat.read(path, as_version=4)
         before = nbformat.writes(lesson)

@@ -351,7 +351,7 @@ def lesson(tmp_path):
         new_code_cell(
             "print(os.environ['RLHF_PROGRESS'] == '', os.environ['TQDM_DISABLE'])\n1 + 1",
             id="e",
-            metadata={"execution": {"x": "y"}},
+            metadata={"execution": {"x": "y"}, "slideshow": {"slide_type": "skip"}},
         ),
     ]
     path = folder / "lesson.ipynb"
@@ -374,6 +374,7 @@ def test_run_notebooks_is_clean_and_the_same_twice(lesson):
         ["True 1\n", {"text/plain": "2"}],
     ]
     assert not any("execution" in cell.metadata for cell in notebook.cells)
+    assert code[3].metadata.slideshow.slide_type == "skip"
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     assert notebook.metadata.kernelspec.name == "python3"
     code[1].outputs[0].text = "stale\n"
