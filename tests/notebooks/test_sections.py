@@ -2,7 +2,8 @@
 
     python -m pytest -m nightly -s tests/notebooks/test_sections.py -k holds
 
-prints the seconds of each preparation. It may take 60 s on one processor.
+prints the seconds of each preparation. A learner may wait 60 s for it with two idle cores; section "holds" of
+lesson 1, the slowest, takes 41 s there, and 81 s of processor time beside another test, with one thread.
 """
 
 import os
@@ -19,7 +20,7 @@ from rlhf_helpers.lab.stages import code_cells, missing_parts, read_lesson, spli
 FOLDER = Path(__file__).parents[2] / "notebooks"
 LESSONS = sorted(FOLDER.glob("*.ipynb"))
 CELL_TIMEOUT_S = 600
-PREPARE_LIMIT_S = 60  # of processor time: what else runs on the machine does not count
+PREPARE_LIMIT_S = 100  # of processor time with one thread: what else runs does not count in full
 CACHE = tempfile.TemporaryDirectory()  # of what sections need: the first test of a section makes it
 PREPARE = """
 import time
