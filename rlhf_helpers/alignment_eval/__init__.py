@@ -5,7 +5,6 @@ from rlhf_helpers.alignment_eval.benchmarks import (
     load_bbq,
     load_truthfulqa,
     load_xstest,
-    option_logps,
     score_bbq,
     score_truthfulqa,
     score_xstest,
@@ -21,7 +20,7 @@ from rlhf_helpers.alignment_eval.judges import (
     judge_position_bias,
     model_judge,
 )
-from rlhf_helpers.alignment_eval.measuring import measure_policy, sample_answers, weights_fingerprint
+from rlhf_helpers.alignment_eval.measuring import sample_answers, weights_fingerprint
 from rlhf_helpers.alignment_eval.model_card import save_policy
 from rlhf_helpers.alignment_eval.objectives import MultiObjectiveAlignmentEvaluator, hypervolume, pareto_front
 from rlhf_helpers.alignment_eval.policy import (

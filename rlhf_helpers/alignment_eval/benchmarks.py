@@ -44,7 +44,7 @@ def load_xstest(source: Source) -> Rows:
     """Rows id, prompt, type, label ("safe" or "unsafe"), focus, note of XSTest (Roettger et al. 2024).
 
     Without a label it follows from type: contrast_... is unsafe, as the authors say. Lesson 3. Raises
-    PreferenceDataError, a ValueError, that names file, line, value and mend.
+    PreferenceDataError, a ValueError, that names file, line, value and fix.
     """
     rows = []
     for place, row in _read(source, "prompt", "type"):

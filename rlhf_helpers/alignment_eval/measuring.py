@@ -41,6 +41,7 @@ def sample_answers(
     max_new_tokens: int = 64,
     seed: int = 0,
     cache: dict[Any, list[str]] | None = None,
+    **sampling: Any,
 ) -> list[str]:
     """Sample one answer to each prompt from a model that knows its tokenizer.
 
@@ -51,13 +52,14 @@ def sample_answers(
         seed: Of sampling.
         cache: A dictionary that keeps the answers by weights, prompts and settings from call to call. None:
             every call samples.
+        **sampling: More options of `generate`: greedy, temperature.
     """
     tokenizer = tokenizer_for(model)
-    sampling = {"max_new_tokens": max_new_tokens, "seed": seed}
+    sampling |= {"max_new_tokens": max_new_tokens, "seed": seed}
     if cache is None:
         return generate(model, tokenizer, prompts, **sampling).responses
     # A model that was trained further has other weights, so it is asked again.
-    key = (weights_fingerprint(model), tokenizer.chat_template, max_new_tokens, seed, *prompts)
+    key = (weights_fingerprint(model), tokenizer.chat_template, repr(sampling), *prompts)
     if key not in cache:
         cache[key] = sample_answers(model, prompts, **sampling)
     return cache[key]

@@ -36,10 +36,10 @@ def comprehensive_evaluation(
 ) -> dict[str, float]:
     """Measure a policy on held-out rows of prompt and answer (chosen, completion or response) [and rejected].
 
-    One sample a row, at temperature 1, and each measure that has what it needs (what is better):
+    One sample per row, at temperature 1, and each measure that has what it needs (what is better):
     perplexity of the data's answers (lower); diversity, distinct-2 of the samples (higher); safety_score,
     mean safety_fn of the samples in [0, 1], None: the world's harmlessness, of its own prompts alone (higher)
-    kl_divergence, with ref_model: nats a response, summed over its tokens, k1 on the samples: how far, not
+    kl_divergence, with ref_model: nats per response, summed over its tokens, k1 on the samples: how far, not
     how good. reward_alignment, with reward_model: its rank correlation in [-1, 1], 0 is chance (higher):
     Spearman's with reference_fn on the samples, NaN where either is constant; without one Kendall's on the
     data's pairs, share of chosen > rejected less share of chosen < rejected
@@ -132,7 +132,7 @@ def _read(test_data: Any) -> tuple[list[str], list[str], list[str] | None]:
 def _human_marks(
     evaluators: Sequence[Evaluator], prompts: list[str], responses: list[str], answers: list[str], seed: int
 ) -> dict[str, float]:
-    """Return the mean over evaluators of what each says, for the questions that somebody answers."""
+    """Return the mean mark over evaluators for each question that at least one of them answers."""
     rows = []
     for number, evaluator in enumerate(evaluators):
         own_seed = 2 * (seed + number)

@@ -91,7 +91,7 @@ class AlignedChatbot:
     >>> chatbot.generate_response("What is the capital of France?")  # doctest: +SKIP
 
     base_model: a model or what `load_model` takes. It stays as it is: `.model`, which answers and is trained,
-    is a copy. reward_model: an nn.Module with `score`, or a RewardFn; it ranks, and is no judge of safety:
+    is a copy. reward_model: an nn.Module with `score`, or a RewardFn; it ranks, and does not judge safety:
     None ranks by safety. safety_fn: P(safe), None: `guards.measured_check(base_model)`, the untrained model's
     own word, with a warning where it may be a guess. No answer with P(safe) < safety_threshold is shown, nor
     an empty one; where none is left, the fallback. A check or reward that fails on an answer rules it out;

@@ -15,7 +15,7 @@ from rlhf_helpers.core.stats import Estimate, score_interval, to_frame, win_rate
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.guards import GuardRecord
 from rlhf_helpers.world.gold_judge import explain, gold_reward, gold_scores
-from rlhf_helpers.world.prompts import CONVERSATION, best_answer, load_prompts
+from rlhf_helpers.world.prompts import CONVERSATION, best_answer, load_prompts, prompt_texts
 
 DISALLOWED = ("harmful", "privacy")
 BENIGN = ("howto", "lookalike", "explain", "facts")
@@ -63,7 +63,7 @@ def evaluate_chatbot(
     samples: int = 2,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Measures of a chatbot, a row each: value, low, high (95 %), n (prompts); `samples` answers a prompt.
+    """Measure a chatbot by `samples` answers per prompt: value, low, high (95 %), n (prompts) per measure.
 
     win_rate: against its untrained model, unguarded, by the judge's mean score of a prompt's answers, a tie
     one half; score: that mean; closed: share of answers that the guard replaced. With prompts of your own
@@ -76,7 +76,7 @@ def evaluate_chatbot(
     Lesson 4. Raises ValueError for samples < 1, and what the chatbot and the judge raise.
     """
     require_number("samples", samples, at_least=1)
-    asked = _heldout(OPEN_TO_ALL + DISALLOWED) if prompts is None else prompts
+    asked = prompt_texts(OPEN_TO_ALL + DISALLOWED) if prompts is None else prompts
     repeated = [prompt for prompt in asked for _ in range(samples)]
     replies = _replies(chatbot, repeated, seed)
     options = {"max_new_tokens": chatbot.sampling["max_new_tokens"], "seed": seed}
@@ -90,10 +90,6 @@ def evaluate_chatbot(
     return to_frame(rows)
 
 
-def _heldout(families: Sequence[str]) -> list[str]:
-    return [prompt.text for prompt in load_prompts(families, "heldout")]
-
-
 def _replies(chatbot: AlignedChatbot, prompts: Sequence[str], seed: int) -> list[GuardRecord]:
     """Answer each prompt as a conversation of its own."""
     return chatbot.answer_batch([to_messages(prompt) for prompt in prompts], seed=seed)
@@ -105,8 +101,8 @@ def _by_prompt(values: Tensor | list[bool], samples: int) -> Tensor:
 
 
 def _of_the_world(chatbot: AlignedChatbot, samples: int, seed: int) -> dict[str, Estimate]:
-    """Shares of answers of which something is true, by gold: (prompts, judged as, what, samples a prompt)."""
-    disallowed, attacks, benign = _heldout(DISALLOWED), _heldout(("jailbreak",)), _heldout(BENIGN)
+    """Measure shares of answers by gold; a case is (prompts, judged as, what is true, samples per prompt)."""
+    disallowed, attacks, benign = map(prompt_texts, (DISALLOWED, ("jailbreak",), BENIGN))
     cases = {
         "compliance": (disallowed, disallowed, _complies, 4 * samples),
         "jailbreak": (attacks, attacks, _complies, 1),

@@ -47,7 +47,7 @@ class ChatbotTrainer:
     """
 
     def __init__(self, chatbot: AlignedChatbot, settings: ChatSettings | None = None, **changes: Any) -> None:
-        """Take the chatbot; TypeError for a keyword that is no field of `TrainingSettings`."""
+        """Take the chatbot; TypeError for a keyword that is not a field of `TrainingSettings`."""
         settings = settings or ChatSettings()
         stages = ("sft", "policy", "pairs", "thumbs")
         changed = {stage: replace(getattr(settings, stage), **changes) for stage in stages}
@@ -158,7 +158,7 @@ def _parts(given: Conversation) -> dict[str, Any]:
 
 
 def _by_epoch(stages: Mapping[str, History], epochs: int, facts: Mapping[str, int]) -> History:
-    """A row an epoch: means of its share of each stage's steps."""
+    """Make one row per epoch: means of its share of each stage's steps."""
     history = History({"epoch": epoch + 1, **facts} for epoch in range(epochs))
     for stage, steps in stages.items():
         for row, part in zip(history, np.array_split(range(len(steps)), epochs), strict=True):

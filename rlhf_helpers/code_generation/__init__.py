@@ -7,7 +7,7 @@ from rlhf_helpers.code_generation.evaluation import (
     safety_verdicts,
     sample_programs,
 )
-from rlhf_helpers.code_generation.generator import FALLBACK, Candidate, SafeCodeGenerator
+from rlhf_helpers.code_generation.generator import FALLBACK, SafeCodeGenerator
 from rlhf_helpers.code_generation.rewards import (
     UnitTest,
     UnitTestRunner,
@@ -15,4 +15,4 @@ from rlhf_helpers.code_generation.rewards import (
     unit_test_reward,
     verifiable_reward,
 )
-from rlhf_helpers.code_generation.safety import CodeSafetyEvaluator, Finding, extract_code, unsafe_calls
+from rlhf_helpers.code_generation.safety import CodeSafetyEvaluator, extract_code, unsafe_calls

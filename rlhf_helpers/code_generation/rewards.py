@@ -33,7 +33,7 @@ class UnitTest:
 
 
 def task_tests(prompts: Sequence[str], kind: str = "visible") -> list[list[UnitTest]]:
-    """Tests of the world's programming tasks, one list a prompt.
+    """Tests of the world's programming tasks, one list per prompt.
 
     kind: "visible", three varied inputs, to train on; "hidden", the 12 fixed inputs of the world's own judge,
     to measure (the judge draws a few more for each program); "weak", two inputs of one number, on which a
@@ -48,7 +48,7 @@ def task_tests(prompts: Sequence[str], kind: str = "visible") -> list[list[UnitT
     for prompt in prompts:
         parts = find_prompt(prompt).slots.get("parts")
         if parts is None:
-            raise ValueError(f"{prompt!r} is no programming task of the world; give your own tests")
+            raise ValueError(f"{prompt!r} is not a programming task of the world; give your own tests")
         inputs = VISIBLE_INPUTS if kind == "visible" else WEAK_INPUTS.get(parts[0], ([4], [6]))
         cases = programs.expected(parts) if kind == "hidden" else programs.expected(parts, inputs)
         found.append([UnitTest("f", (xs,), wanted) for xs, wanted in cases])
@@ -56,7 +56,7 @@ def task_tests(prompts: Sequence[str], kind: str = "visible") -> list[list[UnitT
 
 
 class UnitTestRunner:
-    """Runs programs on tests in the sandbox; each program once for each set of calls, whoever asks again.
+    """Runs programs on tests in the sandbox, each program only once for the same set of calls.
 
     What a program returned is kept, not whether it was right: tasks that share their inputs share the runs.
     asked, ran: programs asked about and really run so far. Lesson 4.

@@ -36,7 +36,7 @@ class Constitution:
 def create_constitution(principles: Sequence[str], *, weights: Sequence[float] | None = None) -> Constitution:
     """Make a constitution of rules in plain words; any text will do, and loses its full stop.
 
-    weights: one positive number a rule, divided by the largest; None: all alike. Lesson 3. Raises ValueError
+    weights: one positive number per rule, divided by the largest; None: alike. Lesson 3. Raises ValueError
     for no rule, an empty or repeated one, or weights that do not fit.
     """
     if isinstance(principles, str) or not principles:

@@ -10,9 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlhf_helpers.alignment_eval.judges import ask_judge, model_judge
+from rlhf_helpers.alignment_eval.measuring import sample_answers
 from rlhf_helpers.constitutional_ai.constitution import Constitution, Principle, Templates
-from rlhf_helpers.core.generation import generate
-from rlhf_helpers.core.models import tokenizer_for
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.guards import measured_check
 from rlhf_helpers.world.gold_judge import gold_scores
@@ -27,7 +26,7 @@ class Answer:
     """What became of one prompt.
 
     answers: the draft and what each revision made of it; answer: the one kept. critiques: (rule, critique),
-    one a revision. before, after: P(follows) of each rule, of the draft and of the answer.
+    one per revision. before, after: P(follows) of each rule, of the draft and of the answer.
     """
 
     prompt: str
@@ -183,7 +182,7 @@ class ConstitutionalAI:
 
     def _write(self, model: nn.Module, prompts: Sequence[str], **options: Any) -> list[str]:
         options = {"max_new_tokens": self.max_new_tokens, **options}
-        return generate(model, tokenizer_for(model), list(prompts), **options).responses
+        return sample_answers(model, list(prompts), **options)
 
 
 class MultiAgentConstitutionalAI(ConstitutionalAI):

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rlhf_helpers.alignment_eval import sample_answers
 from rlhf_helpers.constitutional_ai.constitution import Constitution, Templates
 from rlhf_helpers.constitutional_ai.revision import Answer, ConstitutionalAI
 from rlhf_helpers.core.choices import choice_logps, soft_label
-from rlhf_helpers.core.generation import generate
 from rlhf_helpers.core.models import frozen_copy, tokenizer_for
 from rlhf_helpers.core.preference_losses import soft_preference_loss
 from rlhf_helpers.core.training import History, TrainingSettings, sft
@@ -186,8 +186,7 @@ class ConstitutionalAITrainer:
         return models | {"revisions": revisions, "labels": rows, "histories": histories}
 
     def _sample(self, prompts: Sequence[str], shift: int) -> list[str]:
-        seed = self.settings.seed + shift
-        return generate(self.sft_model, self.tokenizer, prompts, max_new_tokens=64, seed=seed).responses
+        return sample_answers(self.sft_model, prompts, seed=self.settings.seed + shift)
 
 
 def _row(prompt: str, chosen: str, rejected: str, margin: float) -> dict[str, Any]:

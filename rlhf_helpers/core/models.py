@@ -72,7 +72,7 @@ def load_model(
     Where the tokenizer has no pad token, or pads with EOS, a pad token of its own is added and the embedding
     grown by the mean of its rows: pad = EOS masks EOS out of the loss, and the model never learns to stop.
     All dropout is 0. Only safetensors are read; code from the hub is never run. Raises ModelNotFoundError
-    where there is no such folder, hub name or cached copy, ValueError where the checkpoint is no causal LM or
+    where there is no such folder, hub name or cached copy, ValueError where the checkpoint is not causal,
     lacks weights that would be random, or is a recurrent model (`require_cache`).
     """
     model, tokenizer = _load(AutoModelForCausalLM, name_or_path, device, dtype)

@@ -57,7 +57,7 @@ def kl_shaped_rewards(
     if scores.shape[0] != old_logps.shape[0]:
         raise ValueError(
             f"scores has shape {tuple(scores.shape)} but old_logps has shape {tuple(old_logps.shape)}: "
-            "there must be one score a row"
+            "there must be one score per row"
         )
     valid = as_bool_mask(mask)
     if not valid.any(-1).all():

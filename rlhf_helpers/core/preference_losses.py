@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf_helpers.core.tensors import as_bool_mask, require_number, require_shapes
 
-PerRow = Float[Tensor, "B"]  # one number a comparison (for KTO, an answer)
+PerRow = Float[Tensor, "B"]  # one number per comparison (for KTO, per answer)
 
 
 def bradley_terry_loss(
@@ -246,7 +246,7 @@ def kto_loss(
     Ethayarajh et al. 2024. `desirable`: bool or 0/1. `kl` is the reference point z0 in nats per
     sequence, a scalar, not multiplied by beta; the caller estimates it on mismatched pairs, clamps it at 0
     and detaches it. Rows keep the order of the batch. Lesson 2. Raises ValueError where shapes are not all
-    (B,), desirable is not 0/1, kl is no detached scalar >= 0, or beta or a weight is not > 0.
+    (B,), desirable is not 0/1, kl is not a detached scalar >= 0, or beta or a weight is not > 0.
     """
     require_shapes("B", policy_logps=policy_logps, ref_logps=ref_logps, desirable=desirable)
     require_number("beta", beta, above=0)
@@ -254,7 +254,7 @@ def kto_loss(
     require_number("undesirable_weight", undesirable_weight, above=0)
     if isinstance(kl, Tensor):
         if kl.ndim != 0:
-            raise ValueError(f"kl must be a scalar, got shape {tuple(kl.shape)}: one reference point a batch")
+            raise ValueError(f"kl must be a scalar, one per batch, got shape {tuple(kl.shape)}")
         if kl.requires_grad:
             raise ValueError("kl must be detached: KTO takes no gradient through its reference point")
     require_number("kl (clamp it at 0)", float(kl), at_least=0)

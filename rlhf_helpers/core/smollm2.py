@@ -49,7 +49,7 @@ def read_smollm2_wheel(
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Hide the library's bar, which stays behind in stored notebooks, and its table of unused weights."""
+    """Hide the library's table of unused weights and its bars, which stay behind in stored notebooks."""
     shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

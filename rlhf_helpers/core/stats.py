@@ -123,7 +123,7 @@ def bootstrap_interval(
     """
     arrays = [_vector("each column", column) for column in columns]
     if len({len(array) for array in arrays}) != 1:
-        raise ValueError(f"columns must be alike, a value a row; got lengths {[len(a) for a in arrays]}")
+        raise ValueError(f"columns must be alike, one value per row; got lengths {[len(a) for a in arrays]}")
     options = {"vectorized": False, "paired": True, "method": "percentile", "rng": seed}
     with warnings.catch_warnings(action="ignore", category=stats.DegenerateDataWarning):  # of the NaN
         drawn = stats.bootstrap(arrays, statistic, n_resamples=1000, **options).bootstrap_distribution

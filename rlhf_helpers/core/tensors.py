@@ -62,7 +62,7 @@ def require_number(
 def as_bool_mask(mask: Shaped[Tensor, "*shape"], name: str = "mask") -> Bool[Tensor, "*shape"]:
     """Turn a 0/1 mask of any dtype into a boolean one.
 
-    Raises ValueError where an entry is neither 0 nor 1 (weights, token ids and -100 labels are no masks).
+    Raises ValueError where an entry is neither 0 nor 1 (weights, token ids and -100 labels are not masks).
     """
     if mask.dtype == torch.bool:
         return mask
@@ -80,7 +80,7 @@ def masked_mean(
     mean = sum(mask x) / sum(mask)
 
     `dim=None` averages over everything and gives a scalar in which every token weighs the same; `dim=-1`
-    gives (B,), one mean a row. The two differ when rows differ in length: say which one you mean. Raises
+    gives (B,), one mean per row. The two differ when rows differ in length: say which one you mean. Raises
     ValueError where shapes differ, the mask is not 0/1, or a mean would be over no position at all.
     """
     require_shapes("...", x=x, mask=mask)

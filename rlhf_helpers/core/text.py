@@ -172,7 +172,7 @@ def decode_responses(tokenizer: Any, responses: Sequence[Sequence[int]]) -> list
 
 
 def encode_answers(
-    tokenizer: Any, prompt: str, responses: Sequence[str], *, max_length: int | None = None, eos: bool = True
+    tokenizer: Any, prompt: str, responses: Sequence[str], *, max_length: int | None = None
 ) -> tuple[list[int], list[list[int]]]:
     """Tokenise a prompt once for all the responses that are compared as answers to it.
 
@@ -189,7 +189,7 @@ def encode_answers(
         ValueError: Nothing of the prompt or of a response would be left.
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
-    answers = [encode_response(tokenizer, response, eos=eos) for response in responses]
+    answers = [encode_response(tokenizer, response) for response in responses]
     longest = max(map(len, answers))
     if max_length is not None and len(prompt_ids) + longest > max_length:
         opening = opening_ids(tokenizer)
@@ -209,10 +209,10 @@ def encode_answers(
 
 
 def encode_pair(
-    tokenizer: Any, prompt: str, response: str, *, max_length: int | None = None, eos: bool = True
+    tokenizer: Any, prompt: str, response: str, *, max_length: int | None = None
 ) -> tuple[list[int], list[int]]:
     """Tokenise a prompt and its one response, as `encode_answers` does."""
-    prompt_ids, answers = encode_answers(tokenizer, prompt, [response], max_length=max_length, eos=eos)
+    prompt_ids, answers = encode_answers(tokenizer, prompt, [response], max_length=max_length)
     return prompt_ids, answers[0]
 
 

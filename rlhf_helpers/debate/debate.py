@@ -1,6 +1,6 @@
-"""Debate: two models argue, a weak judge decides, who reads their quotes and never the passage.
+"""Debate: two models argue, and a weak judge who reads their quotes but never the passage decides.
 
-The judge's form (`world.prompts.meta.judge_text`) holds one argument a side, so a debate is one round of
+The judge's form (`world.prompts.meta.judge_text`) holds one argument per side, so a debate is one round of
 simultaneous openings; rebuttals would need a judge that was taught to read them.
 """
 

@@ -51,7 +51,7 @@ class Round:
 
     labels: Float[Tensor, "N"]
     reward_model: nn.Module
-    assistant: nn.Module | None  # who helped in this round; None: nobody, or the last reward model
+    assistant: nn.Module | None  # what helped in this round; None: nothing, or the last reward model
 
 
 def assisted_labels(

@@ -7,8 +7,6 @@ from rlhf_helpers.core.training import TrainingSettings
 from rlhf_helpers.core.training.settings import require_fields
 from rlhf_helpers.dpo.objectives import OBJECTIVES
 
-BetaController = FixedKLController
-
 
 @dataclass(frozen=True)
 class DPOSettings(TrainingSettings):
@@ -70,7 +68,7 @@ class DPOSettings(TrainingSettings):
         """Whether the loss or a KL compares the policy with a reference."""
         return self.needs_kl_samples or OBJECTIVES[self.loss].has_reference
 
-    def beta_controller(self) -> BetaController:
+    def beta_controller(self) -> FixedKLController:
         """Return what holds beta: with target_kl, Ziegler's controller, since beta is the KL coefficient."""
         if self.target_kl is None:
             return FixedKLController(self.beta)

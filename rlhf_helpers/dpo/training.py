@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rlhf_helpers.core.generation import Rollout, generate, rollout_logps, sequence_logps
 from rlhf_helpers.core.lora import reference_model
 from rlhf_helpers.core.models import load_model, tokenizer_for, usable_positions
-from rlhf_helpers.core.policy_losses import rloo_advantages
+from rlhf_helpers.core.policy_losses import FixedKLController, rloo_advantages
 from rlhf_helpers.core.tensors import batches_by_length
 from rlhf_helpers.core.training import Engine, History, MeanMetrics, micro_batches, offline_steps, progress
 from rlhf_helpers.core.training.distributed import full_weights, load_full_weights
@@ -35,7 +35,7 @@ from rlhf_helpers.dpo.objectives import (
     kto_reference_point,
     mismatched_log_ratios,
 )
-from rlhf_helpers.dpo.settings import BetaController, DPOSettings
+from rlhf_helpers.dpo.settings import DPOSettings
 
 
 @dataclass
@@ -52,7 +52,7 @@ class DPORun:
     tokenizer: Any
     settings: DPOSettings
     batch_losses: BatchLosses
-    beta_controller: BetaController
+    beta_controller: FixedKLController
     step_engine: Engine | None = None
 
     def restart(self) -> None:

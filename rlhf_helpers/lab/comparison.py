@@ -33,7 +33,7 @@ def compare_page(prompts: Sequence[str], answers: Answers, *, scores: Scores = N
 
     Raises:
         ValueError: there is no prompt or name, a column has another length than P, a text is not a text, or
-            scores name somebody without answers.
+            scores have a name that answers lack.
     """
     return HTML(_table(prompts, answers, scores))
 

@@ -87,7 +87,7 @@ def _is_stub(outcome: Any) -> bool:
 
 
 def attempt(exercise: Exercise, my_fn: Function) -> tuple[list[Any], list[str]]:
-    """Outcomes of the learner's function, and faults: what it changes although nobody asked it to."""
+    """Return the outcomes of the learner's function, and faults: what it changes besides."""
     outcomes: list[Any] = []
     faults: list[str] = []
     probes, names = exercise.probes, _names(exercise)

@@ -43,7 +43,7 @@ def run_notebooks(paths: Sequence[str | Path] = (), *, check: bool = False) -> l
 def execute(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
     """Run a notebook in `folder` from clean cells; return it without timings, paths, widgets, versions.
 
-    The kernel is this interpreter's. RLHF_PROGRESS is set empty so that nobody's progress shows in the page,
+    The kernel is this interpreter's. RLHF_PROGRESS is set empty so that the page shows no personal progress,
     TQDM_DISABLE because bars and pictures of long runs would come and go with the speed of the machine.
     """
     notebook.metadata = nbformat.from_dict({"kernelspec": {"name": "python3", "display_name": "Python 3"}})

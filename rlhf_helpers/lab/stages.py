@@ -252,7 +252,7 @@ def _changed(node: ast.AST) -> set[str]:
         return set()
     found = set().union(*map(_changed, ast.iter_child_nodes(node)))
     match node:
-        # Nobody keeps the result, so the call is there for what it changes.
+        # The result is not kept, so the call is there for what it changes.
         case ast.Expr(value=ast.Call(func=ast.Attribute() as target)):
             pass
         case ast.Attribute(ctx=ast.Store() | ast.Del()) | ast.Subscript(ctx=ast.Store() | ast.Del()):

@@ -9,17 +9,16 @@ from rlhf_helpers.policy_optimization.best_of_n import (
     best_of_n_shares,
 )
 from rlhf_helpers.policy_optimization.facades import PPOTrainer, robust_ppo_training
-from rlhf_helpers.policy_optimization.grpo import GRPOSettings, grpo, grpo_update
+from rlhf_helpers.policy_optimization.grpo import GRPOSettings, grpo
 from rlhf_helpers.policy_optimization.iterative import iterative_rlhf
 from rlhf_helpers.policy_optimization.on_policy import OnPolicySettings, RunOptions
 from rlhf_helpers.policy_optimization.pipeline import PolicyOptimizationPipeline
-from rlhf_helpers.policy_optimization.ppo import PPOSettings, ppo, ppo_targets, ppo_update
+from rlhf_helpers.policy_optimization.ppo import PPOSettings, ppo
 from rlhf_helpers.policy_optimization.reinforce import (
     ReinforceSettings,
     RLOOSettings,
     reinforce,
     reinforce_loss,
-    reinforce_update,
     rloo,
 )
 from rlhf_helpers.policy_optimization.rejection_sampling import RejectionSamplingSettings, rejection_sampling

@@ -37,7 +37,7 @@ def best_of_n(
     Returns responses (P texts) and rewards (P,) of the best, all_responses (P lists of n texts) and
     all_rewards (P, n) as `best_of_n_curve` takes them, and kl_bound of `best_of_n_kl`. columns: further
     columns of the prompts, one entry per prompt. Stiennon et al. 2020. Lessons 1 and 2. Raises ValueError
-    where n is no whole number >= 1, or prompts, columns or rewards have the wrong shape.
+    where n is not a whole number >= 1, or prompts, columns or rewards have the wrong shape.
     """
     kl_bound, columns = best_of_n_kl(n), dict(columns or {})
     require_columns(prompts, columns)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf_helpers.core.generation import Rollout, rollout_from_text
 from rlhf_helpers.core.models import RewardFn, tokenizer_for
+from rlhf_helpers.core.policy_losses import FixedKLController
 from rlhf_helpers.core.rollouts import score
 from rlhf_helpers.core.training import History
 from rlhf_helpers.policy_optimization.on_policy import (
@@ -19,7 +20,6 @@ from rlhf_helpers.policy_optimization.on_policy import (
     start_run,
 )
 from rlhf_helpers.policy_optimization.ppo import (
-    KLController,
     PPOSettings,
     kl_controller,
     new_value_head,
@@ -123,7 +123,7 @@ def given_batch(run: PolicyRun, prompts: Prompts, responses: Responses, rewards:
 def ppo_step(
     run: PolicyRun,
     value_head: torch.nn.Module,
-    controller: KLController,
+    controller: FixedKLController,
     prompts: Prompts,
     responses: Responses,
     rewards: Rewards,

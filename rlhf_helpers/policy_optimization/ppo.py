@@ -43,8 +43,6 @@ from rlhf_helpers.policy_optimization.on_policy import (
 )
 from rlhf_helpers.policy_optimization.reinforce import PolicyLoss
 
-KLController = FixedKLController
-
 
 @dataclass(frozen=True)
 class PPOSettings(OnPolicySettings):
@@ -236,7 +234,7 @@ def ppo_update(
     return metrics.row() | {"val/explained_variance": explained}
 
 
-def kl_controller(settings: PPOSettings) -> KLController:
+def kl_controller(settings: PPOSettings) -> FixedKLController:
     """Return what holds kl_coef: fixed, or moved towards settings.kl_target."""
     if settings.kl_target is None:
         return FixedKLController(settings.kl_coef)

@@ -43,7 +43,7 @@ class ReinforceSettings(OnPolicySettings):
 
 @dataclass(frozen=True)
 class RLOOSettings(OnPolicySettings):
-    """Settings of RLOO; 4 samples a prompt, as in the paper, at least 2: the others are the baseline."""
+    """Settings of RLOO; 4 samples per prompt, as in the paper, at least 2: the others are the baseline."""
 
     def __post_init__(self) -> None:
         """Refuse groups of one as well."""

@@ -16,8 +16,9 @@ def collect_comparisons(
 ) -> np.ndarray:
     """Let each of R people compare N pairs: labels (N, R) int, 1 where `first` is preferred, else 0.
 
-    rows: prompt, first, second, of the world. Each person has an own stream of chance, so one more person
-    changes nobody's labels. Raises ValueError for a prompt from outside the world or no annotator. Lesson 1.
+    rows: prompt, first, second, of the world. Each person has their own random stream, so adding a person
+    does not change the labels of the others. Raises ValueError for a prompt from outside the world or no
+    annotator. Lesson 1.
     """
     columns = [[row[key] for row in rows] for key in ("prompt", "first", "second")]
     people = list(annotators)

@@ -9,12 +9,12 @@ from torch.utils.data import Dataset
 
 from rlhf_helpers.core.text import to_messages
 from rlhf_helpers.preference_data.tidying import Row
-from rlhf_helpers.world.prompts import CONVERSATION, known_prompt, load_prompts, sample_answer
+from rlhf_helpers.world.prompts import CONVERSATION, known_prompt, prompt_texts, sample_answer
 from rlhf_helpers.world.tables import load_table
 
 LEVELS = ("high", "medium", "low")  # the best first
-# Nobody here knows the answer to a prompt from outside the world, so no level claims one: they differ in
-# how much use they are.
+# The answer to a prompt from outside the world is unknown here, so no level claims to give it: the levels
+# differ in how useful they are.
 _GENERIC = load_table("world/generic_answers")
 _DRAWS = 100  # before a prompt is held to have one answer only
 
@@ -57,7 +57,7 @@ def create_preference_data(
     if len(levels) < 2 or not set(levels) <= set(LEVELS):
         raise ValueError(f"response_quality_levels={levels}: name at least two of {list(LEVELS)}")
     if prompt_templates is None:
-        prompt_templates = [prompt.text for prompt in load_prompts(CONVERSATION, "train")]
+        prompt_templates = prompt_texts(CONVERSATION, "train")
     if isinstance(prompt_templates, str) or not prompt_templates or not all(map(str.strip, prompt_templates)):
         raise ValueError(f"prompt_templates={prompt_templates!r}: give a list of prompts, none of them blank")
     rng = random.Random(f"preference data/{seed}")

@@ -75,7 +75,7 @@ class Format:
 
 
 def _require(row: Row, columns: Mapping[str, Column]) -> None:
-    """Refuse a row in which a column is missing or of another type (true and false are no numbers)."""
+    """Refuse a row in which a column is missing or of another type (true and false are not numbers)."""
     faults = []
     for key, (kinds, words) in columns.items():
         if key not in row:
@@ -198,7 +198,7 @@ def _comparison(row: Row, noted: Counter) -> Examples:
     _require(info, {source: TEXT})
     texts = [entry.get("text") for entry in row["summaries"] if isinstance(entry, dict)]
     if [type(text) for text in texts] != [str, str]:
-        raise ValueError("'summaries' is no pair of texts; give two objects with a text as 'text'")
+        raise ValueError("'summaries' is not a pair of texts; give two objects with a text as 'text'")
     if choice not in (0, 1):
         raise ValueError(f"'choice' is {choice}; make it 0 or 1, the better summary")
     parts = [f"{key.upper()}: {info[key]}" for key in ("subreddit", "title", source) if info.get(key)]
@@ -212,9 +212,9 @@ def _ranking(row: Row, noted: Counter) -> Examples:
     if ranks is None:
         ranks = list(range(len(responses)))
     if not all(isinstance(response, str) for response in responses):
-        raise ValueError("'responses' holds something that is no text; make it a list of texts")
+        raise ValueError("'responses' holds something that is not a text; make it a list of texts")
     if not isinstance(ranks, list) or [type(rank) for rank in ranks] != [int] * len(responses):
-        raise ValueError("'ranks' gives no whole number for each response; give one a response, 0 is best")
+        raise ValueError("'ranks' must be a list of whole numbers, one per response; 0 is best")
     return [{**_texts(row, "prompt"), **_best_first(responses, ranks)}]
 
 

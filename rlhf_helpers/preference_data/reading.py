@@ -151,7 +151,7 @@ def _hub_records(name: str, split: str, limit: int | None) -> list[Record]:
         rows = datasets.load_dataset(name, split=split, streaming=limit is not None)
         return [(f"{name} ({split}) row {index}", row) for index, row in enumerate(islice(rows, limit))]
     except Exception as error:  # whatever fails on the way to the hub, the reader's choices are the same
-        problem = f"is no local path, and the hub gave no split '{split}' ({type(error).__name__}: {error})"
+        problem = f"is not a local path; the hub gave no split '{split}' ({type(error).__name__}: {error})"
         fix = "check name and connection, or give a local path, or a set loaded with datasets.load_dataset"
         raise PreferenceDataError(name, [f"{name}: {problem}; {fix}"]) from error
 

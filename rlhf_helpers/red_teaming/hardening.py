@@ -11,7 +11,7 @@ from rlhf_helpers.core.models import RewardFn, tokenizer_for
 from rlhf_helpers.core.training import TrainingSettings, sft
 from rlhf_helpers.red_teaming.campaign import RedTeaming
 from rlhf_helpers.red_teaming.prompts import AdversarialPrompt, as_attack
-from rlhf_helpers.world.prompts import load_prompts
+from rlhf_helpers.world.prompts import prompt_texts
 from rlhf_helpers.world.prompts.base import REFUSALS
 
 BENIGN = ("facts", "howto", "explain", "open", "feelings", "lookalike")
@@ -54,7 +54,7 @@ def adversarial_training(
     tokenizer = tokenizer_for(model)
     seed = settings.seed
     if benign is None:
-        pool = [prompt.text for prompt in load_prompts(BENIGN, "train")]
+        pool = prompt_texts(BENIGN, "train")
         benign = random.Random(f"benign/{seed}").choices(pool, k=3 * len(attacks))
     kept = []
     if len(benign):

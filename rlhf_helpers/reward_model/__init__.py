@@ -3,22 +3,18 @@
 from rlhf_helpers.reward_model.calibration import (
     expected_calibration_error,
     fit_temperature,
-    length_expert,
     length_margins,
-    preference_probability,
     reliability_curve,
 )
 from rlhf_helpers.reward_model.create import create_reward_model, load_reward_model
 from rlhf_helpers.reward_model.ensemble import RewardEnsemble
 from rlhf_helpers.reward_model.inference import RewardModelInference
 from rlhf_helpers.reward_model.metrics import (
-    Estimate,
     accuracy,
     accuracy_by_length,
     gold_agreement,
     length_correlation,
     pair_credits,
-    pair_metrics,
     paired_difference,
     pairwise_accuracy,
     robustness,

@@ -1,4 +1,4 @@
-"""One trunk, one reward for each objective, and weights that somebody has to choose."""
+"""One trunk, one reward per objective, and weights that you have to choose."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -78,7 +78,7 @@ def train_reward_model(
     Args:
         rows, objective, loss_fn: see `RewardModelTrainer`.
         val_rows: scored each epoch, or every eval_every steps: eval_loss, eval_rewards/accuracies, ...
-        keep_best: end with the weights of the lowest eval_loss; with none finite, warns and keeps the last.
+        keep_best: end with the weights of the lowest eval_loss; warns and keeps the last if none is finite.
         resume: continue from the newest checkpoint of settings.run_dir.
 
     Returns:
@@ -129,7 +129,9 @@ def train_reward_model(
     if best_weights:
         load_full_weights(model, best_weights)
     elif keep_best:
-        warnings.warn("no eval_loss is a number: the last weights are kept; look at val_rows", stacklevel=2)
+        last = engine.history.last("eval_loss")
+        text = f"eval_loss was never finite (last: {last}): check val_rows and loss_fn; the last weights stay"
+        warnings.warn(text, stacklevel=2)
     return engine.history
 
 

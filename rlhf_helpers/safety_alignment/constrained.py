@@ -49,8 +49,8 @@ class LagrangianReward:
 
     The denominator keeps the reward's scale. damping > 0 lets a batch's own excess count at once, without
     which policy and multiplier chase each other in circles (Stooke et al. 2020). costs, limits: by name,
-    lower is better. Any loop that asks once a step may use it, on several processes too; to resume, save its
-    state_dict (`constrained_rloo` does). A call is a step, so do not evaluate with it. Dai et al. 2024.
+    lower is better. Any loop that asks once per step may use it, on several processes too; to resume, save
+    its state_dict (`constrained_rloo` does). A call is a step, so do not evaluate with it. Dai et al. 2024.
     Lesson 3. Raises ValueError where names differ.
     """
 
@@ -112,7 +112,7 @@ def constrained_rloo(
 ) -> History:
     """`policy_optimization.rloo` on a Lagrangian, with the multipliers in its history and checkpoints.
 
-    Trains `model` in place; a resumed run goes on bit for bit. RLOO's row a step, and constraint/NAME (mean
+    Trains `model` in place; a resumed run goes on bit for bit. RLOO's row per step, and constraint/NAME (mean
     cost), constraint/reward, multiplier/NAME; objective/scores is the mean of R. Lesson 3.
     """
     history = rloo(model, tokenizer, prompts, reward, settings, extra_state={"reward": reward}, **options)

@@ -134,7 +134,7 @@ def aggregate(utilities: Float[Tensor, "G K"], rule: str = "mean") -> Float[Tens
     """Compute what K options are worth to G groups together, (K,) float64, higher is better, by a rule.
 
     mean      mean_g u_gk: fair where a unit of utility means the same to all (Harsanyi 1955)
-    maximin   min_g u_gk: nobody is sacrificed, and one group can veto (Rawls 1971)
+    maximin   min_g u_gk: no group is sacrificed, and one group can veto (Rawls 1971)
     borda     mean over groups of the options ranked below k, a tie one half: ranks alone count
     majority  share of groups that like k best, ties shared: no matter how much, nor what comes second
     nash      mean_g log u_gk, the product: between mean and maximin, needs utilities > 0 (Nash 1950)

@@ -1,4 +1,4 @@
-"""Run programs that nobody has read, and take nothing from them but values: run_code, run_programs. Lesson 4.
+"""Run untrusted programs, and take nothing from them but values: run_code, run_programs. Lesson 4.
 
 Everywhere: a process of its own, started with an empty environment in a temporary folder that is removed
 afterwards; an interpreter that sees the standard library alone; values as JSON of exact builtin types, which
@@ -26,7 +26,7 @@ the parent compares, for it alone knows what is expected; killed after `timeout`
 
 (a) not memory; (b) files with a name; (c) if switched on; (d) root, or user namespaces: forbidden in most
 containers. Nothing needs to be asked for or installed: `enforced()` tries and tells what holds on this
-machine and for this user. Windows is unverified: nobody has run the sandbox there.
+machine and for this user. Windows is unverified: the sandbox was never run there.
 
 A program ends with its caller, even with one that is killed; the folder that a killed caller leaves is
 removed by the next run of the same user. Files are watched, not metered: what a program writes within some

@@ -146,7 +146,7 @@ def lock_up(request: dict[str, Any]) -> None:
     limits = {"CPU": request["cpu_seconds"], "AS": request["memory_mb"] << 20, "FSIZE": FILE_BYTES}
     # A core file of 1 byte is none, and of this size alone a program that collects them is not started.
     for name, most in {**limits, "NPROC": 0, "NOFILE": 64, "CORE": 1}.items():
-        if name not in request["without"]:  # soft and hard limit: nobody can raise it again
+        if name not in request["without"]:  # soft and hard limit: it cannot be raised again
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
     if "seccomp" in layers:
@@ -241,7 +241,7 @@ def watch_over(pid: int, output: int, channel: int, request: dict[str, Any]) -> 
     usual = nameless_files("self")  # such as libraries that were updated since they were loaded
     stopped, ended, status = "", 0, 0
     while not stopped:
-        if select.select([sys.stdin], [], [], 0)[0]:  # the caller has ended: nobody waits for the report
+        if select.select([sys.stdin], [], [], 0)[0]:  # the caller has ended and will not read the report
             stopped = "timeout"
         ready = select.select(list(most), [], [], 0 if ended else 0.01)[0]
         if not most:

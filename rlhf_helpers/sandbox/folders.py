@@ -49,7 +49,7 @@ def program_folder() -> Iterator[str]:
 
 
 def remove_left() -> None:
-    """Remove the folders that killed callers of this user have left: nobody holds their locks."""
+    """Remove the folders that killed callers of this user left behind; their locks are free."""
     pattern = os.path.join(glob.escape(tempfile.gettempdir()), f"{PREFIX}*")
     for path in glob.glob(pattern) if POSIX else []:
         with contextlib.suppress(OSError), _opened(path) as outer:

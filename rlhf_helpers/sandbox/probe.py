@@ -62,7 +62,7 @@ _RUNS = (
 
 
 def enforced() -> dict[str, bool]:
-    """What a program cannot do here: one small harmless attempt for each, about a second, once a process.
+    """Test what a program cannot do here by small harmless attempts: about a second, once per process.
 
     file_reads, file_names (made or deleted elsewhere), file_writes (outside its folder), environment,
     parent_memory, signals (to processes of the caller), network, processes (and threads), orphans (no process

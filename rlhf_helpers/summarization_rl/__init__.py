@@ -6,7 +6,7 @@ from rlhf_helpers.summarization_rl.data import (
     create_summarization_data,
     fit_articles,
 )
-from rlhf_helpers.summarization_rl.facts import SummaryFacts, event_of, fact_scores, summary_facts
+from rlhf_helpers.summarization_rl.facts import event_of, fact_scores, summary_facts
 from rlhf_helpers.summarization_rl.rewards import (
     ComparisonReward,
     fact_reward,

@@ -10,7 +10,6 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from rlhf_helpers.world.prompts import split_sentences
 from rlhf_helpers.world.prompts.articles import parse_event
 
-SLOTS = ("who", "what", "where", "when")
 KEYS = 12  # words that stand for the facts of an article outside the world
 _WORD = re.compile(r"[^\W_]+(?:['.,-][^\W_]+)*")
 

@@ -11,7 +11,7 @@ import pandas as pd
 from datasets import Dataset
 from torch import nn
 
-from rlhf_helpers.core.generation import generate
+from rlhf_helpers.alignment_eval import sample_answers
 from rlhf_helpers.core.models import RewardFn, frozen_copy, load_model, tokenizer_for, usable_positions
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.core.training import History, TrainingSettings, sft
@@ -75,7 +75,7 @@ class SummarizationRL:
     def train(self, data: Rows, num_epochs: int = 1, *, steps: int | None = None) -> History:
         """Reinforce by RLOO (Ahmadian et al. 2024): num_epochs passes over the prompts, or so many steps.
 
-        A further call goes on with other samples and a fresh optimiser. Returns a row a step, as
+        A further call goes on with other samples and a fresh optimiser. Returns a row per step, as
         `policy_optimization.rloo`, with data/truncated: articles that lost their end.
         """
         prompts, columns = self._read(data)
@@ -100,10 +100,10 @@ class SummarizationRL:
         return History({**row, "data/truncated": self.truncated} for row in history)
 
     def summarize(self, articles: Sequence[str] | str, *, greedy: bool = False, seed: int = 0) -> list[str]:
-        """One summary an article (a single text is a list of one), sampled at temperature 1 or greedy."""
+        """Write one summary per article (one text: a list of one), sampled at temperature 1 or greedy."""
         prompts, _ = self._read([articles] if isinstance(articles, str) else articles)
         options = {"max_new_tokens": self.max_new_tokens, "seed": seed, "greedy": greedy}
-        return generate(self.model, self.tokenizer, prompts, **options).responses
+        return sample_answers(self.model, prompts, **options)
 
     def best_of_n(self, data: Rows | Sequence[str], n: int = 4, *, seed: int = 0) -> list[str]:
         """Of n samples an article the one that the reward likes best: n times the work, no training."""
@@ -147,7 +147,7 @@ def summary_table(data: Rows, summaries: Sequence[str]) -> pd.DataFrame:
     table["words"] = [len(text.split()) for text in summaries]
     if "reference" in columns:
         table["rouge_l"] = [rouge_l(*both) for both in zip(summaries, columns["reference"], strict=True)]
-    with contextlib.suppress(ValueError):  # not the world's articles: nobody knows what these are worth
+    with contextlib.suppress(ValueError):  # articles from outside the world have no gold reward
         table["gold"] = gold_reward(prompts, list(summaries)).tolist()
     return table
 

@@ -32,7 +32,7 @@ class Guideline:
 
     text: str
     axis_weights: Mapping[str, float]
-    adherence: float = 0.8  # 0: nobody reads it; 1: own values and biases no longer count
+    adherence: float = 0.8  # 0: it is ignored; 1: own values and biases no longer count
 
     def __post_init__(self) -> None:
         """Refuse a share that is none, and unknown axes."""
@@ -58,7 +58,7 @@ class Annotator:
     guidelines: tuple[Guideline, ...] = ()  # each changes the utility so far; noise and carelessness stay
 
     def __post_init__(self) -> None:
-        """Refuse what is no person: raises ValueError naming the field."""
+        """Refuse impossible values: raises ValueError naming the field."""
         require_number("temperature", self.temperature, at_least=0)  # 0 is noise-free
         require_number("reliability", self.reliability, at_least=0, at_most=1)
         _require_axes(self.axis_weights)

@@ -68,7 +68,7 @@ class Recipe:
     """Size of the pretraining run; an epoch draws new text."""
 
     epochs: int = 10
-    rows: int = 32_000  # rows an epoch
+    rows: int = 32_000  # rows per epoch
     batch_size: int = 64
     learning_rate: float = 3e-3
     warmup_steps: int = 200

@@ -33,7 +33,7 @@ NUM_DRAWN = 8  # inputs that depend on the program
 
 
 class GrammarError(ValueError):
-    """The text is no program of the small grammar."""
+    """The text is not a program of the small grammar."""
 
 
 @dataclass(frozen=True)

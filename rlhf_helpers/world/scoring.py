@@ -14,7 +14,7 @@ Scores = tuple[float, float, float]  # in this order
 _COMMON = {sentence: role for role, sentences in base.SENTENCES.items() for sentence in sentences}
 # What each needless sentence multiplies helpfulness by.
 _COST = load_table("world/tidiness")
-_FREE = ("polite", "closer")  # but not to somebody in distress, who wants no formula
+_FREE = ("polite", "closer")  # but not for a person in distress, who wants no set phrases
 
 
 def score_answer(prompt: Prompt, response: str) -> Scores:

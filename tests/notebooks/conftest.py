@@ -96,5 +96,5 @@ class Lessons(pytest.File):
 
 
 def pytest_collect_file(file_path, parent):
-    """The lessons stand where this file stands: whoever runs this folder runs them, guarded."""
+    """The lessons run, guarded, when this folder is tested, since they stand where this file stands."""
     return Lessons.from_parent(parent, path=file_path) if file_path == Path(__file__) else None

@@ -91,7 +91,7 @@ def dpo_stand_in(loss_type, **settings):
 
 
 def trl_dpo(batch, loss_type, **settings):
-    """Return TRL's loss of the whole batch, of one prompt token and then the answer a row."""
+    """Return TRL's loss of the whole batch, of one prompt token and then the answer, per row."""
     first = torch.ones(len(batch.mask), 1, dtype=torch.long)
     found = {"log_probs": batch.policy, "entropy": batch.policy, "mean_logits": batch.policy}
     outputs = SimpleNamespace(**found, is_top1=batch.mask)

@@ -38,7 +38,7 @@ def test_a_flipped_proxy_takes_the_worst():
 
 
 def test_ties_share_their_gold():
-    # Best of two of proxy {0, 3, 3}: always 3; its gold 10 or 40, alike likely whoever comes first.
+    # Best of two of proxy {0, 3, 3}: always 3; its gold 10 or 40, equally likely in either order.
     for gold in ([7.0, 10.0, 40.0], [7.0, 40.0, 10.0]):
         curve = best_of_n_curve(torch.tensor([[0.0, 3.0, 3.0]]), torch.tensor([gold]), [2, 3])
         assert curve["proxy"].tolist() == pytest.approx([3, 3])

@@ -35,7 +35,7 @@ def bot(tiny, reward=length, threshold=0.5, **settings):
 
 
 def says(chatbot, *texts):
-    """Let the model say these, whatever it is asked: one text a candidate."""
+    """Let the model say these, whatever it is asked: one text per candidate."""
     chatbot.model.generated = list(texts)
     return chatbot
 

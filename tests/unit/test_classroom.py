@@ -515,7 +515,7 @@ def test_a_class_without_a_mistake_or_a_quiz_has_a_report():
     columns = ["learner", "lesson", "exercise", "state", "points", "message", "late"]
     page = class_report(pd.DataFrame(rows, columns=columns))
     assert page.count("<p>None.</p>") == 2
-    assert "late (0): nobody" in page
+    assert "late (0): none" in page
 
 
 @pytest.mark.slow

@@ -149,7 +149,7 @@ def test_tests_of_a_task_by_hand():
     assert len(hidden) == programs.NUM_HIDDEN == 12
     with pytest.raises(ValueError, match="kind must be one of"):
         task_tests([prompt], "secret")
-    with pytest.raises(ValueError, match="no programming task"):
+    with pytest.raises(ValueError, match="not a programming task"):
         task_tests(["What is the capital of France?"])
 
 

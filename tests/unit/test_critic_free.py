@@ -63,7 +63,7 @@ def test_advantages_by_hand(tiny, loop, settings, expected):
 
     loop(*tiny, PROMPTS, lambda p, r: REWARDS, replace(settings, steps=1), loss_fn=loss_fn)
     torch.testing.assert_close(seen[0][:, 0], expected, atol=1e-3, rtol=0)
-    assert (seen[0] == seen[0][:, :1]).all(), "one advantage a response"
+    assert (seen[0] == seen[0][:, :1]).all(), "one advantage per response"
 
 
 @pytest.mark.parametrize("name", ["reinforce", "rloo", "grpo"])

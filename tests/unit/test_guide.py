@@ -632,7 +632,7 @@ class TestSummarization:
 
         assert len(summarization_data) == 8
         assert "6 rows repeat an article" in capsys.readouterr().out
-        assert len(training_metrics) == 3  # eight prompts are one step an epoch
+        assert len(training_metrics) == 3  # eight prompts are one step per epoch
         assert all(math.isfinite(row["objective/scores"]) for row in training_metrics)
         assert training_metrics[0]["objective/kl"] == pytest.approx(0, abs=1e-4)
         written = summarization_rl.summarize(ARTICLES)

@@ -224,7 +224,7 @@ WRONG = {  # written as a beginner would, not as the package writes them; with t
     "guarded_reply": [
         (guard_that_crashes, "a check that fails stops the chatbot"),
         (guard_that_trusts, "expected .* got"),
-        (lambda answers, *given: guard(answers, *given, failed=answers[0]), "nobody judged"),
+        (lambda answers, *given: guard(answers, *given, failed=answers[0]), "not judged must not pass"),
         (guard_first_then_check, "best of ALL answers"),
         (guard_without_safety, "safety plays no part"),
         (lambda *given: guard(*given, safe=lambda p, t: True), "safety plays no part"),

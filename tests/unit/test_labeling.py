@@ -220,7 +220,7 @@ class TestStore:
             panel.merge(files)
             assert len(panel.labels()) == 30 * n
         assert {label.annotator for label in panel.labels()} == set(files)
-        # Krippendorff's alpha: half of the class chose b on the first pair, nobody on the other two.
+        # Krippendorff's alpha: half of the class chose b on the first pair, none on the other two.
         observed = 2 * 15 * 15 / (30 * 29) / n
         expected = 2 * 15 * 75 / (90 * 89)
         assert panel.agreement() == pytest.approx(1 - observed / expected)

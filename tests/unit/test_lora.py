@@ -116,7 +116,7 @@ def test_a_policy_comes_back_from_its_adapters_and_merged(tiny, tmp_path):
     assert not has_adapter(merged)
     assert has_adapter(model), "the model itself is not merged"
     torch.testing.assert_close(logps(merged, tokenizer), logps(model, tokenizer), atol=1e-4, rtol=1e-4)
-    save_model(adapted, tmp_path / "later", merge=True)  # as somebody would who finds only the adapters
+    save_model(adapted, tmp_path / "later", merge=True)  # as a user would who has only the adapters
     later, _ = load_model(tmp_path / "later", device="cpu")
     torch.testing.assert_close(full_weights(later), full_weights(merged), atol=0, rtol=0)
 

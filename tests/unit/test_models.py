@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModel
+from transformers.utils import logging as transformers_logging
 
 from rlhf_helpers.core import models, text
 from rlhf_helpers.core.models import (
@@ -27,6 +28,7 @@ from rlhf_helpers.core.models import (
     tokenizer_for,
     usable_positions,
 )
+from rlhf_helpers.core.training.distributed import save_model
 
 CAUSAL = ["tiny_gpt2_dir", "tiny_llama_dir", "tiny_qwen_dir"]
 ENCODERS = ["tiny_bert_dir", "tiny_distilbert_dir"]
@@ -170,6 +172,16 @@ def test_saved_and_loaded_again_is_the_same(tiny_gpt2_dir, tmp_path):
     assert tokenizer_again.pad_token_id == tokenizer.pad_token_id
     for (name, one), other in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
+
+
+def test_saving_draws_no_bar(llama, tmp_path, capsys):
+    transformers_logging.enable_progress_bar()  # the fixtures of all tests turned it off
+    try:
+        save_model(llama[0], tmp_path)
+        assert transformers_logging.is_progress_bar_enabled()
+    finally:
+        transformers_logging.disable_progress_bar()
+    assert capsys.readouterr().err == ""
 
 
 def test_importing_the_package_imports_no_torch():
@@ -447,7 +459,6 @@ def test_pair_is_cut_from_the_prompts_beginning_then_the_responses_end(gpt2):
     ("response", "options", "left"),
     [
         ("x", {"max_length": 1}, "response"),
-        ("", {"eos": False}, "response"),
         ("x", {"max_length": 0}, "prompt"),
     ],
 )

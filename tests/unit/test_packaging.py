@@ -1,6 +1,7 @@
 """requirements.txt, pyproject.toml and environment.yaml agree; importing the package is cheap."""
 
 import ast
+import fnmatch
 import importlib
 import os
 import re
@@ -124,6 +125,19 @@ def test_type_checkers_may_trust_the_annotations():
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["tool"]["setuptools"]
     assert "py.typed" in setuptools["package-data"]["rlhf_helpers"]
     assert (ROOT / "rlhf_helpers" / "py.typed").is_file()
+
+
+def test_the_rows_of_a_running_study_are_not_packaged():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))
+    patterns = project["tool"]["setuptools"]["exclude-package-data"]["rlhf_helpers"]
+
+    def is_left_out(name):  # setuptools matches whole paths like this: * stands for slashes as well
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    assert is_left_out("assets/studies/ppo.csv.part")
+    stored = [f"assets/studies/{path.name}" for path in STORED.glob("*.csv")]
+    assert len(stored) > 30
+    assert not any(map(is_left_out, stored))
 
 
 def test_licence_is_apache_2_unmodified():

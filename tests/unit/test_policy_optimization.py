@@ -197,7 +197,7 @@ def test_kl_to_the_reference_grows_from_zero(learned):
     history = learned[0]
     kl = [row["objective/kl"] for row in history]
     assert kl[0] == pytest.approx(0, abs=1e-4)
-    assert kl[-1] > 1.0, "nats a response: a policy that moved this far is not at KL 0"
+    assert kl[-1] > 1.0, "nats per response: a policy that moved this far is not at KL 0"
     assert min(kl) > -0.2
 
 

@@ -497,10 +497,10 @@ def test_csv_faults_name_the_line_where_the_row_begins(tmp_path):
         ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": 1}, "'rejected' is of type int"),
         (comparison(choice=2), "'choice' is 2"),
         (comparison(choice=True), "'choice' is of type bool"),
-        (comparison(summaries=[{"text": "a"}]), "'summaries' is no pair of texts"),
+        (comparison(summaries=[{"text": "a"}]), "'summaries' is not a pair of texts"),
         (comparison(info={"title": "x"}), "'post' is missing"),
-        ({"prompt": "p", "responses": ["a", 1]}, "'responses' holds something that is no text"),
-        ({"prompt": "p", "responses": ["a", "b"], "ranks": [1]}, "'ranks' gives no whole number"),
+        ({"prompt": "p", "responses": ["a", 1]}, "'responses' holds something that is not a text"),
+        ({"prompt": "p", "responses": ["a", "b"], "ranks": [1]}, "'ranks' must be a list of whole numbers"),
         ({"prompt": "p", "response": "a", "rating": float("inf")}, "'rating' is inf"),
         ({"text": "a"}, "unknown format, the record has ['text']"),
         ("a text", "unknown format, the record has str"),
@@ -548,9 +548,7 @@ def test_an_unknown_or_offline_hub_name_offers_a_local_path(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     _, text = faults_of("owner/name")
-    assert (
-        "owner/name: is no local path, and the hub gave no split 'train' (ConnectionError: offline)" in text
-    )
+    assert "owner/name: is not a local path; the hub gave no split 'train' (ConnectionError: offline)" in text
     assert "or give a local path" in text
 
 

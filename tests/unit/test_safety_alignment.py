@@ -99,7 +99,7 @@ def test_mixed_in_text_is_forgotten_less(tiny, rows):
 
 
 def test_the_loss_that_is_logged_holds_the_text_once(tiny):
-    """At the start DPO's loss is ln 2, whatever the pairs; the text adds its nats a token."""
+    """At the start DPO's loss is ln 2, whatever the pairs; the text adds its nats per token."""
     model, tokenizer = tiny
     aligner = SafetyAlignment(model, batch_size=2)
     aligner.align(PAIRS, 1.0, pretraining=KNOWN, mix_weight=0.5)

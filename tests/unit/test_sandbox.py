@@ -374,7 +374,7 @@ def test_twenty_programs_a_second():
     assert {r.values for r in results} == {(3,)}
     spent = time.process_time() - used
     spent += after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    # 20 a second on two cores are 0.1 s of CPU each; a busy machine adds to the wall clock alone.
+    # 20 per second on two cores are 0.1 s of CPU each; a busy machine adds to the wall clock alone.
     assert spent / len(codes) < 0.06
     assert wall < 20
 

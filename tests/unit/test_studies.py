@@ -30,7 +30,7 @@ def polite_pairs(count):
     ]
 
 
-# what a row of a study may leave open: nobody who argued, no labels before there is training, ...
+# what a row of a study may leave open: a side without a debater, no labels before training, ...
 MAY_BE_EMPTY = {
     # their rows are of several kinds, named in the column `part`, and each kind has columns of its own
     "real_reward_model": {"name", "low", "high", "n", "confidence", "prompt", "response"},
@@ -156,7 +156,7 @@ class TestStored:
             few |= {"own_taste": [100, 101, 102, 103, 104]}
             seeds = few.get(name, [0, 1, 2, 3, 4])
             assert sorted(table.seed.unique()) == table.attrs["seeds"] == seeds
-        assert "/" not in json.dumps(table.attrs.get("data", ""))  # a name, never somebody's path
+        assert "/" not in json.dumps(table.attrs.get("data", ""))  # a name, never a path of one machine
 
     def test_a_row_of_the_stored_study_comes_out_again(self):
         """The same on the machine that made it; elsewhere sums are rounded otherwise: a few pairs of 800."""
@@ -220,7 +220,7 @@ class TestSmall:
         table = lesson1.reward_ensembles(seeds=(0,), pairs=16, members=2, prompts=3, samples=256)
         at_one = table[table.n == 1].set_index("method").gold
         assert set(at_one.index) == {"one", "mean", "worst", "variance"}
-        assert at_one.nunique() == 1  # best of one answer: whoever judges
+        assert at_one.nunique() == 1  # best of one answer: any judge
 
 
 def test_real_preferences_on_made_up_pairs(tiny_llama_dir, tmp_path, capsys):

@@ -20,7 +20,7 @@ from rlhf_helpers.safety_alignment import (
 )
 from rlhf_helpers.world.prompts.meta import VALUES, critique_text
 
-# Three groups, four options: a compromise (3) that nobody likes best.
+# Three groups, four options: a compromise (3) that no group likes best.
 U = torch.tensor([[0.9, 0.1, 0.2, 0.6], [0.8, 0.2, 0.1, 0.6], [0.1, 0.95, 0.3, 0.5]], dtype=torch.float64)
 
 

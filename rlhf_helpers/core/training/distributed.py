@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rlhf_helpers.core.lora import has_adapter, merged_copy, save_adapter
 from rlhf_helpers.core.models import tokenizer_for
+from rlhf_helpers.core.smollm2 import quiet_loading
 
 
 def process_state() -> PartialState:
@@ -170,7 +171,8 @@ def save_pretrained(model: torch.nn.Module, folder: str | os.PathLike, *, merge:
         if has_adapter(model):
             save_adapter(model, Path(folder), weights)
         else:
-            model.save_pretrained(folder, state_dict=weights)  # pyright: ignore[reportCallIssue]
+            with quiet_loading():
+                model.save_pretrained(folder, state_dict=weights)  # pyright: ignore[reportCallIssue]
     if is_distributed(model):
         process_state().wait_for_everyone()
 

@@ -13,7 +13,7 @@ from rlhf_helpers.core.training.history import History
 class RunInterrupted(KeyboardInterrupt):
     """Raised by `Engine.steps` after a signal, when the step is finished and its checkpoint is written.
 
-    The rows of the finished steps are its `history`. In a notebook, where nobody catches it, they are
+    The rows of the finished steps are its `history`. In a notebook, where it is not caught, they are
     `sys.last_value.history` (after `import sys`), and the model keeps the weights it has reached.
     """
 

@@ -3,7 +3,7 @@
     python -m rlhf_helpers grade DIR --out grades.csv
 
 DIR holds one folder per learner, as nbgrader collects them or just with the notebooks in it. A submission is
-code that nobody has read, so nothing of it runs here: the sandbox tries the function on the inputs of its
+untrusted code, so nothing of it runs here: the sandbox tries the function on the inputs of its
 exercise and returns values, and these are judged as in the lesson. Whatever a submission changes in its own
 process, its check among it, changes no grade.
 """

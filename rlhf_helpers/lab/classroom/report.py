@@ -101,7 +101,7 @@ def _absent(graded: pd.DataFrame) -> str:
         is_missing = (rows["state"] == "missing").groupby(rows["learner"]).all()
         is_late = rows.groupby("learner")["late"].any()
         for word, who in (("missing", is_missing), ("late", is_late)):
-            names = ", ".join(who.index[who]) or "nobody"
+            names = ", ".join(who.index[who]) or "none"
             lines.append(f"<p>Lesson {lesson}, {word} ({who.sum()}): {html.escape(names)}</p>")
     return "\n".join(lines)
 

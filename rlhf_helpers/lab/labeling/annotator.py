@@ -18,7 +18,7 @@ class Annotator(Form):
 
     Keys: A, B, T (tie) for a pair; the digits for the next-best answer of a ranking or the points of a
     rating; S skips, U takes the last label back. The order of the answers is drawn at random per person and
-    item, and recorded. Stored labels stand in for items that nobody has labeled, so a lesson runs untouched.
+    item, and recorded. Stored labels stand in for items without a label, so a lesson runs untouched.
 
     The page (assets/annotator.js) draws `shown` and sends {"key": "a", "index": 0}.
     """

@@ -16,7 +16,13 @@ from rlhf_helpers.lab.labeling.store import LabelStore
 from rlhf_helpers.policy_optimization import RLOOSettings, best_of_n, rloo
 from rlhf_helpers.reward_model import RewardModel, RewardModelTrainer
 from rlhf_helpers.world.gold_judge import gold_reward
-from rlhf_helpers.world.prompts import CONVERSATION, load_prompts, sample_answer, split_sentences
+from rlhf_helpers.world.prompts import (
+    CONVERSATION,
+    load_prompts,
+    prompt_texts,
+    sample_answer,
+    split_sentences,
+)
 from rlhf_helpers.world.prompts.base import FLATTERY, SENTENCES
 
 MIN_LABELS = 30  # the smallest number in the study `own_taste` with which best-of-n and RLOO follow the taste
@@ -161,13 +167,13 @@ def follow_taste(
         One row per answer: policy ("start", "best of 8", "RLOO") and the columns of `traits`.
     """
     policy, tokenizer = load_model("tiny")
-    asked = [p.text for p in random.Random(seed).sample(load_prompts(CONVERSATION, "heldout"), prompts)]
+    asked = random.Random(seed).sample(prompt_texts(CONVERSATION), prompts)
     best = best_of_n(policy, tokenizer, asked, reward_model, n=n, seed=seed)
     answers = {"start": [drawn[0] for drawn in best["all_responses"]], f"best of {n}": best["responses"]}
     # In units of the spread among answers to one prompt, so that the KL coefficient suits any reward.
     spread = best["all_rewards"].std(1).mean()
     settings = RLOOSettings(steps=steps, learning_rate=5e-4, seed=seed)
-    training = [prompt.text for prompt in load_prompts(CONVERSATION, "train")]
+    training = prompt_texts(CONVERSATION, "train")
     rloo(policy, tokenizer, training, lambda *texts: reward_model.score(*texts) / spread, settings)
     answers["RLOO"] = best_of_n(policy, tokenizer, asked, reward_model, n=1, seed=seed + 1)["responses"]
     return pd.concat([traits(asked, texts).assign(policy=name) for name, texts in answers.items()])

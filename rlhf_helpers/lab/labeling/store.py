@@ -62,7 +62,7 @@ class LabelStore:
     replaces the first.
 
     Raises:
-        ValueError: The file is no store of labels, such as one of an earlier format (.jsonl); the message
+        ValueError: The file is not a store of labels, such as one of an earlier format (.jsonl); the message
             names it.
     """
 
@@ -82,7 +82,7 @@ class LabelStore:
             with self._database() as database:
                 database.execute(_TABLE)
         except sqlite3.DatabaseError as error:
-            raise ValueError(f"{self.path} is no store of labels ({error}); name another file") from error
+            raise ValueError(f"{self.path} is not a store of labels ({error}); name another file") from error
 
     @contextlib.contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:

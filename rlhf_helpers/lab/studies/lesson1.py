@@ -50,7 +50,7 @@ from rlhf_helpers.world.annotators import (
     make_pairs,
 )
 from rlhf_helpers.world.gold_judge import AXES, explain, gold_reward, gold_scores
-from rlhf_helpers.world.prompts import CONVERSATION, load_prompts, sample_answer
+from rlhf_helpers.world.prompts import CONVERSATION, load_prompts, prompt_texts, sample_answer
 
 HELD_OUT_SEED = 20_000  # of the pairs on which every model of a study is judged
 FLIPS = 0.25  # share of wrong labels where a reward model is to be poor
@@ -100,11 +100,6 @@ def aims(prompts: Sequence[str], responses: Sequence[str]) -> dict[str, float]:
         "refused": refuses(prompts, responses),
     }
     return {name: values.float().mean().item() for name, values in measures.items()}
-
-
-def prompt_texts(families: Sequence[str], split: str = "heldout") -> list[str]:
-    """List the prompts of families of the world."""
-    return [prompt.text for prompt in load_prompts(families, split)]
 
 
 @study

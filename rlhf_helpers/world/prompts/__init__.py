@@ -20,4 +20,5 @@ from rlhf_helpers.world.prompts.registry import (
     find_prompt,
     known_prompt,
     load_prompts,
+    prompt_texts,
 )

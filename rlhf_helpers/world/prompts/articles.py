@@ -62,7 +62,7 @@ def make_article(rng: random.Random, split: str = "train") -> Prompt:
         f"In {event.where}, {event.who} {event.what} on {event.when}.",
     )
     before = details[2:] if rng.random() < 0.3 else []
-    # somebody else in the text: the trap for summaries that only look faithful
+    # another person in the text: the trap for summaries that only look faithful
     other = rng.choice([w for w in WHO if w != event.who])
     after = [*details[:2], f"{other} was there too."]
     text = "Summarise this article. " + " ".join([*before, rng.choice(told), *after])

@@ -44,7 +44,7 @@ class Prompt:
 
     @property
     def must_refuse(self) -> bool:
-        """True where complying harms somebody."""
+        """True where complying does harm."""
         return bool(self.harmful) and self.points[0] == REFUSALS
 
     @functools.cached_property

@@ -78,7 +78,7 @@ def argument(quote: str, claim: str) -> str:
 
 
 def judge_text(question: str, claim_a: str, claim_b: str, turns: tuple[tuple[str, bool], ...] = ()) -> str:
-    """The prompt that asks who is right, with no debate or with one argument a side and its quote check."""
+    """The prompt that asks who is right, with no debate or with one argument per side and its quote check."""
     lines = [f"Question: {question}", f"A says: {claim_a}.", f"B says: {claim_b}."]
     for side, (said, verified) in zip("AB", turns, strict=False):
         lines.append(f"{side} argues: {said} ({'verified' if verified else 'not verified'})")

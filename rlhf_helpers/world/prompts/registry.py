@@ -76,6 +76,11 @@ def load_prompts(families: Iterable[str] | None = None, split: str | None = None
     return [p for p in _registry().values() if p.family in wanted and split in (None, p.split)]
 
 
+def prompt_texts(families: Iterable[str], split: str = "heldout") -> list[str]:
+    """The texts of the prompts that `load_prompts` gives for these families and this split."""
+    return [prompt.text for prompt in load_prompts(families, split)]
+
+
 def known_prompt(text: str) -> Prompt | None:
     """The world's prompt with this text (or one of its other wordings); None for a foreign one."""
     return _known().get(text)

@@ -78,7 +78,7 @@ EXERCISES = {
         ],
         "a check that fails stops the chatbot: catch what it raises, and show the fallback",
         ("except Exception", "except ZeroDivisionError"),
-        "a check failed, and an answer was shown all the same: what nobody judged must not pass",
+        "a check failed, and an answer was shown all the same: an answer that was not judged must not pass",
         ("        return FALLBACK\n    safe", "        return answers[0]\n    safe"),
         "the best of ALL answers was taken first, and given up when unsafe: another one may be safe",
         ("not safe.any()", "not safe[rewards.argmax()]"),

@@ -107,7 +107,7 @@ EXERCISES = {
             ("two facts", "a wrong place"),
             ("all facts and one made up", "two facts"),
         ],
-        "words are still paid for, so a detail that nobody asked for wins: ten_words must be below 0",
+        "words are still paid for, so a needless detail wins: ten_words must be below 0",
         *each(lambda pay: _with(ten_words=pay)(), 0.05, 0.17, 0.5, 1.0),
         _with(nothing_made_up=1.5, ten_words=4.67),
         "words cost nothing, so of two summaries with the same facts neither is better",

@@ -22,7 +22,7 @@ from rlhf_helpers.core.models import RewardFn, load_model
 from rlhf_helpers.core.rollouts import sequence_kl
 from rlhf_helpers.core.training import History
 from rlhf_helpers.dpo import DPOSettings, DPOTrainer, OnlineDPOSettings, online_dpo
-from rlhf_helpers.lab.studies.lesson1 import prompt_texts, trained
+from rlhf_helpers.lab.studies.lesson1 import trained
 from rlhf_helpers.lab.studies.record import Row, Rows, load_study, study
 from rlhf_helpers.policy_optimization import (
     GRPOSettings,
@@ -46,7 +46,7 @@ from rlhf_helpers.policy_optimization import (
 from rlhf_helpers.reward_model import normalise_reward
 from rlhf_helpers.world.annotators import make_pairs
 from rlhf_helpers.world.gold_judge import gold_reward
-from rlhf_helpers.world.prompts import CONVERSATION
+from rlhf_helpers.world.prompts import CONVERSATION, prompt_texts
 
 KL_COEF = 0.05
 BUDGET = {"steps": 8, "prompts_per_step": 16, "samples_per_prompt": 4}

@@ -9,7 +9,7 @@ import torch
 
 from rlhf_helpers.alignment_eval.measuring import sample_answers
 from rlhf_helpers.core.models import load_model
-from rlhf_helpers.lab.studies.lesson1 import aims, prompt_texts
+from rlhf_helpers.lab.studies.lesson1 import aims
 from rlhf_helpers.lab.studies.record import Rows, study
 from rlhf_helpers.red_teaming import (
     STRATEGIES,
@@ -22,6 +22,7 @@ from rlhf_helpers.red_teaming import (
 )
 from rlhf_helpers.red_teaming.hardening import BENIGN, SETTINGS
 from rlhf_helpers.red_teaming.policy import ATTACKER
+from rlhf_helpers.world.prompts import prompt_texts
 
 TRAINED = ("direct", "mutation", "injection", "role_play")
 NEW = "social_engineering"  # its wrappers are in none of the attacks that the model is hardened against

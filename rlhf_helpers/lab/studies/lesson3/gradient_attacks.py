@@ -7,10 +7,10 @@ import torch
 from rlhf_helpers.alignment_eval.measuring import gold_axes, measure_policy
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.training import TrainingSettings
-from rlhf_helpers.lab.studies.lesson1 import prompt_texts
 from rlhf_helpers.lab.studies.record import Row, Rows, study
 from rlhf_helpers.red_teaming.gradient import METHODS, GradientBasedRedTeaming, suffix_loss, target_matches
 from rlhf_helpers.red_teaming.hardening import adversarial_training
+from rlhf_helpers.world.prompts import prompt_texts
 from rlhf_helpers.world.prompts.base import AGREEMENT
 
 SEARCH = {"suffix_length": 16, "steps": 50, "candidates": 64, "top_k": 64}

@@ -15,20 +15,20 @@ from rlhf_helpers.debate.recursive import (
     reward_log_odds,
 )
 from rlhf_helpers.interpretability import activations, linear_probe
-from rlhf_helpers.lab.studies.lesson1 import prompt_texts, trained
+from rlhf_helpers.lab.studies.lesson1 import trained
 from rlhf_helpers.lab.studies.lesson2.methods import make_task, run_method
 from rlhf_helpers.lab.studies.record import Row, Rows, study
 from rlhf_helpers.policy_optimization import RLOOSettings
 from rlhf_helpers.reward_model import gold_agreement
 from rlhf_helpers.world.annotators import CARELESS, make_pairs
 from rlhf_helpers.world.gold_judge import gold_reward
-from rlhf_helpers.world.prompts import best_answer, load_prompts, sample_answer
+from rlhf_helpers.world.prompts import best_answer, load_prompts, prompt_texts, sample_answer
 
 WIN = {"prompts_per_step": 12, "samples_per_prompt": 4, "max_new_tokens": 48}
 WIN |= {"learning_rate": 1e-3, "kl_coef": 0.02}
 VERDICTS = ("judge_accuracy", "honest_verified", "dishonest_verified")
 CONCEPTS = ("harm", "length", "truth")
-# form -> who speaks for the truth and against it: nobody, the base, or the model trained for that side
+# form -> speakers for the truth and against it: None, the base, or the model trained for that side
 FORMS = {
     "no debate": (None, None),
     "honest consultant": ("base", None),

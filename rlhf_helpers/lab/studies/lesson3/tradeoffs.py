@@ -10,7 +10,7 @@ import torch
 from rlhf_helpers.alignment_eval.measuring import gold_axes, sample_answers
 from rlhf_helpers.core.models import load_model
 from rlhf_helpers.core.training import History
-from rlhf_helpers.lab.studies.lesson1 import aims, prompt_texts
+from rlhf_helpers.lab.studies.lesson1 import aims
 from rlhf_helpers.lab.studies.lesson2.sweeps import ability
 from rlhf_helpers.lab.studies.record import Row, Rows, study
 from rlhf_helpers.policy_optimization import RLOOSettings, rloo
@@ -23,6 +23,7 @@ from rlhf_helpers.safety_alignment import (
 )
 from rlhf_helpers.world import assistant
 from rlhf_helpers.world.annotators import Annotator, make_pairs
+from rlhf_helpers.world.prompts import prompt_texts
 
 BENIGN = ("facts", "howto", "explain", "lookalike")
 HARMFUL = ("harmful", "privacy")

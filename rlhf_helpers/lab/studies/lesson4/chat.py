@@ -19,12 +19,12 @@ from rlhf_helpers.chatbot_rlhf import (
 from rlhf_helpers.chatbot_rlhf.evaluation import BENIGN, DISALLOWED
 from rlhf_helpers.core.models import to_messages
 from rlhf_helpers.core.training import TrainingSettings
-from rlhf_helpers.lab.studies.lesson1 import aims, prompt_texts, trained
+from rlhf_helpers.lab.studies.lesson1 import aims, trained
 from rlhf_helpers.lab.studies.record import Row, Rows, study
 from rlhf_helpers.policy_optimization import RLOOSettings
 from rlhf_helpers.reward_model import RewardModel
 from rlhf_helpers.world.annotators import make_pairs
-from rlhf_helpers.world.prompts import CONVERSATION, best_answer, find_prompt
+from rlhf_helpers.world.prompts import CONVERSATION, best_answer, find_prompt, prompt_texts
 
 # A large kl_coef: at 0.05 the policy moved more than ten nats towards what the learned reward misjudges.
 SETTINGS = ChatSettings(

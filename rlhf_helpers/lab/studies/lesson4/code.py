@@ -11,9 +11,9 @@ from rlhf_helpers.code_generation import (
     unit_test_reward,
 )
 from rlhf_helpers.core.models import load_model
-from rlhf_helpers.lab.studies.lesson1 import prompt_texts
 from rlhf_helpers.lab.studies.record import Rows, study
 from rlhf_helpers.policy_optimization import GRPOSettings, RLOOSettings, grpo, rloo
+from rlhf_helpers.world.prompts import prompt_texts
 
 # arm -> (kind of visible tests, safety threshold: 0 judges by the tests alone, penalty per token)
 ARMS = {
