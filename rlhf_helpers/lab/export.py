@@ -92,7 +92,10 @@ def _print(page: str, target: Path) -> Path:
         # The page draws its formulas first. A browser that runs as root has no sandbox of its own.
         command += ["--virtual-time-budget=20000", f"--print-to-pdf={target.resolve()}", source.as_uri()]
         command += ["--no-sandbox"] * (hasattr(os, "geteuid") and os.geteuid() == 0)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PRINT_TIMEOUT_S)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_PRINT_TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            raise OSError(f"{browser} did not print {target} within {_PRINT_TIMEOUT_S} s") from error
     if done.returncode or not target.is_file():
         raise OSError(f"{browser} did not print {target}: {done.stderr.strip()[-300:]}")
     return target

@@ -113,6 +113,13 @@ def test_a_browser_that_fails_is_named(tmp_path, monkeypatch):
         export_notebooks([stored(tmp_path)], kind="pdf", out=tmp_path / "out")
 
 
+def test_a_browser_that_hangs_is_named(tmp_path, monkeypatch):
+    browser(tmp_path, monkeypatch, "exec sleep 5")
+    monkeypatch.setattr(export, "_PRINT_TIMEOUT_S", 0.1)
+    with pytest.raises(OSError, match=r"chromium did not print .*01_lesson\.pdf within 0\.1 s"):
+        export_notebooks([stored(tmp_path)], kind="pdf", out=tmp_path / "out")
+
+
 def test_without_a_browser_a_page_to_print_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(export.shutil, "which", lambda name: None)
     (page,) = export_notebooks([stored(tmp_path)], kind="pdf", out=tmp_path / "out")
