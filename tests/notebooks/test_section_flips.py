@@ -65,7 +65,7 @@ def flip(module, name, turn, only_here):
                 defaults = getattr(value, "__defaults__", None) or ()
                 if any(default is kept for default in defaults):
                     value.__defaults__ = tuple(flipped if one is kept else one for one in defaults)
-    for held in [] if only_here else gc.get_objects():  # made before the flip, as the estimators of the KL are
+    for held in [] if only_here else gc.get_objects():  # made before the flip, like the KL estimators
         if isinstance(held, functools.partial) and held.func is kept:
             held.__setstate__((flipped, held.args, held.keywords, None))
 
