@@ -53,7 +53,7 @@ CEILINGS = {
     "chatbot_rlhf": 5_505,
     "summarization_rl": 4_015,
     "code_generation": 3_370,
-    "lab": 14_790,
+    "lab": 14_806,
     "lab/explorers": 2_460,
     "lab/classroom": 3_575,
     "lab/labeling": 4_115,
