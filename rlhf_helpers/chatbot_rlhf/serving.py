@@ -23,6 +23,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import Route
+from threadpoolctl import threadpool_limits
 
 from rlhf_helpers.core.tensors import require_number
 from rlhf_helpers.core.text import is_text
@@ -54,6 +55,8 @@ class ChatServer:
     The first request of a batch waits max_wait seconds for others, at most max_batch together; what comes
     while a batch is answered forms the next. Above MAX_WAITING requests the next one gets 503. batch_sizes:
     the requests of each batch so far. Answers come from a thread of this process: do not train meanwhile.
+    threads: that it computes with, None as many as torch has. Where the steps are short, as those of a tiny
+    model, several cost more in waiting for each other than they save: one answers in half the time.
 
     form: a page for people at http://host:port/, or None. Its page() is HTML; its receive(message) takes the
     JSON object that the page posts to /form and gives what it shows next (`lab.chat.SideBySide` has both).
@@ -72,13 +75,15 @@ class ChatServer:
         port: int = 0,
         max_batch: int = 8,
         max_wait: float = 0.02,
+        threads: int | None = None,
         form: Any = None,
     ) -> None:
         """Keep what is served and where; port 0 takes a free one. Nothing listens yet."""
         require_number("max_batch", max_batch, at_least=1)
         require_number("max_wait", max_wait, at_least=0)
+        require_number("threads", 1 if threads is None else threads, whole=True, at_least=1)
         self.chatbot, self.port = chatbot, port
-        self.max_batch, self.max_wait = max_batch, max_wait
+        self.max_batch, self.max_wait, self.threads = max_batch, max_wait, threads
         self.batch_sizes: list[int] = []
         self.form = form
         pages = [Route("/", self._page), Route("/form", self._take, methods=["POST"])]
@@ -150,10 +155,16 @@ class ChatServer:
             while len(batch) < self.max_batch and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
             self.batch_sizes.append(len(batch))
-            replies = await asyncio.to_thread(self._answers, [conversation for conversation, _ in batch])
+            replies = await asyncio.to_thread(self._computed, [conversation for conversation, _ in batch])
             for (_, reply), found in zip(batch, replies, strict=True):
                 if not reply.done():  # its client may be gone
                     reply.set_result(found)
+
+    def _computed(self, conversations: list[Conversation]) -> list[Any]:
+        """The answers, computed with `threads`, a limit for this Python thread alone."""
+        # Not torch.set_num_threads: MKL then computes otherwise in all threads.
+        with threadpool_limits(self.threads, user_api="openmp"):
+            return self._answers(conversations)
 
     def _answers(self, conversations: list[Conversation]) -> list[Any]:
         """A reply for each, or the exception that it alone raises."""

@@ -248,9 +248,24 @@ def test_an_end_that_does_not_come_is_told(monkeypatch):
     assert not server._thread.is_alive()
 
 
+def test_answers_are_computed_with_the_threads_asked_for_and_the_callers_stay_as_they_are():
+    seen, before = [], torch.get_num_threads()
+
+    class Counts(Echo):
+        def answer_batch(self, conversations):
+            seen.append(torch.get_num_threads())
+            return super().answer_batch(conversations)
+
+    for threads in (1, None):
+        with ChatServer(Counts(), threads=threads) as server:
+            ask_all(server, ["hello"])
+    assert seen == [1, before]
+    assert torch.get_num_threads() == before
+
+
 def test_a_taken_port_and_bad_numbers_raise(served):
     with pytest.raises(OSError, match="in use"), ChatServer(Echo(), port=served.port):
         pass
-    for setting in ({"max_batch": 0}, {"max_wait": -1}):
+    for setting in ({"max_batch": 0}, {"max_wait": -1}, {"threads": 0}, {"threads": 1.5}):
         with pytest.raises(ValueError, match=next(iter(setting))):
             ChatServer(Echo(), **setting)
