@@ -25,7 +25,7 @@ from rlhf_helpers.world.prompts import (
 )
 from rlhf_helpers.world.prompts.base import FLATTERY, SENTENCES
 
-MIN_LABELS = 30  # the smallest number in the study `own_taste` with which best-of-n and RLOO follow the taste
+MIN_LABELS = 15  # the smallest number in the study `own_taste` with which best-of-n and RLOO follow the taste
 READINGS = 600  # pairs read in training, repeats included: with few labels more epochs, as many steps
 FRIENDLY = (*SENTENCES["polite"], *SENTENCES["closer"])
 
@@ -150,7 +150,7 @@ def learn_taste(
 
 
 def follow_taste(
-    reward_model: RewardModel, *, prompts: int = 60, n: int = 8, steps: int = 30, seed: int = 0
+    reward_model: RewardModel, *, prompts: int = 60, n: int = 8, steps: int = 20, seed: int = 0
 ) -> pd.DataFrame:
     """Let the tiny assistant follow a reward: best of `n`, and `steps` of RLOO on training prompts.
 

@@ -263,7 +263,7 @@ def own_taste(
     labels: Sequence[int] = (15, 30, 60),
     follow: Sequence[int] = (15, 30),
     heldout: int = 500,
-    steps: int = 30,
+    steps: int = 20,
 ) -> Rows:
     """Measure how many labels of a scripted person, who likes short and friendly answers, teach that taste.
 
