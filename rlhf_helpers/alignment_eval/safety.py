@@ -70,8 +70,8 @@ def counterfactual_gaps(
     turned, mirrored = [], []
     for prompt, texts, (first, second) in zip(prompts, options, swaps, strict=True):
         words = {first: second, second: first}
-        turned.append(swap_words(prompt, words))
-        mirrored.append([swap_words(text, words) for text in texts])
+        turned.append(swap_terms(prompt, words))
+        mirrored.append([swap_terms(text, words) for text in texts])
         if turned[-1] == prompt:
             raise ValueError(
                 f"swap {(first, second)} changes nothing in {prompt!r}: name words that it holds"
@@ -82,7 +82,7 @@ def counterfactual_gaps(
     return torch.stack(gaps)
 
 
-def swap_words(text: str, words: Mapping[str, str]) -> str:
+def swap_terms(text: str, words: Mapping[str, str]) -> str:
     """Replace whole words, all at once: with {"a": "b", "b": "a"} the two change places."""
     pattern = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
     return re.sub(rf"\b(?:{pattern})\b", lambda match: words[match[0]], text)
@@ -281,7 +281,7 @@ class _Probe:
         for p in load_prompts(["groups"], "heldout"):
             if p.kind == kind and TARGET in p.slots["groups"]:
                 first, second = p.slots["groups"]
-                twin = find_prompt(swap_words(p.text, {first: second, second: first}))
+                twin = find_prompt(swap_terms(p.text, {first: second, second: first}))
                 asked |= {p.text: p, twin.text: twin}
         rows = []
         for prompt, said in zip(asked.values(), self.answers(list(asked)), strict=True):

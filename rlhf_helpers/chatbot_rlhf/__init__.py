@@ -6,7 +6,7 @@ from rlhf_helpers.chatbot_rlhf.chatbot import (
     AlignedChatbot,
     Personality,
 )
-from rlhf_helpers.chatbot_rlhf.evaluation import evaluate_chatbot, memory_questions, spoken
+from rlhf_helpers.chatbot_rlhf.evaluation import evaluate_chatbot, memory_questions, with_history
 from rlhf_helpers.chatbot_rlhf.serving import ChatServer
 from rlhf_helpers.chatbot_rlhf.training import ChatbotTrainer, ChatSettings
 from rlhf_helpers.guards import pick_answer

@@ -22,7 +22,7 @@ BENIGN = ("howto", "lookalike", "explain", "facts")
 OPEN_TO_ALL = tuple(family for family in CONVERSATION if family not in (*DISALLOWED, "jailbreak"))
 
 
-def spoken(conversation: str, before: Sequence[str] = (), *, at: int = -1) -> str:
+def with_history(conversation: str, before: Sequence[str] = (), *, at: int = -1) -> str:
     """A conversation in the flat form, with more messages (user, assistant, ...) put before its last one.
 
     at: the index of the message before which they are put; 0 puts them at the beginning.
@@ -50,7 +50,7 @@ def memory_questions(
     for prompt, start in itertools.product(load_prompts(("dialogue",), split), range(len(facts))):
         exchanges = [facts[(start + i) % len(facts)] for i in range(between or 1)]
         said = list(itertools.chain(*exchanges))
-        pairs.append((spoken(prompt.text, said, at=-1 if between else 0), prompt.text))
+        pairs.append((with_history(prompt.text, said, at=-1 if between else 0), prompt.text))
     pairs = pairs[:: -(-len(pairs) // limit)]
     return [text for text, _ in pairs], [original for _, original in pairs]
 

@@ -90,7 +90,7 @@ def expected_calibration_error(
     return float(np.average((curve["frequency"] - curve["confidence"]).abs(), weights=curve["n"]))
 
 
-def length_expert(rows: Sequence[Mapping[str, Any]]) -> float:
+def length_log_odds(rows: Sequence[Mapping[str, Any]]) -> float:
     """Log-odds of being chosen for each ten further words: all that length alone explains of the labels.
 
     w = argmax_w sum log sigmoid(w (words_chosen - words_rejected) / 10)
@@ -104,16 +104,16 @@ def length_expert(rows: Sequence[Mapping[str, Any]]) -> float:
 def length_margins(rows: Sequence[Mapping[str, Any]], *, weight: float | None = None) -> list[dict[str, Any]]:
     """Rows with a column margin that lets a reward model learn what length does not explain.
 
-    margin = -w (words_chosen - words_rejected) / 10, with w = `weight` or, without, `length_expert(rows)`;
+    margin = -w (words_chosen - words_rejected) / 10, with w = `weight` or, without, `length_log_odds(rows)`;
     loss   = -logsigmoid(r_chosen - r_rejected - margin): expert and reward model explain the label together
 
     The expert helps in training alone, so the reward need not carry length: a product of experts (Clark et
     al. 2019; He et al. 2019). It lessens a bias rather than ends it, since a logit's weight
     shrinks while another cause (quality) is left out: the world's length-biased people give 1.06 alone, 2.01
     beside gold. A larger weight takes more off; with too large a one the reward prefers short answers. An
-    older margin is replaced. Lesson 1. Raises what `length_expert` does.
+    older margin is replaced. Lesson 1. Raises what `length_log_odds` does.
     """
-    margins = -(length_expert(rows) if weight is None else weight) * word_gaps(rows) / 10
+    margins = -(length_log_odds(rows) if weight is None else weight) * word_gaps(rows) / 10
     return [{**row, "margin": margin} for row, margin in zip(rows, margins.tolist(), strict=True)]
 
 

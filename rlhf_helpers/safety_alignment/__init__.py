@@ -21,12 +21,12 @@ from rlhf_helpers.safety_alignment.operations import (
 from rlhf_helpers.safety_alignment.values import (
     PRINCIPLE_OF,
     RULES,
-    ValueModel,
+    NormClassifier,
     aggregate,
     answer_case,
     answer_template,
     choose,
     compare_rules,
-    fairest,
+    maximin_choice,
     value_judgements,
 )

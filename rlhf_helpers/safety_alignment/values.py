@@ -27,7 +27,7 @@ SEAM = "\nAnswer: "
 PRINCIPLE_OF: dict[str, str] = load_table("world/meta")["principle_of"]
 
 
-class ValueModel:
+class NormClassifier:
     """Whether a case respects a value, as probabilities learned from judgements.
 
     P(respects | case, value) = sigmoid(w_value . h + b_value), h standardised
@@ -42,7 +42,7 @@ class ValueModel:
         self.template = template
         self.heads: dict[str, Pipeline] = {}
 
-    def fit(self, rows: Sequence[Mapping[str, Any]], *, shuffle_seed: int | None = None) -> "ValueModel":
+    def fit(self, rows: Sequence[Mapping[str, Any]], *, shuffle_seed: int | None = None) -> "NormClassifier":
         """Learn from rows case, value, respects (bool); returns itself.
 
         shuffle_seed: labels at random, the control to beat. ValueError where all cases of a value are judged
@@ -113,7 +113,7 @@ def answer_case(prompt: str, response: str) -> str:
 
 
 def answer_template(case: str, value: str) -> str:
-    """Ask about an `answer_case` by the rule of `PRINCIPLE_OF`: for `ValueModel(template=)`."""
+    """Ask about an `answer_case` by the rule of `PRINCIPLE_OF`: for `NormClassifier(template=)`."""
     prompt, _, response = case.rpartition(SEAM)
     return critique_text(prompt, response, PRINCIPLE_OF.get(value, value))
 
@@ -165,7 +165,7 @@ def choose(utilities: Float[Tensor, "G K"], rule: str = "mean") -> int:
     return int(torch.where(worth >= worth.max() - 1e-12, aggregate(utilities), -torch.inf).argmax())
 
 
-def fairest(utilities: Float[Tensor, "G K"]) -> int:
+def maximin_choice(utilities: Float[Tensor, "G K"]) -> int:
     """Return the option best for the group it serves worst, argmax_k min_g u_gk; ties as in `choose`.
 
     Lesson 3.

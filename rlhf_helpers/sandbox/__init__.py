@@ -7,7 +7,7 @@ the parent compares, for it alone knows what is expected; killed after `timeout`
     layer                        stops                                    Linux           macOS   Windows
     resource limits              CPU, memory, file size; for users also   yes             (a)     no
                                  new processes and threads
-    keeper's watch               floods of output and of files, also of   yes             (b)     no
+    supervisor's watch           floods of output and of files, also of   yes             (b)     no
                                  deleted, nameless and hidden files
     seccomp filter               all system calls but a list of           x86-64, ARM 64  no      no
                                  harmless ones: no processes, threads,

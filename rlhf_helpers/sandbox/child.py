@@ -1,6 +1,6 @@
-"""What runs in the child: for each request a keeper, and caged below it a worker that runs the program.
+"""What runs in the child: for each request a supervisor, and confined below it a worker with the program.
 
-The server reads requests, a line each, and forks a keeper for each. The keeper stays outside the cage: it
+The server reads requests, a line each, and forks a supervisor for each. The supervisor stays unconfined: it
 reads what the worker writes, measures and kills. The worker gives up all it can and runs the program in its
 own interpreter, where the program can read all that the worker knows (code, arguments, nonce): nothing worth
 stealing is sent here, above all no expected value. Run by path, without site packages. Lesson 4.
@@ -26,7 +26,7 @@ import wire  # noqa: E402
 
 LINUX = frozenset({"namespaces", "landlock", "user", "seccomp"} if sys.platform == "linux" else ())
 if LINUX:
-    import cage
+    import confinement
 if os.name == "posix":
     import resource
 del sys.path[0]
@@ -35,7 +35,7 @@ FILE_BYTES, DISK_BYTES, MAX_FILES, MAX_PATH = 1 << 20, 8 << 20, 1000, 500
 OUTPUT_BYTES, MESSAGE_BYTES, MAX_EVENTS = 1 << 16, 1 << 18, 50
 NO_MEMORY = 111  # exit status of a worker that has none left to say so
 CHILDREN = "/proc/self/task/{}/children"
-FIRST_UID = 1_900_000_000  # plus the keeper's process id: a user of its own for every program
+FIRST_UID = 1_900_000_000  # plus the supervisor's process id: a user of its own for every program
 # "module." comes from preloaded modules that a program is not to change.
 WATCHED = (
     "open",
@@ -136,13 +136,13 @@ def lock_up(request: dict[str, Any]) -> None:
     layers, reads = LINUX - request["without"], False
     if "landlock" in layers:
         with contextlib.suppress(OSError):
-            cage.landlock(request["folder"], request["readable"])
+            confinement.landlock(request["folder"], request["readable"])
             reads = True
     if "user" in layers:
         with contextlib.suppress(OSError):
             if not reads and os.getuid() == 0:  # whom it becomes may not be allowed to read the library
                 list(map(__import__, COMMON.split()))
-            cage.become(request["uid"], reads)
+            confinement.drop_privileges(request["uid"], reads)
     limits = {"CPU": request["cpu_seconds"], "AS": request["memory_mb"] << 20, "FSIZE": FILE_BYTES}
     # A core file of 1 byte is none, and of this size alone a program that collects them is not started.
     for name, most in {**limits, "NPROC": 0, "NOFILE": 64, "CORE": 1}.items():
@@ -151,7 +151,7 @@ def lock_up(request: dict[str, Any]) -> None:
                 resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
     if "seccomp" in layers:
         with contextlib.suppress(OSError, KeyError):
-            cage.forbid_calls()
+            confinement.forbid_calls()
 
 
 def worker(request: dict[str, Any], output: int, channel: int) -> None:
@@ -177,11 +177,11 @@ def worker(request: dict[str, Any], output: int, channel: int) -> None:
     os._exit(status)
 
 
-# ---- the keeper
+# ---- the supervisor
 
 
 def end_all(left: list[int]) -> None:
-    """Kill the worker and what it left: orphans, whatever their session, were handed to the keeper."""
+    """Kill the worker and what it left: orphans, whatever their session, were handed to the supervisor."""
     deadline = time.monotonic() + 3
     with contextlib.suppress(ChildProcessError):  # none is left
         while time.monotonic() < deadline:
@@ -205,7 +205,7 @@ def nameless_files(process: int | str) -> int:
 
 
 def too_much(folder: str, nameless: int) -> bool:
-    """Whether files are more, larger or deeper than a program may write, or hidden from the keeper."""
+    """Whether files are more, larger or deeper than a program may write, or hidden from the supervisor."""
     files, used, hidden = 0, nameless * FILE_BYTES, []
     for root, folders, names in os.walk(folder, onerror=hidden.append):
         files += len(folders) + len(names)
@@ -216,7 +216,7 @@ def too_much(folder: str, nameless: int) -> bool:
                 hidden.append(fault)
         if files > MAX_FILES or used > DISK_BYTES or len(root) - len(folder) > MAX_PATH:
             return True
-    # What is gone or replaced was so while we looked; anything else keeps the keeper from looking.
+    # What is gone or replaced was so while we looked; anything else keeps the supervisor from looking.
     return any(fault.errno not in (errno.ENOENT, errno.ENOTDIR) for fault in hidden)
 
 
@@ -269,17 +269,17 @@ def watch_over(pid: int, output: int, channel: int, request: dict[str, Any]) -> 
     }
 
 
-def keeper(request: dict[str, Any]) -> None:
+def supervisor(request: dict[str, Any]) -> None:
     """One program from request to report; never returns."""
     request["uid"], request["without"] = FIRST_UID + os.getpid(), frozenset(request["without"])
     layers = LINUX - request["without"]
     with contextlib.suppress(OSError):
         if layers:
-            cage.adopt()
+            confinement.adopt()
         if "user" in layers and os.getuid() == 0:
             os.chown(request["folder"], request["uid"], -1, follow_symlinks=False)
         if "namespaces" in layers:
-            cage.enter_namespaces()
+            confinement.enter_namespaces()
     (output, output_w), (channel, channel_w) = os.pipe(), os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -320,7 +320,7 @@ def main() -> None:
             os._exit(0)
         pid = os.fork()
         if pid == 0:
-            keeper(request)
+            supervisor(request)
         if os.waitpid(pid, 0)[1]:
             print("null", flush=True)
 

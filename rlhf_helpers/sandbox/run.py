@@ -30,7 +30,7 @@ _BY_NAME = {
 }
 _KINDS = {"raised": "error", "failed": "error", "syntax": "syntax", "unserialisable": "unserialisable"}
 _WITHOUT: frozenset[str] = frozenset()  # layers that the tests switch off, to see that the others hold
-_GRACE = 5.0  # seconds after which the parent kills a keeper that has not done its work
+_GRACE = 5.0  # seconds after which the parent kills a supervisor that has not done its work
 _CHILD = os.path.join(os.path.dirname(__file__), "child.py")
 _MOST_BYTES, _MAX_STDOUT, _MAX_EVENTS = 1 << 20, 1 << 16, 50
 _STOPPED = {
@@ -184,7 +184,7 @@ class _Child:
         return _result(report, nonce, len(calls), options["timeout"])
 
     def _ask(self, request: bytes, limit: float) -> dict[str, Any]:
-        """A keeper's report; without fork there is no keeper, and the program may have written every line."""
+        """A supervisor's report; without fork there is none, and the program may have written every line."""
         process, start, answer = self.process, time.monotonic(), []
         forks, report = hasattr(os, "fork") and "fork" not in _WITHOUT, None
 
@@ -198,7 +198,9 @@ class _Child:
         self.thread.start()
         self.thread.join(limit)
         late, text = self.thread.is_alive(), b"".join(answer).decode("latin-1")
-        with contextlib.suppress(ValueError):  # a keeper that was killed has written nothing or half a line
+        with contextlib.suppress(
+            ValueError
+        ):  # a supervisor that was killed has written nothing or half a line
             report = json.loads(text) if forks else {"messages": text}
         if report is None or not forks:
             self.close()

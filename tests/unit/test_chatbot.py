@@ -13,7 +13,7 @@ from rlhf_helpers.chatbot_rlhf import (
     evaluate_chatbot,
     memory_questions,
     pick_answer,
-    spoken,
+    with_history,
 )
 from rlhf_helpers.core.models import encode_prompt, load_model, to_messages, to_text
 from rlhf_helpers.guards import critique_check
@@ -279,7 +279,7 @@ def test_critique_check_agrees_with_the_truth():
     assert found[0] < 0.3
     assert found[1] > 0.7
     assert found[2] > 0.7
-    talk = spoken(asked[0], ["Hello!", "Hello to you!"])
+    talk = with_history(asked[0], ["Hello!", "Hello to you!"])
     torch.testing.assert_close(critique_check(model)([talk], [harm]), found[:1])  # the last message counts
 
 

@@ -11,7 +11,7 @@ from rlhf_helpers.core.preference_losses import bradley_terry_loss
 from rlhf_helpers.reward_model.calibration import (
     expected_calibration_error,
     fit_temperature,
-    length_expert,
+    length_log_odds,
     length_margins,
     preference_probability,
     reliability_curve,
@@ -149,7 +149,7 @@ def test_length_expert_by_hand():
     # Chosen is longer by ten words three times, shorter once: sigmoid(w) = 3/4.
     rows = [row(15, 5), row(12, 2), row(10, 0), row(0, 10)]
     assert word_gaps(rows).tolist() == [10, 10, 10, -10]
-    assert length_expert(rows) == pytest.approx(LN3, abs=1e-6)
+    assert length_log_odds(rows) == pytest.approx(LN3, abs=1e-6)
     assert [r["margin"] for r in length_margins(rows)] == pytest.approx([-LN3, -LN3, -LN3, LN3], abs=1e-6)
     assert [r["margin"] for r in length_margins(rows, weight=2.0)] == [-2, -2, -2, 2]
     assert length_margins(rows)[0]["chosen"] == rows[0]["chosen"]
@@ -157,7 +157,7 @@ def test_length_expert_by_hand():
 
 
 def test_shorter_answers_preferred_give_a_negative_weight():
-    assert length_expert([row(0, 10), row(0, 10), row(0, 10), row(10, 0)]) == pytest.approx(-LN3, abs=1e-6)
+    assert length_log_odds([row(0, 10), row(0, 10), row(0, 10), row(10, 0)]) == pytest.approx(-LN3, abs=1e-6)
 
 
 def test_length_expert_refuses_equal_lengths_and_one_rule_for_all():

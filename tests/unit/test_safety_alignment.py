@@ -6,7 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from rlhf_helpers.alignment_eval.safety import swap_words
+from rlhf_helpers.alignment_eval.safety import swap_terms
 from rlhf_helpers.core.generation import sequence_logps
 from rlhf_helpers.core.models import tokenizer_for
 from rlhf_helpers.safety_alignment import (
@@ -137,7 +137,7 @@ def test_other_refusals(tiny, tiny_gpt2_dir):
 
 def test_swapped_words_change_places_and_parts_of_words_stay():
     words = {"cat": "dog", "dog": "cat"}
-    assert swap_words("A cat and a dog in a category.", words) == "A dog and a cat in a category."
+    assert swap_terms("A cat and a dog in a category.", words) == "A dog and a cat in a category."
 
 
 def test_improvement_is_signed(monkeypatch):

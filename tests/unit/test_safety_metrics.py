@@ -10,7 +10,7 @@ from rlhf_helpers.alignment_eval.safety import (
     SafetyMetrics,
     counterfactual_gaps,
     refuses,
-    swap_words,
+    swap_terms,
 )
 from rlhf_helpers.core.choices import choice_logps
 from rlhf_helpers.core.models import load_model
@@ -80,9 +80,9 @@ def test_refusals_are_read_by_a_full_parse():
 
 def test_words_change_places():
     animals = {"cat": "dog", "dog": "cat"}
-    turned = swap_words("A cat, a dog and a catfish.", animals)
+    turned = swap_terms("A cat, a dog and a catfish.", animals)
     assert turned == "A dog, a cat and a catfish."
-    assert swap_words(turned, animals) == "A cat, a dog and a catfish."
+    assert swap_terms(turned, animals) == "A cat, a dog and a catfish."
 
 
 # ---- the metrics by answers made by hand
@@ -188,7 +188,7 @@ def test_gaps_by_hand(assistant, monkeypatch):
 
 def test_gap_equals_log_probs_of_the_model(assistant):
     options = ["Yes, every Norlander is clever.", "No, no Norlander is clever."]
-    turned = [swap_words(o, {"Norlander": "Sudlander"}) for o in options]
+    turned = [swap_terms(o, {"Norlander": "Sudlander"}) for o in options]
     tokenizer = safety.tokenizer_for(assistant)
     p = choice_logps(assistant, tokenizer, ["Is a Norlander clever?"], options)[0].softmax(0)
     q = choice_logps(assistant, tokenizer, ["Is a Sudlander clever?"], turned)[0].softmax(0)

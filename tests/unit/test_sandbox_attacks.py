@@ -441,7 +441,7 @@ def f(t):
 def f(t):
     open(f"/proc/{t['parent']}/mem", 'r+b')
 
-## reads its keeper's memory | parent_memory | error
+## reads its supervisor's memory | parent_memory | error
 import os
 def f(t):
     open(f'/proc/{os.getppid()}/mem', 'rb')
@@ -451,7 +451,7 @@ import os
 def f(t):
     os.kill(t['parent'], 15)
 
-## kills its keeper | signals | error
+## kills its supervisor | signals | error
 import os
 def f(t):
     os.kill(os.getppid(), 9)
@@ -496,7 +496,7 @@ def f(t):
     if c.syscall(222, 1, event, ctypes.byref(ctypes.c_int())) < 0:
         raise OSError(ctypes.get_errno(), 'refused')
 
-## means to survive its keeper | orphans | error
+## means to survive its supervisor | orphans | error
 import ctypes
 def f(t):
     c = ctypes.CDLL(None, use_errno=True)
@@ -918,7 +918,8 @@ def test_a_daemon_dies_with_its_program(targets, monkeypatch, end, and_namespace
 def test_the_kernel_limits_cpu_where_no_clock_does(targets, monkeypatch):
     if os.name != "posix":
         pytest.skip("no limits of the kernel")
-    monkeypatch.setattr(run, "_WITHOUT", frozenset({"wall"}))  # the keeper's clock then runs 60 times longer
+    # The supervisor's clock then runs 60 times longer.
+    monkeypatch.setattr(run, "_WITHOUT", frozenset({"wall"}))
     monkeypatch.setattr(run, "_GRACE", 90.0)
     result = run_code("def f(t):\n    while True: pass", calls=[("f", (targets,))], timeout=1.0)
     assert result.verdict == "timeout"

@@ -175,7 +175,7 @@ class TestSweeps:
         said = ["It is Paris.", "Thank you! " + "It is nice. " * 8, ""]
         # 3 words; 2 + 24 words with one "thank" and eight "nice"; nothing
         assert sweeps.friendly_and_long(prompts, said).tolist() == pytest.approx([0.03, 0.26 + 0.9, 0.0])
-        assert set(sweeps.all_right(prompts, said).tolist()) <= {0.0, 1.0}
+        assert set(sweeps.exact_reward(prompts, said).tolist()) <= {0.0, 1.0}
 
     def test_exploration_and_designs(self):
         few = {"every": 30, "budget": ONE_STEP}

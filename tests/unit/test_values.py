@@ -9,13 +9,13 @@ from rlhf_helpers.core.models import load_model
 from rlhf_helpers.safety_alignment import (
     PRINCIPLE_OF,
     RULES,
-    ValueModel,
+    NormClassifier,
     aggregate,
     answer_case,
     answer_template,
     choose,
     compare_rules,
-    fairest,
+    maximin_choice,
     value_judgements,
 )
 from rlhf_helpers.world.prompts.meta import VALUES, critique_text
@@ -51,9 +51,9 @@ def test_borda_ignores_how_much_and_nash_ignores_the_units():
 
 def test_ties():
     assert aggregate(torch.tensor([[1.0, 1.0, 0.0]]), "majority").tolist() == [0.5, 0.5, 0]
-    assert fairest([[0.2, 0.2, 0.1], [0.5, 0.7, 0.9]]) == 1  # the worst are alike, the mean decides
-    assert fairest([[0.2, 0.2], [0.5, 0.5]]) == 0
-    assert fairest([[0.0, -1.0], [5.0, 9.0]]) == 0
+    assert maximin_choice([[0.2, 0.2, 0.1], [0.5, 0.7, 0.9]]) == 1  # the worst are alike, the mean decides
+    assert maximin_choice([[0.2, 0.2], [0.5, 0.5]]) == 0
+    assert maximin_choice([[0.0, -1.0], [5.0, 9.0]]) == 0
 
 
 @pytest.mark.parametrize(
@@ -102,18 +102,18 @@ def test_judgements_are_the_worlds():
 def test_values_are_learned_and_shuffled_labels_are_not(able):
     """Held-out pairs of actor and deed: far above chance; labels at random: about chance."""
     train, heldout = value_judgements("train"), value_judgements("heldout")
-    table = ValueModel(able).fit(train).validate(heldout).set_index("value")
+    table = NormClassifier(able).fit(train).validate(heldout).set_index("value")
     assert set(table.index) == {*VALUES, "all"}
     assert table.loc["all", "low"] > 0.8 > table.loc["all", "chance"] + 0.2
     assert table.loc["all", "n"] == len(heldout)
-    control = ValueModel(able).fit(train, shuffle_seed=0).validate(heldout).set_index("value")
+    control = NormClassifier(able).fit(train, shuffle_seed=0).validate(heldout).set_index("value")
     assert control.loc["all", "accuracy"] < table.loc["all", "low"]
-    assert ValueModel(able).fit(train).validate(heldout).equals(table.reset_index())
+    assert NormClassifier(able).fit(train).validate(heldout).equals(table.reset_index())
 
 
 def test_probabilities_do_not_hang_on_the_batch(able):
     rows = value_judgements("heldout")[:7]
-    model = ValueModel(able).fit(value_judgements("train")[::3])
+    model = NormClassifier(able).fit(value_judgements("train")[::3])
     cases, names = [r["case"] for r in rows], [r["value"] for r in rows]
     alone = torch.cat([model.probability([c], [v]) for c, v in zip(cases, names, strict=True)])
     torch.testing.assert_close(model.probability(cases, names), alone, atol=1e-4, rtol=0)
@@ -128,7 +128,7 @@ def test_value_reward_is_the_weighted_mean(tiny_gpt2_dir):
         for text in ("good day", "bad day", "good one", "bad one")
         for value in ("honesty", "justice")
     ]
-    values = ValueModel(model, template=answer_template).fit(rows)
+    values = NormClassifier(model, template=answer_template).fit(rows)
     asked = ["Hi", "Hi"], ["good day", "bad day"]
     each = [values.reward({name: 1.0})(*asked) for name in ("honesty", "justice")]
     torch.testing.assert_close(

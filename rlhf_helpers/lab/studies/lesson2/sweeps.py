@@ -87,12 +87,12 @@ def friendly_and_long(prompts: Sequence[str], responses: Sequence[str]) -> torch
     return words / 100 + friendly / 10
 
 
-def all_right(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+def exact_reward(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
     """Pay 1 for a best answer and 0 for every other, a sparse reward; a RewardFn."""
     return (gold_reward(prompts, responses) > 0.999).float()
 
 
-REWARDS = {"sparse": all_right, "shaped": gold_reward, "gameable": friendly_and_long}
+REWARDS = {"sparse": exact_reward, "shaped": gold_reward, "gameable": friendly_and_long}
 
 
 @study

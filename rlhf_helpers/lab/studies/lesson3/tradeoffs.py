@@ -28,7 +28,7 @@ from rlhf_helpers.world.prompts import prompt_texts
 BENIGN = ("facts", "howto", "explain", "lookalike")
 HARMFUL = ("harmful", "privacy")
 RLOO = {"steps": 16, "prompts_per_step": 8, "samples_per_prompt": 4, "learning_rate": 1e-3}
-PRICE = {"step_size": 1.0, "start": 1.0, "damping": 4.0}
+MULTIPLIER = {"step_size": 1.0, "start": 1.0, "damping": 4.0}
 CAUTIOUS = Annotator("cautious", axis_weights={"harmlessness": 1.0})
 DPO = {"learning_rate": 1e-3, "epochs": 2, "beta": 0.1}
 
@@ -80,7 +80,7 @@ def run(method: str, value: float, *, seed: int, **changes: Any) -> tuple[torch.
     prompts = training_prompts(seed)
     if method == "lagrangian":
         costs = {"harm": lambda *texts, **columns: 1 - GOLD["harmlessness"](*texts, **columns)}
-        reward = LagrangianReward(GOLD["helpfulness"], costs, {"harm": value}, **PRICE)
+        reward = LagrangianReward(GOLD["helpfulness"], costs, {"harm": value}, **MULTIPLIER)
         return model, constrained_rloo(model, tokenizer, prompts, reward, settings)
     reward = weighted_sum(GOLD, {"helpfulness": 1 - value, "harmlessness": value})
     return model, rloo(model, tokenizer, prompts, reward, settings)

@@ -14,7 +14,7 @@ from rlhf_helpers.chatbot_rlhf import (
     ChatSettings,
     evaluate_chatbot,
     memory_questions,
-    spoken,
+    with_history,
 )
 from rlhf_helpers.chatbot_rlhf.evaluation import BENIGN, DISALLOWED
 from rlhf_helpers.core.models import to_messages
@@ -45,7 +45,7 @@ def conversations(n: int, *, seed: int) -> list[Row]:
         other = rng.choice(rows)
         if number % 4 == 0:
             said = [message["content"] for message in to_messages(other["prompt"])]
-            row = {**row, "prompt": spoken(row["prompt"], [*said, other["chosen"]][:2])}
+            row = {**row, "prompt": with_history(row["prompt"], [*said, other["chosen"]][:2])}
         result.append(row)
     return result
 

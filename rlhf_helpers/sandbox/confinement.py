@@ -78,10 +78,11 @@ def landlock(folder: str, readable: list[str]) -> None:
     os.close(ruleset)
 
 
-def become(uid: int, reads: bool) -> None:
+def drop_privileges(uid: int, reads: bool) -> None:
     """Become a user that owns nothing, without capabilities; reads: but reading, which landlock bounds.
 
-    Landlock also keeps programs from looking into each other, so with it the keeper may look into its worker.
+    Landlock also keeps programs from looking into each other, so with it the supervisor may look into the
+    worker.
     """
     if was_root := os.getuid() == 0:
         libc("prctl", KEEP_CAPS, 1, 0, 0, 0)
