@@ -50,7 +50,7 @@ CEILINGS = {
     "safety_alignment": 4_770,
     "debate": 2_430,
     "interpretability": 2_110,
-    "chatbot_rlhf": 5_505,
+    "chatbot_rlhf": 5_580,
     "summarization_rl": 4_015,
     "code_generation": 3_370,
     "lab": 14_806,
