@@ -53,7 +53,6 @@ def convert(notebook: nbformat.NotebookNode, *, kind: str) -> str:
     """Return the notebook as one page of HTML."""
     config = Config()
     config.TagRemovePreprocessor.remove_input_tags = {"remove-input"}
-    config.SlidesExporter.reveal_scroll = True  # a long table stays within reach
     for cell in notebook.cells:
         if cell.cell_type == "code":  # a progress bar that was taken away leaves an output without data
             cell.outputs = [output for output in cell.outputs if output.get("data", True)]

@@ -198,9 +198,8 @@ class _Child:
         self.thread.start()
         self.thread.join(limit)
         late, text = self.thread.is_alive(), b"".join(answer).decode("latin-1")
-        with contextlib.suppress(
-            ValueError
-        ):  # a supervisor that was killed has written nothing or half a line
+        # A supervisor that was killed has written nothing or half a line.
+        with contextlib.suppress(ValueError):
             report = json.loads(text) if forks else {"messages": text}
         if report is None or not forks:
             self.close()
